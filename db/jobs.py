@@ -1,0 +1,160 @@
+"""Queries of the job protocol: submit, claim, renew, progress, finish. The caller owns the transaction.
+
+The row is the truth. A claim sets a lease and raises the fencing token; every later write names that token and touches
+no row once somebody newer has claimed, which raises `LeaseLost`. Times come from the caller's clock: leases are tens of
+seconds long, clocks kept by NTP differ by milliseconds.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy.orm import Session
+
+from db.errors import LeaseLost, NotFound
+from db.models import FINISHED_STATES, EpochMetric, TrainingJob, utc_now
+
+
+def submit(
+    session: Session, *, request_id: str, dataset: str, dataset_sha256: str | None, config: dict[str, Any]
+) -> TrainingJob:
+    """The queued job of this request. The same `request_id` again returns the job it already has."""
+    known = session.scalar(select(TrainingJob).where(TrainingJob.request_id == request_id))
+    if known:
+        return known
+    job = TrainingJob(request_id=request_id, dataset=dataset, dataset_sha256=dataset_sha256, config=config)
+    session.add(job)
+    session.flush()
+    return job
+
+
+def get(session: Session, job_id: int) -> TrainingJob:
+    job = session.get(TrainingJob, job_id)
+    if job is None:
+        raise NotFound(f"there is no job {job_id}; `tweetscore jobs list` shows those there are")
+    return job
+
+
+def recent(session: Session, limit: int = 20) -> list[TrainingJob]:
+    return list(session.scalars(select(TrainingJob).order_by(TrainingJob.id.desc()).limit(limit)))
+
+
+def epochs(session: Session, job_id: int) -> list[EpochMetric]:
+    return list(session.scalars(select(EpochMetric).where(EpochMetric.job_id == job_id).order_by(EpochMetric.epoch)))
+
+
+def _claimable() -> ColumnElement[bool]:
+    lapsed = and_(TrainingJob.state == "running", TrainingJob.lease_expires_at < utc_now())
+    return or_(TrainingJob.state == "queued", lapsed)
+
+
+def any_claimable(session: Session) -> bool:
+    return session.scalar(select(TrainingJob.id).where(_claimable()).limit(1)) is not None
+
+
+def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: int) -> TrainingJob | None:
+    """The oldest queued or lapsed job, now leased to `owner` under a new fencing token; None when there is none.
+
+    A lapsed job that was asked to stop is cancelled instead, and one whose worker died `max_attempts` times fails.
+    """
+    while True:
+        job = session.scalar(
+            select(TrainingJob).where(_claimable()).order_by(TrainingJob.id).limit(1).with_for_update(skip_locked=True)
+        )
+        if job is None:
+            return None
+        if job.cancel_requested:
+            job.state, job.finished_at = "cancelled", utc_now()
+        elif job.attempts >= max_attempts:
+            job.state, job.finished_at = "failed", utc_now()
+            job.error = (
+                f"the worker that ran this job died {job.attempts} times (last owner {job.lease_owner}); "
+                "look into that worker's log, then submit the job again"
+            )
+        else:
+            job.state = "running"
+            job.lease_owner = owner
+            job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
+            job.fencing_token += 1
+            job.attempts += 1
+            job.started_at = job.started_at or utc_now()
+            session.flush()
+            return job
+        session.flush()
+
+
+def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) -> None:
+    """Update a running job under its fencing token; raises `LeaseLost` when it is no longer ours."""
+    changed = session.execute(
+        update(TrainingJob)
+        .where(TrainingJob.id == job_id, TrainingJob.fencing_token == token, TrainingJob.state == "running")
+        .values(**values)
+        .returning(TrainingJob.id)
+    ).all()
+    if not changed:
+        raise LeaseLost(f"job {job_id} was taken over by another worker; this one stops")
+
+
+def renew_lease(session: Session, job_id: int, token: int, lease_seconds: float) -> bool:
+    """Push the lease into the future. Returns whether the job has been asked to cancel."""
+    _write(session, job_id, token, {"lease_expires_at": utc_now() + timedelta(seconds=lease_seconds)})
+    return bool(session.scalar(select(TrainingJob.cancel_requested).where(TrainingJob.id == job_id)))
+
+
+def record_data(session: Session, job_id: int, token: int, sha256: str, report: dict[str, Any]) -> None:
+    _write(session, job_id, token, {"dataset_sha256": sha256, "data_report": report})
+
+
+def record_step(session: Session, job_id: int, token: int, step: int, total_steps: int, loss: float | None) -> None:
+    _write(session, job_id, token, {"step": step, "total_steps": total_steps, "loss": loss})
+
+
+def record_epoch(session: Session, token: int, metric: EpochMetric) -> None:
+    """Keep the figures of an epoch; an epoch that is run again after a resume replaces its row."""
+    hold(session, metric.job_id, token)
+    session.merge(metric)
+
+
+def forget_epochs_after(session: Session, job_id: int, epoch: int) -> None:
+    """Drop epochs a resumed run is about to repeat, so that none is shown twice or out of order."""
+    session.execute(delete(EpochMetric).where(EpochMetric.job_id == job_id, EpochMetric.epoch > epoch))
+
+
+def hold(session: Session, job_id: int, token: int) -> None:
+    """Prove within this transaction that the token is still the newest; raises `LeaseLost`."""
+    _write(session, job_id, token, {"fencing_token": token})
+
+
+def finish(session: Session, job_id: int, token: int, state: str, error: str | None = None) -> None:
+    _write(
+        session,
+        job_id,
+        token,
+        {"state": state, "error": error, "finished_at": utc_now(), "lease_owner": None, "lease_expires_at": None},
+    )
+
+
+def release(session: Session, job_id: int, token: int) -> None:
+    """Give a job back after a clean stop: queued again, and this start does not count as an attempt."""
+    _write(
+        session,
+        job_id,
+        token,
+        {
+            "state": "queued",
+            "attempts": TrainingJob.attempts - 1,
+            "lease_owner": None,
+            "lease_expires_at": None,
+        },
+    )
+
+
+def request_cancel(session: Session, job_id: int) -> TrainingJob:
+    """Ask a job to stop: a queued one is cancelled at once, a running one within a few steps of its worker."""
+    job = get(session, job_id)
+    if job.state not in FINISHED_STATES:
+        job.cancel_requested = True
+    if job.state == "queued":
+        job.state, job.finished_at = "cancelled", utc_now()
+    session.flush()
+    return job

@@ -1,0 +1,225 @@
+"""The schema: one class a table. Knows nothing of queries, sessions or who writes what.
+
+All times are aware and UTC. PostgreSQL stores them as timestamptz, SQLite as ISO-8601 text with a Z, so that
+text order is time order and SQLite's date functions read them as they are.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, String, Text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+FINISHED_STATES = ("succeeded", "failed", "cancelled")
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC; a naive one raises `ValueError` when it is bound."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        return dialect.type_descriptor(String(27) if dialect.name == "sqlite" else DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone; use an aware datetime in UTC")
+        value = value.astimezone(UTC)
+        return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return datetime.fromisoformat(value) if isinstance(value, str) else value.astimezone(UTC)
+
+
+# JSONB compares and indexes; SQLite keeps JSON as text.
+Json = JSON().with_variant(JSONB(), "postgresql")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: Json, list[str]: Json, str: Text, bytes: LargeBinary}  # noqa: RUF012
+
+
+class Tweet(Base):
+    """A tweet as it came. Ids are text: they pass 2^53, where JSON readers start to round."""
+
+    __tablename__ = "tweets"
+
+    tweet_id: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+    author_id: Mapped[str | None]
+    lang: Mapped[str | None]
+    topic: Mapped[str | None]
+    tweet_created_at: Mapped[datetime | None]
+    received_at: Mapped[datetime]
+
+
+class Prediction(Base):
+    """What one model version says of one tweet. The key makes a replay an upsert that changes nothing."""
+
+    __tablename__ = "predictions"
+    __table_args__ = (Index(None, "model_version_id", "scored_at"),)
+
+    tweet_id: Mapped[str] = mapped_column(ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True)
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"), primary_key=True)
+    label: Mapped[str]
+    probability: Mapped[float]
+    score_signed: Mapped[float | None]
+    probabilities: Mapped[dict[str, Any]]
+    scored_at: Mapped[datetime]
+
+
+class TrainingJob(Base):
+    """A request to train. The row is the truth; whoever holds the newest fencing token may write it."""
+
+    __tablename__ = "training_jobs"
+    __table_args__ = (Index(None, "state", "lease_expires_at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    request_id: Mapped[str] = mapped_column(unique=True)
+    state: Mapped[str] = mapped_column(default="queued")
+    config: Mapped[dict[str, Any]]
+    dataset: Mapped[str]
+    dataset_sha256: Mapped[str | None]
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    fencing_token: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    step: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int | None]
+    loss: Mapped[float | None]
+    submitted_at: Mapped[datetime] = mapped_column(default=utc_now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    error: Mapped[str | None]
+    data_report: Mapped[dict[str, Any] | None]
+
+
+class EpochMetric(Base):
+    __tablename__ = "epoch_metrics"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("training_jobs.id", ondelete="CASCADE"), primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    train_loss: Mapped[float]
+    learning_rate: Mapped[float]
+    valid_loss: Mapped[float]
+    valid_accuracy: Mapped[float]
+    valid_f1_macro: Mapped[float]
+    seconds: Mapped[float]
+
+
+class ModelVersion(Base):
+    """A trained model: where its artifact lies, and the digest that proves it whole."""
+
+    __tablename__ = "model_versions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("training_jobs.id"), unique=True)
+    base_model: Mapped[str]
+    base_revision: Mapped[str | None]
+    artifact_url: Mapped[str]
+    sha256: Mapped[str]
+    labels: Mapped[list[str]]
+    cleaner_version: Mapped[str]
+    temperature: Mapped[float] = mapped_column(default=1.0)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class ModelAlias(Base):
+    """Every assignment of `champion` or `challenger`, in order; the newest row of an alias counts."""
+
+    __tablename__ = "model_aliases"
+    __table_args__ = (Index(None, "alias", "id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    alias: Mapped[str]
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"))
+    assigned_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class TestMetric(Base):
+    """Long form: one row a figure. `label` is empty where the figure is of the whole test split."""
+
+    __tablename__ = "test_metrics"
+    __test__ = False  # not a test class, whatever its name makes pytest think
+
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    metric: Mapped[str] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(primary_key=True, default="")
+    value: Mapped[float]
+
+
+class ConfusionCell(Base):
+    __tablename__ = "confusion_cells"
+
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    actual: Mapped[str] = mapped_column(primary_key=True)
+    predicted: Mapped[str] = mapped_column(primary_key=True)
+    count: Mapped[int]
+
+
+class TestPrediction(Base):
+    """One test row and what the model said of it, for error analysis. `row_number` is the line in the dataset."""
+
+    __tablename__ = "test_predictions"
+    __test__ = False
+
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
+    row_number: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+    actual: Mapped[str]
+    predicted: Mapped[str]
+    probability: Mapped[float]
+    probabilities: Mapped[dict[str, Any]]
+
+
+class ScoringWindow(Base):
+    """One window of one worker: what it held and where its milliseconds went."""
+
+    __tablename__ = "scoring_windows"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    worker: Mapped[str]
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"))
+    started_at: Mapped[datetime] = mapped_column(index=True)
+    tweets: Mapped[int]
+    buried: Mapped[int]
+    tokens: Mapped[int]
+    padded_tokens: Mapped[int]
+    read_ms: Mapped[float]
+    tokenise_ms: Mapped[float]
+    forward_ms: Mapped[float]
+    store_ms: Mapped[float]
+
+
+class DeadLetter(Base):
+    """A record that cannot be scored, byte for byte as it came, and why."""
+
+    __tablename__ = "dead_letters"
+
+    record_id: Mapped[str] = mapped_column(primary_key=True)
+    payload: Mapped[bytes]
+    reason: Mapped[str]
+    attempts: Mapped[int]
+    buried_at: Mapped[datetime]

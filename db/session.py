@@ -1,0 +1,84 @@
+"""Engine and sessions from a URL. Knows SQLite's and PostgreSQL's habits, and no table.
+
+SQLite runs in WAL mode, so that readers never wait for the writer. A write transaction takes the write lock when it
+begins: a deferred one that turns from reading to writing fails at once with "database is locked", whatever the busy
+timeout says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.orm import Session, sessionmaker
+
+from db.errors import DatabaseError
+
+BUSY_TIMEOUT_MS = 30_000
+
+
+class Database:
+    """One database: `begin()` for a transaction that writes, `read()` for one that only looks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._writing = sessionmaker(engine, expire_on_commit=False)
+        self._reading = sessionmaker(engine.execution_options(tweetscore_read=True), expire_on_commit=False)
+
+    @contextmanager
+    def begin(self) -> Iterator[Session]:
+        with self._writing.begin() as session:
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with self._reading() as session:
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_database(url: str) -> Database:
+    """A `Database` for an SQLAlchemy URL; raises `DatabaseError` for one that is neither SQLite nor PostgreSQL."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise DatabaseError(
+            "DATABASE_URL is no database URL; use sqlite:////path/file.db or postgresql://user@host/name"
+        ) from error
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise DatabaseError(f"DATABASE_URL names {parsed.drivername!r}; tweetscore speaks sqlite and postgresql")
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            if parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+            return Database(engine)
+        # A connection that died with a restarted server is replaced before use instead of failing a window.
+        return Database(create_engine(parsed, pool_pre_ping=True))
+    except NoSuchModuleError as error:
+        raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the begin event below speaks for the driver
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    # In WAL mode NORMAL cannot corrupt; a power cut may take the last commits, whose tweets the stream replays only
+    # when they were not acked yet. FULL would pay an fsync for every window.
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    reading = connection.get_execution_options().get("tweetscore_read", False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

@@ -1,0 +1,57 @@
+"""Queries of a scoring window. They add and select; the caller owns the transaction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Table, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
+
+# SQLite binds at most 32,766 values a statement, PostgreSQL 65,535.
+MAX_BOUND_VALUES = 30_000
+
+
+def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep tweets by id, each once. A tweet seen before keeps its first text and time of arrival."""
+    _insert_missing(session, Tweet, rows)
+
+
+def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep predictions by (tweet, model version). A replay finds its row there and changes nothing."""
+    _insert_missing(session, Prediction, rows)
+
+
+def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep dead letters by record id, each once."""
+    _insert_missing(session, DeadLetter, rows)
+
+
+def add_window(session: Session, row: dict[str, Any]) -> None:
+    session.add(ScoringWindow(**row))
+
+
+def prediction_count(session: Session, model_version_id: int | None = None) -> int:
+    query = select(func.count()).select_from(Prediction)
+    if model_version_id is not None:
+        query = query.where(Prediction.model_version_id == model_version_id)
+    return session.scalar(query) or 0
+
+
+def dead_letter_count(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(DeadLetter)) or 0
+
+
+def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    assert isinstance(model.__table__, Table)  # noqa: S101 - narrows the type, declarative classes always have one
+    dialect = session.get_bind().dialect.name
+    insert = sqlite.insert if dialect == "sqlite" else postgresql.insert
+    # Every writer takes row locks in key order: two workers that meet the same tweets wait, and never deadlock.
+    keys = [column.name for column in model.__table__.primary_key]
+    ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
+    chunk = MAX_BOUND_VALUES // len(model.__table__.columns)
+    for start in range(0, len(ordered), chunk):
+        session.execute(insert(model.__table__).values(ordered[start : start + chunk]).on_conflict_do_nothing())

@@ -1,0 +1,100 @@
+"""The hyper-parameters of a job: frozen, validated when made, stored as JSON with the job."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from training.errors import BadConfig
+
+
+class TrainConfig(BaseModel):
+    """Everything that shapes a training run. The defaults are those of the guide."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: str = "starter"
+    base_revision: str | None = None
+    task: Literal["single_label", "multi_label"] = "single_label"
+    # Raw label -> name. None takes the labels as the dataset spells them.
+    labels: dict[str, str] | None = None
+    # Label name -> -1..1, for `score_signed`. None knows the common names of positive, neutral and negative.
+    polarity: dict[str, float] | None = None
+
+    head: Literal["guide", "linear"] = "guide"
+    pooling: Literal["pooler", "mean", "cls"] = "pooler"
+    loss: Literal["bce", "cross_entropy"] = "bce"
+    dropout: float = Field(0.2, ge=0, lt=1)
+    max_length: int = Field(200, ge=8, le=8192, description="tokens, special ones included")
+
+    train_size: float = Field(0.8, gt=0, lt=1)
+    valid_size: float = Field(0.5, gt=0, lt=1, description="share of what training leaves")
+    seed: int = Field(200, ge=0, lt=2**31)
+
+    epochs: int = Field(20, ge=1, le=1000)
+    train_batch_size: int = Field(16, ge=2, le=4096)
+    valid_batch_size: int = Field(8, ge=1, le=4096)
+    test_batch_size: int = Field(8, ge=1, le=4096)
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-5, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    schedule: Literal["step", "linear", "cosine", "constant"] = "step"
+    step_gamma: float = Field(0.75, gt=0, le=1, description="factor of the step schedule, once an epoch")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps, linear and cosine only")
+    max_grad_norm: float | None = Field(None, gt=0)
+    baseline: bool = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.task == "multi_label" and self.loss != "bce":
+            raise ValueError(f"loss {self.loss!r} cannot train several labels a row; use loss 'bce'")
+        if self.labels is not None and len(set(self.labels.values())) < 2:
+            raise ValueError(f"labels name {sorted(set(self.labels.values()))}; a classifier needs at least two")
+        for label, value in (self.polarity or {}).items():
+            if not -1 <= value <= 1:
+                raise ValueError(f"polarity of {label!r} is {value}; it must lie between -1 and 1")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The guide's values, which are the class's defaults.
+    "guide": {},
+    # For the starter encoder on a CPU: a small pretrained model wants a higher rate, a warm-up and few epochs.
+    "fast": {
+        "head": "linear",
+        "loss": "cross_entropy",
+        "dropout": 0.1,
+        "epochs": 4,
+        "train_batch_size": 32,
+        "valid_batch_size": 64,
+        "test_batch_size": 64,
+        "learning_rate": 1.5e-4,
+        "schedule": "linear",
+        "warmup_ratio": 0.1,
+        "max_grad_norm": 1.0,
+    },
+}
+
+
+def make_config(preset: str = "fast", **overrides: Any) -> TrainConfig:
+    """A validated configuration; raises `BadConfig` with the name, the value and what is allowed."""
+    if preset not in PRESETS:
+        raise BadConfig(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
+    try:
+        return TrainConfig(**{**PRESETS[preset], **overrides})
+    except ValidationError as error:
+        raise BadConfig("; ".join(explain(error))) from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One sentence a fault: name, value, what is allowed."""
+    sentences = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        if not name:
+            sentences.append(message)
+        elif fault["type"] == "extra_forbidden":
+            sentences.append(f"{name} is no known setting; known are {', '.join(TrainConfig.model_fields)}")
+        else:
+            sentences.append(f"{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
+    return sentences

@@ -1,0 +1,231 @@
+"""Labelled rows -> deduplicated, stratified, seeded splits. Knows no tokens and no tensors beyond the targets.
+
+The guide's form works as it is (a header row, then an integer label and a text); so do named columns, in CSV, TSV and
+JSONL. A text, its retweets and its copies are one row: they can never stand in two splits.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+
+from training.config import TrainConfig
+from training.errors import BadDataset
+from training.text import clean, same_text_key
+
+TEXT_COLUMNS = ("text", "texts", "sentence", "tweet", "本文")
+LABEL_COLUMNS = ("label", "labels", "target", "sentiment", "ラベル")
+MAX_TEXT_CHARS = 100_000
+# A typing slip makes a label of a row or two; a real class has more.
+MULTI_LABEL_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts as they came, raw labels as they were written, and where each row stands in its file (1 is the header)."""
+
+    texts: list[str]
+    labels: list[str]
+    row_numbers: list[int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cleaned texts, `targets` (N, K) float32 of zeros and ones, and the row numbers they had in the file."""
+
+    texts: list[str]
+    targets: NDArray[np.float32]
+    row_numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    labels: list[str]
+    train: Split
+    valid: Split
+    test: Split
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(path: Path) -> Rows:
+    """Labelled rows of a CSV, TSV or JSONL file; raises `BadDataset` with the row and the remedy."""
+    frame = _read_table(path)
+    if frame.empty:
+        raise BadDataset(f"{path.name} holds no rows; a dataset needs a header and a label and a text in each row")
+    text_column, label_column = _find_columns(frame, path)
+    texts = [str(text) for text in frame[text_column]]
+    labels = [str(label).strip() for label in frame[label_column]]
+    first = 1 if path.suffix in (".jsonl", ".ndjson") else 2
+    numbers = list(range(first, first + len(texts)))
+    for number, text in zip(numbers, texts, strict=True):
+        if len(text) > MAX_TEXT_CHARS:
+            raise BadDataset(
+                f"the text in row {number} of {path.name} has {len(text):,} characters; a tweet has at most "
+                f"{MAX_TEXT_CHARS:,}: shorten it or take it out"
+            )
+    return Rows(texts, labels, numbers)
+
+
+def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
+    """Clean, deduplicate, name the labels, and cut into training, validation and test rows (8 : 1 : 1 by the guide).
+
+    Single labels are stratified. The cut is the same for the same rows and seed. Raises `BadDataset` when a label is
+    unknown, there is only one, or a label has fewer rows than the split needs.
+    """
+    named = [_name_labels(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)]
+    kept, report = _deduplicate(rows, named)
+    names = _label_names([named[i] for i in kept], config)
+    _check_enough(rows, named, kept, names, config)
+
+    position = {name: index for index, name in enumerate(names)}
+    texts = [clean(rows.texts[i]) for i in kept]
+    targets = np.zeros((len(kept), len(names)), dtype=np.float32)
+    for row, i in enumerate(kept):
+        for name in named[i]:
+            targets[row, position[name]] = 1.0
+
+    stratify = targets.argmax(axis=1) if config.task == "single_label" else None
+    train, rest = train_test_split(
+        np.arange(len(kept)), train_size=config.train_size, random_state=config.seed, stratify=stratify
+    )
+    valid, test = train_test_split(
+        rest,
+        train_size=config.valid_size,
+        random_state=config.seed,
+        stratify=None if stratify is None else stratify[rest],
+    )
+    splits = {
+        name: Split([texts[i] for i in index], targets[index], [rows.row_numbers[kept[i]] for i in index])
+        for name, index in (("train", train), ("valid", valid), ("test", test))
+    }
+    report |= {"rows": len(kept), "sizes": {name: len(split) for name, split in splits.items()}}
+    report["labels"] = {
+        name: {part: int(split.targets[:, position[name]].sum()) for part, split in splits.items()} for name in names
+    }
+    return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
+    if path.stat().st_size == 0:
+        raise BadDataset(f"{path.name} is empty; a dataset needs a header and a label and a text in each row")
+    try:
+        if path.suffix in (".jsonl", ".ndjson"):
+            # Names and texts stay what they are: no column of ids becomes a float, no "NA" becomes a gap.
+            return pd.read_json(path, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
+        return pd.read_csv(
+            path,
+            sep="\t" if path.suffix == ".tsv" else ",",
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",  # a byte-order mark would otherwise stick to the first column's name
+        )
+    except UnicodeDecodeError as error:
+        raise BadDataset(
+            f"{path.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
+            f"first, e.g. `iconv -f CP932 -t UTF-8 {path.name}`"
+        ) from error
+    except (ValueError, pd.errors.ParserError) as error:
+        raise BadDataset(f"{path.name} cannot be read: {str(error).strip()}; mend that line") from error
+
+
+def _find_columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
+    by_name = {str(column).strip().lower(): column for column in frame.columns}
+    text = next((by_name[name] for name in TEXT_COLUMNS if name in by_name), None)
+    label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
+    if text is not None and label is not None:
+        return text, label
+    # The guide's positional form: whatever the header says, an integer label stands first and a text second.
+    if len(frame.columns) >= 2 and frame.iloc[:, 0].astype(str).str.fullmatch(r"\s*-?\d+\s*").all():
+        return frame.columns[1], frame.columns[0]
+    raise BadDataset(
+        f"{path.name} has the columns {', '.join(map(str, frame.columns))}; name one of them "
+        f"{'/'.join(LABEL_COLUMNS)} and one {'/'.join(TEXT_COLUMNS)}, or put an integer label first and the text second"
+    )
+
+
+def _name_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
+    """The label names of one row, in order, each once."""
+    parts = raw.split(MULTI_LABEL_SEPARATOR) if config.task == "multi_label" else [raw]
+    names = []
+    for part in (part.strip() for part in parts):
+        if not part and config.task == "multi_label":
+            continue  # a row without any label is an example of none of them
+        if not part:
+            raise BadDataset(f"row {number} has no label; fill it in or take the row out")
+        if config.labels is not None and part not in config.labels:
+            raise BadDataset(
+                f"label {part!r} in row {number} is none of {', '.join(config.labels)}; fix the row or name it in --labels"
+            )
+        names.append(part if config.labels is None else config.labels[part])
+    return tuple(dict.fromkeys(names))
+
+
+def _deduplicate(rows: Rows, named: Sequence[tuple[str, ...]]) -> tuple[list[int], dict[str, Any]]:
+    """Indices of the rows to keep: the first of each text; none of a text that stands under different labels."""
+    first: dict[str, int] = {}
+    clashing: set[str] = set()
+    blank = duplicates = 0
+    for i, text in enumerate(rows.texts):
+        key = same_text_key(text)
+        if not key:
+            blank += 1
+        elif key not in first:
+            first[key] = i
+        else:
+            duplicates += 1
+            if set(named[first[key]]) != set(named[i]):
+                clashing.add(key)
+    kept = [i for key, i in first.items() if key not in clashing]
+    report = {
+        "read": len(rows.texts),
+        "blank": blank,
+        "duplicates": duplicates,
+        "conflicting": len(clashing),
+        "conflicting_rows": [rows.row_numbers[first[key]] for key in sorted(clashing, key=first.__getitem__)[:10]],
+    }
+    return kept, report
+
+
+def _label_names(named: Sequence[tuple[str, ...]], config: TrainConfig) -> list[str]:
+    """The order of the outputs: as configured, else integers by value and other names alphabetically."""
+    if config.labels is not None:
+        return list(dict.fromkeys(config.labels.values()))
+    names = {name for row in named for name in row}
+    if all(name.lstrip("-").isdigit() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def _check_enough(
+    rows: Rows, named: Sequence[tuple[str, ...]], kept: list[int], names: list[str], config: TrainConfig
+) -> None:
+    rest = 1 - config.train_size
+    smallest_share = min(config.train_size, rest * config.valid_size, rest * (1 - config.valid_size))
+    needed = ceil(round(1 / smallest_share, 6))
+    if len(kept) < needed:
+        raise BadDataset(
+            f"the dataset has {len(kept)} distinct texts; a split into training, validation and test rows needs at "
+            f"least {needed}"
+        )
+    if len(names) < 2:
+        raise BadDataset(f"every row has the label {', '.join(names) or '(none)'}; a classifier needs at least two labels")
+    counts = Counter(name for i in kept for name in named[i])
+    for name in names:
+        if config.task == "single_label" and counts[name] < needed:
+            where = next((rows.row_numbers[i] for i in kept if name in named[i]), None)
+            raise BadDataset(
+                f"label {name!r} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; a split "
+                f"needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
+            )

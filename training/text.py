@@ -1,0 +1,81 @@
+"""Cleaning and tokenising, the same for training and for scoring. Knows no model weights and no tensors.
+
+A cleaner has a version that is stored with every model: scoring cleans as the model was trained, whatever comes later.
+"""
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from training.errors import ModelUnavailable
+
+URL = re.compile(r"https?://[^\s　]+")
+MENTION = re.compile(r"(?<![A-Za-z0-9_])[@＠][A-Za-z0-9_]{1,15}")
+RETWEET = re.compile(r"^RT\s+[@＠][A-Za-z0-9_]{1,15}:?\s*")
+
+
+def _clean_v1(text: str) -> str:
+    """HTML entities resolved; links and mentions, which name things but feel nothing, dropped; white space folded."""
+    plain = html.unescape(text)
+    kept = " ".join(MENTION.sub(" ", URL.sub(" ", plain)).split())
+    # A tweet that is nothing but a link still has to be scored: leave it as it stands.
+    return kept or " ".join(plain.split())
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"1": _clean_v1}
+NEWEST_CLEANER = "1"
+
+
+def clean(text: str, version: str = NEWEST_CLEANER) -> str:
+    return CLEANERS[version](text)
+
+
+def same_text_key(text: str) -> str:
+    """Equal for a tweet, its retweets, and copies that differ in links, mentions or white space."""
+    return clean(RETWEET.sub("", text)).casefold()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in `folder`, set to treat `[SEP]` and the like in a tweet as the plain text it is.
+
+    `bert-base-japanese` (v1) was trained on ipadic words and its files name no dictionary: they date from when ipadic
+    was the default. transformers 5 would take unidic-lite instead and cut three sentences in ten elsewhere, silently.
+    So a MeCab tokenizer without `mecab_kwargs` gets ipadic, and saving it writes that down.
+
+    Raises `ModelUnavailable` when the files are missing or a package the tokenizer needs is not installed.
+    """
+    try:
+        saved = get_tokenizer_config(str(folder), local_files_only=True)
+        options: dict[str, Any] = {"split_special_tokens": True}
+        if saved.get("word_tokenizer_type") == "mecab" and not saved.get("mecab_kwargs"):
+            options["mecab_kwargs"] = {"mecab_dic": "ipadic"}
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelUnavailable(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def mecab_dictionary(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The MeCab dictionary a tokenizer cuts words with; None when it uses no MeCab."""
+    if getattr(tokenizer, "word_tokenizer_type", None) != "mecab":
+        return None
+    return str((getattr(tokenizer, "mecab_kwargs", None) or {}).get("mecab_dic", "unidic_lite"))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of cleaned texts, special tokens included, cut to `max_length` tokens, not padded."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
