@@ -1,0 +1,146 @@
+"""A trained model as a folder: whole and proven by its digest, or not there at all.
+
+    config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
+    tokenizer_config.json, ...       the tokenizer with its dictionary
+    tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
+    SHA256SUMS                       the digest of every file above; its own digest is the artifact's
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from training.config import TrainConfig
+from training.encoders import Encoder
+from training.errors import BadArtifact
+from training.model import Classifier, empty_model, load_encoder_config
+from training.paths import file_sha256, sync_folder
+from training.text import CLEANERS, NEWEST_CLEANER, load_tokenizer, mecab_dictionary
+
+SUMS = "SHA256SUMS"
+SPEC = "tweetscore.json"
+WEIGHTS = "model.safetensors"
+FORMAT_VERSION = 1
+
+POSITIVE = {"positive", "pos", "ポジティブ", "肯定"}
+NEGATIVE = {"negative", "neg", "ネガティブ", "否定"}
+NEUTRAL = {"neutral", "neu", "ニュートラル", "中立"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What scoring has to know beside the weights."""
+
+    labels: list[str]
+    polarity: dict[str, float] | None
+    config: TrainConfig
+    base_model: str
+    base_revision: str | None
+    mecab_dictionary: str | None
+    cleaner_version: str = NEWEST_CLEANER
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    model: Classifier
+    tokenizer: PreTrainedTokenizerBase
+    spec: Spec
+
+
+def make_spec(labels: list[str], config: TrainConfig, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> Spec:
+    return Spec(
+        labels, find_polarity(labels, config), config, encoder.name, encoder.revision, mecab_dictionary(tokenizer)
+    )
+
+
+def find_polarity(labels: list[str], config: TrainConfig) -> dict[str, float] | None:
+    """Label -> -1..1, or None where nobody has said which label is good: which integer is positive is never guessed."""
+    if config.polarity is not None:
+        return {label: config.polarity.get(label, 0.0) for label in labels}
+    folded = {label: label.casefold() for label in labels}
+    if not all(name in POSITIVE | NEGATIVE | NEUTRAL for name in folded.values()):
+        return None
+    return {label: float(name in POSITIVE) - float(name in NEGATIVE) for label, name in folded.items()}
+
+
+def save_artifact(folder: Path, model: Classifier, tokenizer: PreTrainedTokenizerBase, spec: Spec) -> str:
+    """Write the artifact beside its place, then rename it there. Returns its sha256."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    encoder_config = model.encoder.config
+    encoder_config.id2label = dict(enumerate(spec.labels))
+    encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
+    encoder_config.save_pretrained(str(draft))
+    tokenizer.save_pretrained(str(draft))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, str(draft / WEIGHTS), metadata={"format": "pt"})
+    written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
+    (draft / SPEC).write_text(json.dumps(written, ensure_ascii=False, indent=2), encoding="utf-8")
+    return seal(draft, folder)
+
+
+def seal(draft: Path, folder: Path) -> str:
+    """Digest every file of `draft`, push it to the disk, and rename it to `folder`. Returns the digest of the digests."""
+    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir()) if path.name != SUMS]
+    (draft / SUMS).write_text("".join(lines), encoding="utf-8")
+    digest = file_sha256(draft / SUMS)
+    sync_folder(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(draft, folder)
+    sync_folder_entry(folder.parent)
+    return digest
+
+
+def sync_folder_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(folder: Path, sha256: str | None = None) -> None:
+    """Raises `BadArtifact` unless every file is there with its digest, and all of them have this one."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise BadArtifact(f"{folder} has no {SUMS}; it was never finished or is no artifact")
+    if sha256 is not None and file_sha256(sums) != sha256:
+        raise BadArtifact(f"{folder} is not the artifact that was registered (sha256 differs); train or restore it")
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise BadArtifact(f"{path} is missing or damaged (sha256 differs); train or restore the model")
+
+
+def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
+    """The model in evaluation mode with its tokenizer; raises `BadArtifact` when any part is not as registered."""
+    verify(folder, sha256)
+    try:
+        written: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        if written.pop("format_version") != FORMAT_VERSION:
+            raise BadArtifact(f"{folder} has an artifact format this version does not read; upgrade tweetscore")
+        spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
+        model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
+        model.load_state_dict(load_file(str(folder / WEIGHTS)))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadArtifact(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(folder)
+    if mecab_dictionary(tokenizer) != spec.mecab_dictionary:
+        raise BadArtifact(
+            f"{folder} was trained on words of {spec.mecab_dictionary} and its tokenizer uses "
+            f"{mecab_dictionary(tokenizer)}; restore its tokenizer_config.json"
+        )
+    if spec.cleaner_version not in CLEANERS:
+        raise BadArtifact(f"{folder} needs cleaner {spec.cleaner_version}, which this version lacks; upgrade tweetscore")
+    model.eval()
+    return Artifact(model, tokenizer, spec)

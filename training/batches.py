@@ -1,0 +1,39 @@
+"""Pure: which rows go together. Knows lengths and counts, no texts; tensors are made at the end."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# So many batches are sorted together: enough to make lengths alike, few enough to keep the epoch shuffled.
+BATCHES_SORTED_TOGETHER = 16
+
+
+def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
+    """One epoch: every row once, rows of like length together, batches in random order, the same for the same seed.
+
+    No batch has a single row, since BatchNorm cannot train on one: the last row joins the batch before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = batch_size * BATCHES_SORTED_TOGETHER
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        alike = sorted(order[start : start + pool], key=lengths.__getitem__)
+        batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+    single = next((i for i, batch in enumerate(batches) if len(batch) == 1), None)
+    if single is not None and len(batches) > 1:
+        row = batches.pop(single)
+        batches[single - 1] += row
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) int64 padded to the longest row, and the mask (B, T) int64 that is 1 on real tokens."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids, mask

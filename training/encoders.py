@@ -1,0 +1,77 @@
+"""From a base model's name to a folder on disk: the starter, a local folder, or a hub repository at one revision."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from training.errors import ModelUnavailable
+from training.paths import inside_roots
+
+STARTER = "starter"
+STARTER_FOLDER = Path(__file__).parent / "starter"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# The organisation was renamed on the hub; the guide uses the old name.
+RENAMED = {"cl-tohoku/": "tohoku-nlp/"}
+CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A base model on disk. `revision` is the hub's commit, None for anything local."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> Encoder:
+    """Find or fetch a base model; raises `ModelUnavailable` with its name and the way out.
+
+    A name that looks like a path must lie inside `roots`: the name may come from anyone who can send a message.
+    """
+    if name == STARTER:
+        return Encoder(STARTER, STARTER_FOLDER)
+    if looks_local(name):
+        return Encoder(name, _local_folder(name, roots))
+    if ".." in name or not HUB_NAME.fullmatch(name):
+        raise ModelUnavailable(f"base model {name!r} is no hub name; use owner/model, a folder, or {STARTER!r}")
+    for old, new in RENAMED.items():
+        name = name.replace(old, new, 1) if name.startswith(old) else name
+    return _fetch(name, revision)
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith(("/", ".", "~"))
+
+
+def _local_folder(name: str, roots: Sequence[Path]) -> Path:
+    folder = inside_roots(name, roots)
+    if folder is None:
+        listed = ", ".join(map(str, roots))
+        raise ModelUnavailable(
+            f"base model {name!r} lies outside the folders this worker may read ({listed}); move it there or add its "
+            "folder to TWEETSCORE_READ_ROOTS"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"base model folder {name!r} has no config.json; save a model there first")
+    return folder
+
+
+def _fetch(name: str, revision: str | None) -> Encoder:
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*CONFIG_AND_TOKENIZER, "*.safetensors"])
+        )
+        if not list(folder.glob("*.safetensors")):
+            # The oldest repositories have only the pickled weights, which torch opens with weights_only.
+            snapshot_download(name, revision=folder.name, allow_patterns=["pytorch_model*.bin"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnavailable(
+            f"base model {name!r} could not be fetched from the hub ({type(error).__name__}); check the name and the "
+            f"network, put a copy in a folder and name that, or use {STARTER!r}"
+        ) from error
+    return Encoder(name, folder, folder.name)

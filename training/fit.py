@@ -1,0 +1,162 @@
+"""The training loop, a plain function: rows in, the best epoch's weights left in the model. Knows no SQL and no queue."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from training.batches import pad, shuffled_batches
+from training.board import Board, predictions_figure
+from training.checkpoint import Progress, RunState, load_best, restore_newest, save_best, save_checkpoint
+from training.config import TrainConfig
+from training.data import Split
+from training.errors import StopRequested
+from training.evaluate import loss_function, metrics, predict
+from training.model import Classifier
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step."""
+
+    epoch: int
+    train_loss: float
+    learning_rate: float
+    valid_loss: float
+    valid_accuracy: float
+    valid_f1_macro: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Called after every step (step, total steps, loss) and every epoch. `on_step` may raise to stop the run."""
+
+    on_resume: Callable[[Progress], None] = lambda progress: None
+    on_step: Callable[[int, int, float | None], None] = lambda step, total, loss: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+
+
+def fit(
+    model: Classifier,
+    train: Split,
+    valid: Split,
+    train_rows: list[list[int]],
+    valid_rows: list[list[int]],
+    labels: list[str],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    device: torch.device,
+    checkpoints: Path,
+    board_folder: Path,
+    hooks: Hooks,
+) -> list[Epoch]:
+    """Train, keeping the best epoch by validation macro-F1 (the guide keeps the last). Returns every epoch's figures.
+
+    Goes on from the newest checkpoint when there is one, to the same result as an unbroken run: the order of the
+    batches follows from seed and epoch, everything else is in the checkpoint. A `StopRequested` raised by a hook leaves
+    a checkpoint behind.
+    """
+    torch.manual_seed(config.seed)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    model.to(device)
+    targets = torch.from_numpy(train.targets)
+    lengths = [len(row) for row in train_rows]
+    # How rows are grouped depends on the lengths alone, so every epoch has as many batches as the first.
+    steps_per_epoch = len(shuffled_batches(lengths, config.train_batch_size, config.seed))
+    total_steps = steps_per_epoch * config.epochs
+    optimizer = build_optimizer(model, config)
+    run = RunState(model, optimizer, build_scheduler(optimizer, config, steps_per_epoch), Progress())
+    restore_newest(checkpoints, run)
+    at = run.progress
+    hooks.on_resume(at)
+    loss_of = loss_function(config)
+    half_precision = device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    with Board(board_folder, at.step) as board:
+        hooks.on_step(at.step, total_steps, None)
+        while at.epoch <= config.epochs:
+            started = time.monotonic()
+            model.train()
+            batches = shuffled_batches(lengths, config.train_batch_size, config.seed + at.epoch)
+            for index in batches[at.batch :]:
+                ids, mask = pad([train_rows[i] for i in index], pad_id)
+                with torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
+                    logits = model(ids.to(device), mask.to(device))
+                    loss = loss_of(logits.float(), targets[index].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                rate = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                run.scheduler.step()
+                value = loss.item()
+                at.loss_sum += value * len(index)
+                at.batch += 1
+                at.step += 1
+                board.step(at.step, value)
+                try:
+                    hooks.on_step(at.step, total_steps, value)
+                except StopRequested:
+                    save_checkpoint(checkpoints, run)
+                    raise
+
+            scored = predict(
+                model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device,
+                lambda: hooks.on_step(at.step, total_steps, None),
+            )
+            figures = metrics(valid.targets, scored.probabilities, labels, config.task)
+            epoch = Epoch(
+                at.epoch, at.loss_sum / len(train_rows), rate, scored.loss,
+                figures["accuracy", ""], figures["f1_macro", ""], time.monotonic() - started,
+            )
+            at.history.append(asdict(epoch))
+            if epoch.valid_f1_macro > at.best_f1_macro:
+                at.best_f1_macro, at.best_epoch = epoch.valid_f1_macro, at.epoch
+                save_best(checkpoints, model)
+            at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
+            save_checkpoint(checkpoints, run)
+            board.epoch(
+                at.step,
+                {
+                    "learning rate": rate,
+                    "epoch loss": epoch.train_loss,
+                    "validation loss": epoch.valid_loss,
+                    "validation accuracy": epoch.valid_accuracy,
+                    "validation f1 macro": epoch.valid_f1_macro,
+                },
+                predictions_figure(valid.texts, valid.targets, scored.probabilities, labels, config.task),
+            )
+            hooks.on_epoch(epoch)
+        load_best(checkpoints, model)
+        model.eval()
+        board.graph(model, train_rows[0], pad_id, device)
+    return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    kind = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[config.optimizer]
+    # The fused step is one pass over the weights instead of a dozen; Adafactor has none.
+    fused = {} if config.optimizer == "adafactor" else {"fused": True}
+    return kind(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **fused)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule that is stepped after every optimizer step. `step` is the guide's StepLR, once an epoch."""
+    if config.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=steps_per_epoch, gamma=config.step_gamma)
+    total = steps_per_epoch * config.epochs
+    warmup = round(total * config.warmup_ratio)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(config.schedule, optimizer, warmup, total)
+    return scheduler

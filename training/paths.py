@@ -1,0 +1,27 @@
+"""Which files a name from outside may reach, and files that are whole or not there at all."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
+    """The real path behind `name` when it lies inside one of `roots`, symlinks and `..` resolved; else None."""
+    path = Path(name).expanduser().resolve()
+    return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Push every file below `folder`, and the folder itself, to the disk: a rename must not outrun its contents."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
