@@ -83,30 +83,35 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
         session.flush()
 
 
-def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) -> None:
-    """Update a running job under its fencing token; raises `LeaseLost` when it is no longer ours."""
+def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) -> bool:
+    """Update a running job under its fencing token; raises `LeaseLost` when it is no longer ours.
+
+    Returns whether the job has been asked to cancel, since whoever writes should know.
+    """
     changed = session.execute(
         update(TrainingJob)
         .where(TrainingJob.id == job_id, TrainingJob.fencing_token == token, TrainingJob.state == "running")
         .values(**values)
-        .returning(TrainingJob.id)
-    ).all()
-    if not changed:
+        .returning(TrainingJob.cancel_requested)
+    ).first()
+    if changed is None:
         raise LeaseLost(f"job {job_id} was taken over by another worker; this one stops")
+    return bool(changed[0])
 
 
 def renew_lease(session: Session, job_id: int, token: int, lease_seconds: float) -> bool:
     """Push the lease into the future. Returns whether the job has been asked to cancel."""
-    _write(session, job_id, token, {"lease_expires_at": utc_now() + timedelta(seconds=lease_seconds)})
-    return bool(session.scalar(select(TrainingJob.cancel_requested).where(TrainingJob.id == job_id)))
+    return _write(session, job_id, token, {"lease_expires_at": utc_now() + timedelta(seconds=lease_seconds)})
 
 
 def record_data(session: Session, job_id: int, token: int, sha256: str, report: dict[str, Any]) -> None:
     _write(session, job_id, token, {"dataset_sha256": sha256, "data_report": report})
 
 
-def record_step(session: Session, job_id: int, token: int, step: int, total_steps: int, loss: float | None) -> None:
-    _write(session, job_id, token, {"step": step, "total_steps": total_steps, "loss": loss})
+def record_step(session: Session, job_id: int, token: int, step: int, total_steps: int, loss: float | None) -> bool:
+    """Note how far a job is; a loss of None leaves the last one. Returns whether it has been asked to cancel."""
+    values = {"step": step, "total_steps": total_steps} | ({} if loss is None else {"loss": loss})
+    return _write(session, job_id, token, values)
 
 
 def record_epoch(session: Session, token: int, metric: EpochMetric) -> None:

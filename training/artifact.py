@@ -1,9 +1,9 @@
 """A trained model as a folder: whole and proven by its digest, or not there at all.
 
-    config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
-    tokenizer_config.json, ...       the tokenizer with its dictionary
-    tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
-    SHA256SUMS                       the digest of every file above; its own digest is the artifact's
+config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
+tokenizer_config.json, ...       the tokenizer with its dictionary
+tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
+SHA256SUMS                       the digest of every file above; its own digest is the artifact's
 """
 
 import json
@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.errors import BadArtifact
 from training.model import Classifier, empty_model, load_encoder_config
 from training.paths import file_sha256, sync_folder
-from training.text import CLEANERS, NEWEST_CLEANER, load_tokenizer, mecab_dictionary
+from training.text import load_tokenizer, mecab_dictionary
 
 SUMS = "SHA256SUMS"
 SPEC = "tweetscore.json"
@@ -141,6 +142,8 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
             f"{mecab_dictionary(tokenizer)}; restore its tokenizer_config.json"
         )
     if spec.cleaner_version not in CLEANERS:
-        raise BadArtifact(f"{folder} needs cleaner {spec.cleaner_version}, which this version lacks; upgrade tweetscore")
+        raise BadArtifact(
+            f"{folder} needs cleaner {spec.cleaner_version}, which this version lacks; upgrade tweetscore"
+        )
     model.eval()
     return Artifact(model, tokenizer, spec)

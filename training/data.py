@@ -16,15 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
+from training.clean import clean, same_text_key
+from training.columns import LABEL_COLUMNS, MULTI_LABEL_SEPARATOR, TEXT_COLUMNS
 from training.config import TrainConfig
 from training.errors import BadDataset
-from training.text import clean, same_text_key
 
-TEXT_COLUMNS = ("text", "texts", "sentence", "tweet", "本文")
-LABEL_COLUMNS = ("label", "labels", "target", "sentiment", "ラベル")
 MAX_TEXT_CHARS = 100_000
-# A typing slip makes a label of a row or two; a real class has more.
-MULTI_LABEL_SEPARATOR = "|"
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,9 @@ def _check_enough(
             f"least {needed}"
         )
     if len(names) < 2:
-        raise BadDataset(f"every row has the label {', '.join(names) or '(none)'}; a classifier needs at least two labels")
+        raise BadDataset(
+            f"every row has the label {', '.join(names) or '(none)'}; a classifier needs at least two labels"
+        )
     counts = Counter(name for i in kept for name in named[i])
     for name in names:
         if config.task == "single_label" and counts[name] < needed:

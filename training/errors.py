@@ -19,9 +19,9 @@ class BadArtifact(TweetscoreError):
     """Raised when a stored model or checkpoint is missing a part or does not match its digest."""
 
 
-class Cancelled(Exception):  # noqa: N818
+class Cancelled(Exception):
     """Raised inside the loop when the job was asked to stop for good."""
 
 
-class StopRequested(Exception):  # noqa: N818
+class StopRequested(Exception):
     """Raised inside the loop when the worker must end; the job goes on elsewhere from its checkpoint."""

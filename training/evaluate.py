@@ -13,6 +13,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from torch import Tensor, nn
 
 from training.batches import pad
+from training.columns import MULTI_LABEL_SEPARATOR
 from training.config import TrainConfig
 from training.data import Split
 from training.model import Classifier
@@ -98,12 +99,14 @@ def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str
 def confusion(targets: Floats, probabilities: Floats, labels: list[str]) -> dict[tuple[str, str], int]:
     """Counts by (actual, predicted) for single labels, every pair of labels, zeros included."""
     table = confusion_matrix(targets.argmax(1), probabilities.argmax(1), labels=range(len(labels)))
-    return {(actual, predicted): int(table[i, j]) for i, actual in enumerate(labels) for j, predicted in enumerate(labels)}
+    return {
+        (actual, predicted): int(table[i, j]) for i, actual in enumerate(labels) for j, predicted in enumerate(labels)
+    }
 
 
 def label_text(chosen: NDArray[np.int64], labels: list[str]) -> str:
     """A row's label as it is stored: the name, or names joined by `|`, empty when a row has none."""
-    return "|".join(label for label, taken in zip(labels, chosen, strict=True) if taken)
+    return MULTI_LABEL_SEPARATOR.join(label for label, taken in zip(labels, chosen, strict=True) if taken)
 
 
 def certainty(probabilities: Floats, chosen: Choices, task: str) -> Floats:

@@ -111,13 +111,24 @@ def fit(
                     raise
 
             scored = predict(
-                model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device,
+                model,
+                valid_rows,
+                valid.targets,
+                config,
+                config.valid_batch_size,
+                pad_id,
+                device,
                 lambda: hooks.on_step(at.step, total_steps, None),
             )
             figures = metrics(valid.targets, scored.probabilities, labels, config.task)
             epoch = Epoch(
-                at.epoch, at.loss_sum / len(train_rows), rate, scored.loss,
-                figures["accuracy", ""], figures["f1_macro", ""], time.monotonic() - started,
+                at.epoch,
+                at.loss_sum / len(train_rows),
+                rate,
+                scored.loss,
+                figures["accuracy", ""],
+                figures["f1_macro", ""],
+                time.monotonic() - started,
             )
             at.history.append(asdict(epoch))
             if epoch.valid_f1_macro > at.best_f1_macro:

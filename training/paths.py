@@ -8,7 +8,10 @@ from pathlib import Path
 
 def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
     """The real path behind `name` when it lies inside one of `roots`, symlinks and `..` resolved; else None."""
-    path = Path(name).expanduser().resolve()
+    try:
+        path = Path(name).expanduser().resolve()
+    except (ValueError, OSError, RuntimeError, TypeError):
+        return None  # a NUL, a loop of links, an unknown user, no string at all
     return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
 
 

@@ -1,11 +1,6 @@
-"""Cleaning and tokenising, the same for training and for scoring. Knows no model weights and no tensors.
+"""Tokenising, the same for training and for scoring. Knows no model weights and no tensors."""
 
-A cleaner has a version that is stored with every model: scoring cleans as the model was trained, whatever comes later.
-"""
-
-import html
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from training.errors import ModelUnavailable
-
-URL = re.compile(r"https?://[^\s　]+")
-MENTION = re.compile(r"(?<![A-Za-z0-9_])[@＠][A-Za-z0-9_]{1,15}")
-RETWEET = re.compile(r"^RT\s+[@＠][A-Za-z0-9_]{1,15}:?\s*")
-
-
-def _clean_v1(text: str) -> str:
-    """HTML entities resolved; links and mentions, which name things but feel nothing, dropped; white space folded."""
-    plain = html.unescape(text)
-    kept = " ".join(MENTION.sub(" ", URL.sub(" ", plain)).split())
-    # A tweet that is nothing but a link still has to be scored: leave it as it stands.
-    return kept or " ".join(plain.split())
-
-
-CLEANERS: dict[str, Callable[[str], str]] = {"1": _clean_v1}
-NEWEST_CLEANER = "1"
-
-
-def clean(text: str, version: str = NEWEST_CLEANER) -> str:
-    return CLEANERS[version](text)
-
-
-def same_text_key(text: str) -> str:
-    """Equal for a tweet, its retweets, and copies that differ in links, mentions or white space."""
-    return clean(RETWEET.sub("", text)).casefold()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -54,9 +24,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         options: dict[str, Any] = {"split_special_tokens": True}
         if saved.get("word_tokenizer_type") == "mecab" and not saved.get("mecab_kwargs"):
             options["mecab_kwargs"] = {"mecab_dic": "ipadic"}
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **options
-        )
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelUnavailable(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 

@@ -1,0 +1,60 @@
+"""Questions from outside, asked so that they cannot write. Opens connections of its own, never the workers'."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+from sqlalchemy import make_url
+
+from db.errors import DatabaseError
+
+STATEMENT_TIMEOUT_MS = 60_000
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+Answer = tuple[list[str], Iterator[Sequence[Any]]]
+
+
+@contextmanager
+def ask(url: str, sql: str) -> Iterator[Answer]:
+    """Column names and rows of one SELECT, streamed; raises `DatabaseError` with the database's own words."""
+    parsed = make_url(url)
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            with _ask_sqlite(parsed.database or "", sql) as answer:
+                yield answer
+        else:
+            with _ask_postgresql(
+                parsed.set(drivername="postgresql").render_as_string(hide_password=False), sql
+            ) as answer:
+                yield answer
+    except (sqlite3.Error, psycopg.Error) as error:
+        raise DatabaseError(f"the query was refused: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
+    if not Path(path).is_file():
+        raise DatabaseError(f"there is no database {path} yet; run `tweetscore demo` or `tweetscore up` first")
+    with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=30)) as connection:
+        # mode=ro guards this file; the authorizer also keeps ATTACH and PRAGMA from reaching others.
+        connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
+        cursor = connection.execute(sql)
+        if cursor.description is None:
+            raise DatabaseError("the query gives no rows; ask with SELECT")
+        yield [column[0] for column in cursor.description], cursor
+
+
+@contextmanager
+def _ask_postgresql(url: str, sql: str) -> Iterator[Answer]:
+    with psycopg.connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
+        connection.read_only = True
+        with connection.cursor() as cursor:
+            # Prepared, a text is one statement: nothing can follow behind a semicolon.
+            cursor.execute(sql.encode(), prepare=True)
+            if cursor.description is None:
+                raise DatabaseError("the query gives no rows; ask with SELECT")
+            yield [column.name for column in cursor.description], iter(cursor)

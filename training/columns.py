@@ -1,0 +1,6 @@
+"""What people call the columns of a table of tweets."""
+
+TEXT_COLUMNS = ("text", "texts", "sentence", "tweet", "本文")
+LABEL_COLUMNS = ("label", "labels", "target", "sentiment", "ラベル")
+# Between the labels of a row that has several.
+MULTI_LABEL_SEPARATOR = "|"

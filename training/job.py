@@ -1,0 +1,186 @@
+"""The route of a job: job -> data -> fit -> evaluate -> register. Read it from top to bottom; it has no other way.
+
+The row is the truth: this file claims it, and everything it later writes names the fencing token of that claim.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sqlalchemy.exc import OperationalError
+
+from db import jobs
+from db.errors import LeaseLost, TweetscoreError
+from db.models import EpochMetric, TrainingJob
+from db.session import Database
+from training.artifact import make_spec
+from training.checkpoint import Progress
+from training.config import TrainConfig, make_config
+from training.data import Split, read_rows, split_rows
+from training.encoders import resolve_encoder
+from training.errors import BadDataset, Cancelled, StopRequested
+from training.evaluate import metrics, predict, tfidf_baseline
+from training.fit import Epoch, Hooks, fit
+from training.lease import Lease
+from training.model import build_model, pick_device
+from training.paths import file_sha256, inside_roots
+from training.register import Figures, register_model
+from training.text import encode, load_tokenizer
+from training.workshop import Workshop
+
+log = logging.getLogger(__name__)
+
+
+def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: threading.Event) -> int | None:
+    """Claim and work one job to its end. Returns its id, None when there was none to claim."""
+    with database.begin() as session:
+        job = jobs.claim(session, owner=owner, lease_seconds=workshop.lease_seconds, max_attempts=workshop.max_attempts)
+    if job is None:
+        return None
+    log.info("job %d: claimed by %s, start %d", job.id, owner, job.attempts)
+    with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
+        try:
+            version = _work(database, workshop, job, lease)
+            log.info("job %d: succeeded, model %d", job.id, version)
+        except StopRequested:
+            with database.begin() as session:
+                jobs.release(session, job.id, lease.token)
+            log.info("job %d: given back to the queue at its checkpoint", job.id)
+            return job.id
+        except LeaseLost as error:
+            log.warning("%s", error)
+            return job.id
+        except OperationalError as error:
+            # The database is away. The lease lapses, and whoever claims the job goes on from its checkpoint.
+            log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
+            return job.id
+        except Cancelled:
+            _finish(database, lease, "cancelled", None)
+        except TweetscoreError as error:
+            _finish(database, lease, "failed", str(error))
+        except Exception as error:
+            log.exception("job %d failed", job.id)
+            _finish(database, lease, "failed", f"{type(error).__name__}: {error}")
+    shutil.rmtree(workshop.jobs_folder / str(job.id), ignore_errors=True)
+    return job.id
+
+
+def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease) -> int:
+    config = make_config("guide", **job.config)
+
+    dataset = _open_dataset(job, workshop.read_roots)
+    data = split_rows(read_rows(dataset), config)
+    with database.begin() as session:
+        jobs.record_data(session, job.id, lease.token, file_sha256(dataset), data.report)
+    lease.check()
+
+    encoder = resolve_encoder(config.base_model, config.base_revision, workshop.read_roots)
+    tokenizer = load_tokenizer(encoder.folder)
+    rows = {
+        part: encode(tokenizer, split.texts, config.max_length)
+        for part, split in (("train", data.train), ("valid", data.valid), ("test", data.test))
+    }
+    device = pick_device(workshop.device)
+    model = build_model(encoder, len(data.labels), config)
+    lease.check()
+
+    fit(
+        model,
+        data.train,
+        data.valid,
+        rows["train"],
+        rows["valid"],
+        data.labels,
+        config,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        checkpoints=workshop.jobs_folder / str(job.id),
+        board_folder=workshop.boards_folder / f"job-{job.id}",
+        hooks=_hooks(database, lease),
+    )
+
+    scored = predict(
+        model,
+        rows["test"],
+        data.test.targets,
+        config,
+        config.test_batch_size,
+        tokenizer.pad_token_id,
+        device,
+        lease.check,
+    )
+    figures = metrics(data.test.targets, scored.probabilities, data.labels, config.task)
+    figures |= _baseline(data.train, data.valid, data.test, data.labels, config)
+    lease.check()
+
+    spec = make_spec(data.labels, config, encoder, tokenizer)
+    return register_model(
+        database,
+        job.id,
+        lease.token,
+        workshop.model_store,
+        model,
+        tokenizer,
+        spec,
+        figures,
+        data.test,
+        scored.probabilities,
+    )
+
+
+def _open_dataset(job: TrainingJob, roots: Sequence[Path]) -> Path:
+    path = inside_roots(job.dataset, roots)
+    if path is None:
+        raise BadDataset(
+            f"dataset {job.dataset!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); "
+            "submit it with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
+        )
+    if not path.is_file():
+        raise BadDataset(f"there is no file {job.dataset}; name a CSV, TSV or JSONL file with labels and texts")
+    if job.dataset_sha256 is not None and file_sha256(path) != job.dataset_sha256:
+        raise BadDataset(f"dataset {job.dataset!r} changed after the job was submitted; submit it again")
+    return path
+
+
+def _hooks(database: Database, lease: Lease) -> Hooks:
+    def on_resume(progress: Progress) -> None:
+        if progress.step:
+            log.info("job %d: goes on from step %d", lease.job_id, progress.step)
+        with database.begin() as session:
+            jobs.hold(session, lease.job_id, lease.token)
+            jobs.forget_epochs_after(session, lease.job_id, progress.epoch - 1)
+            for figures in progress.history:
+                session.merge(EpochMetric(job_id=lease.job_id, **figures))
+
+    def on_epoch(epoch: Epoch) -> None:
+        log.info(
+            "job %d: Epoch: %d, Loss: %.4f, lr: %.3g, Validation Accuracy = %.4f",
+            lease.job_id,
+            epoch.epoch,
+            epoch.train_loss,
+            epoch.learning_rate,
+            epoch.valid_accuracy,
+        )
+        with database.begin() as session:
+            jobs.record_epoch(session, lease.token, EpochMetric(job_id=lease.job_id, **asdict(epoch)))
+
+    return Hooks(on_resume, lease.step, on_epoch)
+
+
+def _baseline(train: Split, valid: Split, test: Split, labels: list[str], config: TrainConfig) -> Figures:
+    if not config.baseline:
+        return {}
+    figures = metrics(test.targets, tfidf_baseline(train, valid, test, config.task), labels, config.task)
+    return {(f"tfidf_{metric}", label): value for (metric, label), value in figures.items() if metric != "support"}
+
+
+def _finish(database: Database, lease: Lease, state: str, error: str | None) -> None:
+    try:
+        with database.begin() as session:
+            jobs.finish(session, lease.job_id, lease.token, state, error)
+        log.info("job %d: %s%s", lease.job_id, state, f": {error}" if error else "")
+    except LeaseLost as lost:
+        log.warning("%s", lost)

@@ -1,0 +1,29 @@
+"""The event-driven side: stream, scoring, Celery tasks, command line. Two functions for those who write Python:
+
+worker.submit_training("data.csv", preset="guide", epochs=3)   -> job id
+worker.publish([{"id": "1", "text": "最高の一日"}])              -> how many were published
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def submit_training(dataset: str, preset: str | None = None, **options: Any) -> int:
+    """Queue a fine-tuning job and nudge a training worker. Returns the job's id.
+
+    `options` are fields of `training.config.TrainConfig`. The row alone is enough: without a broker the job waits for
+    the next worker. Raises `TweetscoreError` when the job could only fail.
+    """
+    from worker import doors  # the package stays light until it is used
+
+    return doors.submit_training(dataset, preset, **options)
+
+
+def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
+    """Append tweets ({"id", "text", ...}) to the stream and nudge a scoring worker. Returns how many.
+
+    Raises `BadRecord`, and publishes nothing, when one of them is no tweet; `StreamError` when the broker is away.
+    """
+    from worker import doors
+
+    return doors.publish(tweets)

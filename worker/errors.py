@@ -1,0 +1,27 @@
+"""What can go wrong around the stream and its server, each with a message a user can act on."""
+
+from db.errors import TweetscoreError
+
+
+class BadSettings(TweetscoreError):
+    """Raised when a setting has a value that is not allowed."""
+
+
+class BadRecord(TweetscoreError):
+    """Raised when a record or a line is no tweet: the message says why, never the text itself."""
+
+
+class StreamError(TweetscoreError):
+    """Raised when the stream's server cannot be reached or refuses."""
+
+
+class StreamFull(StreamError):
+    """Raised when the stream's server has no memory left for another record."""
+
+
+class ServerRunning(TweetscoreError):
+    """Raised when a second embedded server is started on a home that has one."""
+
+
+class ServerFailed(TweetscoreError):
+    """Raised when the embedded server cannot start."""

@@ -1,0 +1,111 @@
+"""The doors: training jobs and tweets from the command line, from Python, and from a plain Celery client.
+
+A job never depends on a file that may change: submitting takes a copy, named by its digest, into the home.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from db import jobs
+from db.models import TrainingJob, utc_now
+from db.session import Database
+from training.config import TrainConfig, make_config
+from training.data import read_rows, split_rows
+from training.encoders import looks_local
+from training.errors import BadDataset, ModelUnavailable
+from training.paths import file_sha256, inside_roots
+from worker.settings import Settings
+
+ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
+
+
+def submit_training(
+    settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, **options: Any
+) -> TrainingJob:
+    """Queue a job on any dataset and base model this process can read.
+
+    Raises `BadConfig`, `BadDataset` or `ModelUnavailable`, and leaves nothing behind, when the job could only fail.
+    """
+    path = Path(dataset).expanduser()
+    config = job_config(settings, preset, options)
+    split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
+    config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
+    return _queue(database, take_dataset(settings, path), config, uuid.uuid4().hex)
+
+
+def submit_job(
+    settings: Settings, database: Database, dataset: str, preset: str | None, options: dict[str, Any], request_id: str
+) -> TrainingJob:
+    """Queue a job for somebody who only sent a message: its dataset must lie where the worker may read.
+
+    Raises `BadConfig` or `BadDataset` before anything is written.
+    """
+    config = job_config(settings, preset, options)
+    roots = settings.workshop().read_roots
+    path = inside_roots(dataset, roots)
+    if path is None:
+        raise BadDataset(
+            f"dataset {dataset!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); submit "
+            "it with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
+        )
+    split_rows(read_rows(path), config)
+    return _queue(database, path, config, request_id)
+
+
+def _queue(database: Database, path: Path, config: TrainConfig, request_id: str) -> TrainingJob:
+    with database.begin() as session:
+        return jobs.submit(
+            session,
+            request_id=request_id,
+            dataset=str(path),
+            dataset_sha256=file_sha256(path),
+            config=config.model_dump(mode="json"),
+        )
+
+
+def record_refusal(
+    database: Database, dataset: str, options: dict[str, Any], reason: str, request_id: str
+) -> TrainingJob:
+    """A job that failed before it was one, so that its sender finds the reason where all jobs are."""
+    with database.begin() as session:
+        job = jobs.submit(session, request_id=request_id, dataset=dataset, dataset_sha256=None, config=options)
+        if job.state == "queued":
+            job.state, job.error, job.finished_at = "failed", reason, utc_now()
+        return job
+
+
+def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) -> TrainConfig:
+    return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
+
+
+def take_dataset(settings: Settings, path: Path) -> Path:
+    """A copy of a dataset in the home, under its digest."""
+    target = settings.datasets / f"{file_sha256(path)[:16]}{path.suffix}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(path, draft)
+        os.rename(draft, target)
+    return target
+
+
+def take_encoder(settings: Settings, name: str) -> str:
+    """A local base model copied into the home under its weights' digest; any other name as it is."""
+    if not looks_local(name) and not Path(name).is_dir():
+        return name
+    folder = Path(name).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"base model folder {name!r} has no config.json; save a model there first")
+    files = sorted({path for pattern in ENCODER_FILES for path in folder.glob(pattern)})
+    digest = "".join(file_sha256(path) for path in files)
+    target = settings.encoders / f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_OID, digest).hex[:16]}"
+    if not target.exists():
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        draft.mkdir(parents=True)
+        for path in files:
+            shutil.copyfile(path, draft / path.name)
+        os.rename(draft, target)
+    return str(target)

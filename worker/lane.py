@@ -1,0 +1,141 @@
+"""What a worker process holds for its one lane: the route, the stop signal, and the watcher that nudges.
+
+Celery runs tasks; this is what they run on. It is made once a process, when the worker starts.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from db import jobs
+from db.errors import TweetscoreError
+from training.job import run_next_job
+from worker.errors import StreamError
+from worker.pipeline import Limits, Pipeline
+from worker.processes import PARENT_VARIABLE
+from worker.runtime import open_sql, open_stream, stream_url
+from worker.scorer import Champion
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Lane:
+    """One route at a time in this process. A nudge that comes while it runs is absorbed: the route sees new work itself."""
+
+    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+        self.settings = settings
+        self.stopping = threading.Event()
+        self.database = open_sql(settings)
+        self._nudge = nudge
+        self._busy = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    def start(self) -> None:
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """End after the step at hand; a lane that is idle is closed here, a busy one when its work returns."""
+        self.stopping.set()
+        if self._busy.acquire(blocking=False):  # and never released: nothing starts any more
+            self.close()
+
+    def run(self) -> int:
+        """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already."""
+        if not self._busy.acquire(blocking=False):
+            return 0
+        try:
+            return self.work()
+        finally:
+            if self.stopping.is_set():
+                self.close()
+            else:
+                self._busy.release()
+
+    def work(self) -> int:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called once, when the lane will not work again."""
+
+    def has_work(self) -> bool:
+        """Look for work nobody announced, waiting for some up to `watch_seconds`."""
+        raise NotImplementedError
+
+    def _watch(self) -> None:
+        """The timer of the protocols: work that was never announced, or whose nudge was lost, is announced again."""
+        parent = os.environ.get(PARENT_VARIABLE)
+        while not self.stopping.is_set():
+            if parent and os.getppid() != int(parent):
+                log.warning("the process that started this worker is gone; ending")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            try:
+                if self._busy.locked():
+                    self.stopping.wait(self.settings.watch_seconds)
+                elif self.has_work():
+                    self._nudge()
+                    self.stopping.wait(self.settings.watch_seconds)
+            except (TweetscoreError, SQLAlchemyError, OSError) as error:
+                log.warning("cannot look for work, trying again: %s", error)
+                self.stopping.wait(self.settings.watch_seconds)
+
+
+class ScoringLane(Lane):
+    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+        super().__init__(settings, nudge)
+        self.stream = open_stream(settings, stream_url(settings))
+        limits = Limits(
+            settings.window_tweets, settings.token_budget, settings.min_idle_seconds, settings.linger_seconds
+        )
+        self.champion = Champion(self.database, settings.device)
+        self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
+
+    def work(self) -> int:
+        return self.pipeline.drain()
+
+    def has_work(self) -> bool:
+        # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.
+        if self.champion.current() is None:
+            self.stopping.wait(self.settings.watch_seconds)
+            return False
+        self.stream.ensure_group()
+        depth = self.stream.depth()
+        if not depth.idle:
+            return True
+        self.stream.wait_for_news(max(1, round(1000 * self.settings.watch_seconds)))
+        return not self.stream.depth().idle
+
+    def close(self) -> None:
+        try:
+            self.stream.leave()
+        except StreamError as error:
+            log.warning("the consumer could not be taken off the list: %s", error)
+
+
+class TrainingLane(Lane):
+    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+        super().__init__(settings, nudge)
+        self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+
+    def work(self) -> int:
+        done = 0
+        workshop = self.settings.workshop()
+        while (
+            not self.stopping.is_set() and run_next_job(self.database, workshop, self.owner, self.stopping) is not None
+        ):
+            done += 1
+        return done
+
+    def has_work(self) -> bool:
+        with self.database.read() as session:
+            if jobs.any_claimable(session):
+                return True
+        self.stopping.wait(self.settings.watch_seconds)
+        return False

@@ -1,0 +1,119 @@
+"""Workers as child processes: started, watched, restarted, stopped. Knows processes, not what they do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from worker.settings import Settings, environment_name
+
+# Names the process a worker belongs to: it ends when that process is gone.
+PARENT_VARIABLE = "TWEETSCORE_PARENT"
+GRACE_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+# A worker that lived this long was not killed by its own start.
+HEALTHY_SECONDS = 60.0
+
+
+@dataclass
+class Child:
+    role: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    started_at: float
+    pause: float = FIRST_PAUSE_SECONDS
+    restart_at: float | None = None
+
+
+@dataclass
+class Workers:
+    """The children of one `up` or `demo`."""
+
+    settings: Settings
+    say: Callable[[str], None]
+    children: list[Child] = field(default_factory=list)
+
+    def start(self, role: str) -> None:
+        log = self.settings.logs / f"{role}.log"
+        self.children.append(Child(role, log, self._spawn(role, log), time.monotonic()))
+
+    def watch(self) -> None:
+        """Restart what has died, after a pause that doubles while it keeps dying young. Call it every second or so."""
+        now = time.monotonic()
+        for child in self.children:
+            code = child.process.poll()
+            if code is None:
+                continue
+            if child.restart_at is None:
+                if now - child.started_at >= HEALTHY_SECONDS:
+                    child.pause = FIRST_PAUSE_SECONDS
+                child.restart_at = now + child.pause
+                self.say(
+                    f"the {child.role} worker ended ({_ending(code)}), starting it again in {child.pause:.0f} s; "
+                    f"log: {child.log}"
+                )
+                child.pause = min(LONGEST_PAUSE_SECONDS, 2 * child.pause)
+            elif now >= child.restart_at:
+                child.process, child.started_at = self._spawn(child.role, child.log), now
+                child.restart_at = None
+
+    def stop(self) -> None:
+        """End every child: it finishes its window or checkpoints its job; after the grace period it is killed."""
+        for child in self.children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for child in self.children:
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.say(f"the {child.role} worker did not end within {GRACE_SECONDS:.0f} s and was killed")
+                child.process.kill()
+                child.process.wait()
+
+    def _spawn(self, role: str, log: Path) -> subprocess.Popen[bytes]:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", "worker", role],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **child_environment(self.settings), PARENT_VARIABLE: str(os.getpid())},
+                start_new_session=True,  # a Ctrl-C reaches us alone, and we stop the children in order
+            )
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The settings as a child reads them, so that values given in code hold there too."""
+    given = settings.model_dump(exclude_none=True, exclude_defaults=True)
+    values = {
+        name: ":".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in given.items()
+    }
+    return {environment_name(name): value for name, value in values.items()}
+
+
+@contextmanager
+def workers(settings: Settings, roles: Sequence[str], say: Callable[[str], None]) -> Iterator[Workers]:
+    running = Workers(settings, say)
+    try:
+        for role in roles:
+            running.start(role)
+        yield running
+    finally:
+        running.stop()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,129 @@
+"""Files of tweets: published to the stream, or scored here and now."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+from rich.progress import TextColumn
+
+from db import registry
+from db.errors import NotFound
+from db.session import Database
+from worker import show
+from worker.app import SCORING, make_app
+from worker.doors import nudge
+from worker.errors import BadRecord, StreamFull
+from worker.records import Tweet, open_text, read_tweets
+from worker.runtime import open_stream
+from worker.settings import Settings
+from worker.stream import FULL_WAIT_SECONDS, Stream
+
+FLUSH_TWEETS = 1_000
+FAULTS_NAMED = 20
+
+
+@dataclass
+class Pushed:
+    published: int = 0
+    seconds: float = 0.0
+    bad_count: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def note(self, name: str, number: int, fault: BadRecord) -> None:
+        self.bad_count += 1
+        if len(self.bad) < FAULTS_NAMED:
+            self.bad.append(f"{name}, line {number}: {fault}")
+
+
+def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed:
+    """Publish every tweet of a file in its order, with a nudge after each flush; bad lines are noted and left out."""
+    stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(), time.monotonic()
+    with _opened(file) as (source, name, size), show.bar(TextColumn("{task.fields[rate]}")) as progress:
+        progress.disable = quiet
+        shown = progress.add_task("publishing", total=size, rate="")
+        for flush in batched(_good(source, name, pushed), FLUSH_TWEETS):
+            _send(stream, flush, settings, lambda said: progress.update(shown, description=said))
+            nudge(app, SCORING)
+            pushed.published += len(flush)
+            rate = pushed.published / max(time.monotonic() - began, 1e-9)
+            at = source.buffer.tell() if size else None  # type: ignore[attr-defined]
+            progress.update(
+                shown, description="publishing", completed=at, rate=f"{pushed.published} tweets, {rate:,.0f}/s"
+            )
+        progress.update(shown, completed=size or pushed.published, total=size or pushed.published)
+    pushed.seconds = time.monotonic() - began
+    return pushed
+
+
+def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
+    """Score every tweet of a file and print what the model says. Returns how many lines were no tweets."""
+    from worker.scorer import load_model
+
+    with database.read() as session:
+        wanted = model_id if model_id is not None else registry.assigned(session, registry.CHAMPION)
+        if wanted is None:
+            raise NotFound("there is no champion yet; train a model and promote it, or name one with --model")
+        version = registry.get(session, wanted)
+    pushed = Pushed()
+    with _opened(file) as (source, name, _):
+        model = None
+        for window in batched(_good(source, name, pushed, need_id=False), settings.window_tweets):
+            model = model or load_model(version, settings.device)
+            scores = model.score([tweet.text for tweet in window], settings.token_budget)
+            if as_lines:
+                for tweet, said in zip(window, scores, strict=True):
+                    print(json.dumps({"id": tweet.id, "model_version_id": version.id, **said}, ensure_ascii=False))
+            else:
+                rows = [(t.id, s["label"], s["probability"], t.text) for t, s in zip(window, scores, strict=True)]
+                show.table(None, ["id", "label", "probability", "text"], rows)
+    for fault in pushed.bad:
+        show.errors.print(fault, style="red", markup=False, soft_wrap=True)
+    return pushed.bad_count
+
+
+def batched(tweets: Iterator[Tweet], size: int) -> Iterator[list[Tweet]]:
+    while batch := list(islice(tweets, size)):
+        yield batch
+
+
+def _good(source: TextIO, name: str, pushed: Pushed, *, need_id: bool = True) -> Iterator[Tweet]:
+    for number, tweet in read_tweets(source, name, need_id=need_id):
+        if isinstance(tweet, BadRecord):
+            pushed.note(name, number, tweet)
+        else:
+            yield tweet
+
+
+def _send(stream: Stream, tweets: list[Tweet], settings: Settings, say: Callable[[str], None]) -> None:
+    payloads = [tweet.payload() for tweet in tweets]
+    while True:
+        stream.wait_for_room(settings.high_water, lambda length: say(f"waiting, the stream holds {length:,}"))
+        try:
+            stream.publish(payloads)
+            return
+        except StreamFull as error:
+            # A part may have gone in; sent again it is a repeat, which the tweet's id absorbs.
+            say(f"waiting: {error}")
+            time.sleep(FULL_WAIT_SECONDS)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[tuple[TextIO, str, int | None]]:
+    """The source, its name, and its size in bytes where it has one."""
+    if file == "-":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        yield sys.stdin, "stdin", None
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise NotFound(f"there is no file {file}; name a JSONL, CSV or TSV file, or - for standard input")
+    if path.stat().st_size == 0:
+        raise NotFound(f"{file} is empty; it should hold a tweet a line")
+    with open_text(file) as source:
+        yield source, path.name, path.stat().st_size

@@ -1,0 +1,36 @@
+"""From settings to the things the routes work with: database, stream, workshop. One place that knows how they fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from db import migrate
+from db.session import Database, open_database
+from worker import embedded
+from worker.settings import Settings
+from worker.stream import Stream, connect
+
+
+def open_sql(settings: Settings) -> Database:
+    """The database, at the newest schema."""
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    return database
+
+
+def open_stream(settings: Settings, url: str) -> Stream:
+    return Stream(connect(url), settings.stream_key, settings.group)
+
+
+def stream_url(settings: Settings) -> str:
+    """Where broker and stream are, whether or not anybody answers there."""
+    return settings.redis_url or f"unix://{embedded.socket_path(settings.home)}"
+
+
+@contextmanager
+def broker(settings: Settings) -> Iterator[str]:
+    """A broker to talk to: the one named in the settings, or the home's embedded server, started here if need be."""
+    if settings.redis_url:
+        yield settings.redis_url
+        return
+    with embedded.running(settings.home) as server:
+        yield server.url

@@ -1,0 +1,164 @@
+"""The settings: read from the environment once, validated, frozen. Everything below receives values.
+
+Every name is `TWEETSCORE_` and the field in capitals; the two everybody knows, `REDIS_URL` and `DATABASE_URL`, stand
+alone. The defaults are the embedded ones: a Valkey and an SQLite file below the home.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from training.config import PRESETS
+from training.workshop import Workshop
+from worker.errors import BadSettings
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TWEETSCORE_", frozen=True, extra="ignore", populate_by_name=True)
+
+    home: Path = Field(Path("~/.tweetscore"), description="everything tweetscore keeps on this machine")
+    redis_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("REDIS_URL", "redis_url"),
+        description="Redis or Valkey for broker and stream; unset: the embedded Valkey",
+    )
+    database_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("DATABASE_URL", "database_url"),
+        description="SQLite or PostgreSQL; unset: `tweetscore.db` in the home",
+    )
+    model_store: Path | None = Field(None, description="folder of trained models; unset: `models` in the home")
+    read_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="further folders that jobs may read datasets and base models from, separated by `:`"
+    )
+    base_model: str = Field("starter", min_length=1, description="base model of a job that names none")
+    preset: str = Field("fast", description="preset of a job that names none: `guide` or `fast`")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+
+    stream_key: str = Field("tweets", min_length=1, description="key of the stream")
+    group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
+    window_tweets: int = Field(512, ge=1, le=100_000, description="most tweets read, scored and committed together")
+    token_budget: int = Field(4096, ge=64, le=10_000_000, description="most tokens, padding included, of one forward")
+    min_idle_seconds: float = Field(
+        60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"
+    )
+    linger_seconds: float = Field(10, ge=0, le=3600, description="an idle scoring task ends after this long")
+    watch_seconds: float = Field(
+        1, gt=0, le=3600, description="how often an idle worker looks for work nobody announced"
+    )
+    high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
+
+    lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
+    max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")
+
+    @field_validator("home", "model_store")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
+
+    @field_validator("model_store", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("it must be a folder on this machine")
+        return value
+
+    @field_validator("read_roots", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(Path(part).expanduser() for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("it must begin with redis://, rediss:// or unix://")
+        return value or None
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_scheme(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("sqlite", "postgres")):
+            raise ValueError("it must begin with sqlite:/// or postgresql://")
+        return value or None
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"it must be one of {', '.join(PRESETS)}")
+        return value
+
+    @property
+    def embedded(self) -> bool:
+        """Whether broker and stream live in the embedded server."""
+        return self.redis_url is None
+
+    @property
+    def sql_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'tweetscore.db'}"
+
+    @property
+    def store(self) -> Path:
+        return self.model_store or self.home / "models"
+
+    @property
+    def boards(self) -> Path:
+        return self.home / "runs"
+
+    @property
+    def datasets(self) -> Path:
+        return self.home / "datasets"
+
+    @property
+    def encoders(self) -> Path:
+        return self.home / "encoders"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    def workshop(self) -> Workshop:
+        return Workshop(
+            model_store=self.store,
+            jobs_folder=self.home / "jobs",
+            boards_folder=self.boards,
+            read_roots=(self.datasets, self.encoders, *self.read_roots),
+            device=self.device,
+            lease_seconds=self.lease_seconds,
+            max_attempts=self.max_attempts,
+        )
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed.
+
+    The home is made, for its owner alone: it holds other people's words.
+    """
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.chmod(0o700)
+    except OSError as error:
+        raise BadSettings(
+            f"TWEETSCORE_HOME is {str(settings.home)!r}: {error.strerror}; name a folder of yours"
+        ) from error
+    return settings
+
+
+def environment_name(field: str) -> str:
+    return field.upper() if field in ("redis_url", "database_url") else f"TWEETSCORE_{field.upper()}"
+
+
+def _sentence(fault: Any) -> str:
+    field = str(fault["loc"][0]) if fault["loc"] else "settings"
+    name = field if field.isupper() else environment_name(field)
+    message = fault["msg"].removeprefix("Value error, ")
+    # A URL may carry a password.
+    value = "" if name.endswith("_URL") else f" is {fault['input']!r}"
+    return f"{name}{value}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,254 @@
+"""The stream of tweets and its protocol. Knows redis-py and bytes; knows no SQL, no model and no tweet's meaning.
+
+Keys
+    KEY             a stream; one record is one tweet: field `tweet`, a JSON object with `v`, `id` and `text`
+    KEY:suspects    a hash, record id -> how often it was scored alone; an entry lives until its record is acknowledged
+
+Anyone may XADD to KEY. Scoring workers read it through one consumer group: a record stays pending with its reader until
+its prediction is committed, and passes to another reader when the first has not renewed it for min-idle.
+"""
+
+import importlib.resources
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from worker.errors import StreamError, StreamFull
+
+FIELD = b"tweet"
+WIRE_VERSION = 1
+# Above this many deliveries a record is a suspect: it was in a window that ended badly, twice.
+TRUSTED_DELIVERIES = 2
+# A suspect that ended badly this often when scored alone is the culprit.
+MAX_ISOLATED_ATTEMPTS = 3
+PUBLISH_CHUNK = 1_000
+CLAIM_CHUNK = 1_000
+FULL_WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One delivery of a stream entry. `payload` is the tweet field, None when the entry has none."""
+
+    id: str
+    payload: bytes | None
+    deliveries: int
+
+    @property
+    def suspect(self) -> bool:
+        return self.deliveries > TRUSTED_DELIVERIES
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Records in the stream, not yet read (None: the server cannot tell), and read but not acknowledged."""
+
+    length: int
+    lag: int | None
+    pending: int
+
+    @property
+    def idle(self) -> bool:
+        return self.lag == 0 and self.pending == 0
+
+
+def connect(url: str) -> "redis.Redis":
+    """A client that keeps trying for a few seconds when the server is away, and notices a dead connection."""
+    return redis.Redis.from_url(
+        url,
+        socket_connect_timeout=5,
+        socket_timeout=15,
+        health_check_interval=15,
+        retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
+        retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
+    )
+
+
+class Stream:
+    def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
+        self._redis = client
+        self.key = key
+        self.group = group
+        self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+        scripts = importlib.resources.files("worker") / "lua"
+        self._renew = client.register_script((scripts / "renew.lua").read_text(encoding="utf-8"))
+        self._trim = client.register_script((scripts / "trim.lua").read_text(encoding="utf-8"))
+
+    # --- publishing
+
+    def publish(self, payloads: Sequence[bytes]) -> None:
+        """Append records in order, in pipelined chunks. Raises `StreamFull` when the server has no memory left."""
+        with _converted():
+            for start in range(0, len(payloads), PUBLISH_CHUNK):
+                pipe = self._redis.pipeline(transaction=False)
+                for payload in payloads[start : start + PUBLISH_CHUNK]:
+                    pipe.xadd(self.key, {FIELD: payload})
+                pipe.execute()
+
+    def wait_for_room(self, high_water: int, waiting: Callable[[int], None], max_seconds: float | None = None) -> None:
+        """Return when the stream holds at most `high_water` records; until then call `waiting` with its length."""
+        started = time.monotonic()
+        while (length := self.length()) > high_water:
+            waiting(length)
+            if max_seconds is not None and time.monotonic() - started > max_seconds:
+                raise StreamFull(
+                    f"the stream has held more than {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
+                )
+            time.sleep(FULL_WAIT_SECONDS)
+
+    def length(self) -> int:
+        with _converted():
+            return int(self._redis.xlen(self.key))
+
+    # --- reading
+
+    def ensure_group(self) -> None:
+        with _converted():
+            try:
+                self._redis.xgroup_create(self.key, self.group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    def read(self, count: int, block_ms: int | None) -> list[Record]:
+        """Up to `count` new records, at once when there are any; else wait up to `block_ms` for the first.
+
+        A group that is gone (FLUSHALL, a new server) is made again at 0, so that nothing in the stream is skipped.
+        """
+        with _converted():
+            try:
+                reply = self._redis.xreadgroup(self.group, self.consumer, {self.key: ">"}, count=count, block=block_ms)
+            except redis.ResponseError as error:
+                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                    raise
+                self.ensure_group()
+                return []
+        return [Record(_text(id_), fields.get(FIELD), 1) for _, entries in _streams(reply) for id_, fields in entries]
+
+    def claim_idle(self, min_idle_ms: int, count: int) -> list[Record]:
+        """Take over up to `count` records that their readers have not renewed for `min_idle_ms`."""
+        claimed: list[tuple[bytes, dict[bytes, bytes]]] = []
+        cursor: Any = "0-0"
+        with _converted():
+            while len(claimed) < count:
+                try:
+                    cursor, entries, _deleted = self._redis.xautoclaim(
+                        self.key,
+                        self.group,
+                        self.consumer,
+                        min_idle_ms,
+                        cursor,
+                        count=min(count - len(claimed), CLAIM_CHUNK),
+                    )
+                except redis.ResponseError as error:
+                    if not str(error).startswith("NOGROUP"):
+                        raise
+                    self.ensure_group()
+                    return []
+                claimed += entries
+                if _text(cursor) == "0-0":
+                    break
+            deliveries = self._deliveries([_text(id_) for id_, _ in claimed])
+        return [Record(_text(id_), fields.get(FIELD), deliveries.get(_text(id_), 1)) for id_, fields in claimed]
+
+    def _deliveries(self, ids: Sequence[str]) -> dict[str, int]:
+        pipe = self._redis.pipeline(transaction=False)
+        for id_ in ids:
+            pipe.xpending_range(self.key, self.group, id_, id_, 1, self.consumer)
+        return {_text(row["message_id"]): int(row["times_delivered"]) for rows in pipe.execute() for row in rows}
+
+    def wait_for_news(self, block_ms: int) -> None:
+        """Sleep until somebody adds a record, at most `block_ms`. Reads nothing and takes nothing."""
+        with _converted():
+            self._redis.xread({self.key: "$"}, count=1, block=block_ms)
+
+    # --- holding and letting go
+
+    def renew(self, ids: Sequence[str]) -> int:
+        """Prove this consumer alive for the records it holds. Returns how many of them it still does."""
+        with _converted():
+            return int(self._renew(keys=[self.key], args=[self.group, self.consumer, *ids])) if ids else 0
+
+    def count_isolated(self, id_: str) -> int:
+        """Note, before a suspect is scored alone, that it is; returns how often that is now."""
+        with _converted():
+            return int(self._redis.hincrby(f"{self.key}:suspects", id_, 1))
+
+    def isolated_attempts(self, id_: str) -> int:
+        with _converted():
+            return int(self._redis.hget(f"{self.key}:suspects", id_) or 0)
+
+    def ack(self, ids: Sequence[str]) -> None:
+        with _converted():
+            if ids:
+                pipe = self._redis.pipeline(transaction=False)
+                pipe.xack(self.key, self.group, *ids)
+                pipe.hdel(f"{self.key}:suspects", *ids)
+                pipe.execute()
+
+    def trim(self) -> int:
+        """Remove what no group needs any more; returns how many records."""
+        with _converted():
+            return int(self._trim(keys=[self.key]))
+
+    def leave(self) -> None:
+        """Take this consumer off the group's list, unless it still holds something somebody must claim."""
+        with _converted():
+            consumers = self._redis.xinfo_consumers(self.key, self.group)
+            mine = next((c for c in consumers if _text(c["name"]) == self.consumer), None)
+            if mine is not None and mine["pending"] == 0:
+                self._redis.xgroup_delconsumer(self.key, self.group, self.consumer)
+
+    # --- looking
+
+    def depth(self) -> Depth:
+        with _converted():
+            try:
+                groups = self._redis.xinfo_groups(self.key)
+            except redis.ResponseError as error:
+                if "no such key" not in str(error):
+                    raise
+                return Depth(0, 0, 0)
+            length = int(self._redis.xlen(self.key))
+        for group in groups:
+            if _text(group["name"]) == self.group:
+                return Depth(length, group["lag"], int(group["pending"]))
+        return Depth(length, length, 0)
+
+
+@contextmanager
+def _converted() -> Iterator[None]:
+    """redis-py's errors end here."""
+    try:
+        yield
+    except redis.OutOfMemoryError as error:
+        raise StreamFull("the stream's server has reached its maxmemory; start scoring workers or raise it") from error
+    except redis.RedisError as error:
+        if "OOM" in str(error):
+            raise StreamFull(
+                "the stream's server has reached its maxmemory; start scoring workers or raise it"
+            ) from error
+        raise StreamError(f"the stream's server does not answer as it should: {error}") from error
+
+
+def _streams(reply: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """redis-py gives a list over RESP2 and a dictionary of nested lists over RESP3."""
+    if not reply:
+        return []
+    if isinstance(reply, dict):
+        return [
+            (key, entries[0] if entries and isinstance(entries[0], list) else entries) for key, entries in reply.items()
+        ]
+    return list(reply)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

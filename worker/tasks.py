@@ -1,0 +1,69 @@
+"""The Celery tasks: nudges of a few lines. What they are about lies in the stream and in SQL."""
+
+import logging
+from typing import Any
+
+from celery import Task
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
+
+from db.errors import TweetscoreError
+from worker.app import SCORING, TRAINING, app
+from worker.intake import record_refusal, submit_job
+from worker.lane import Lane, ScoringLane, TrainingLane
+from worker.settings import load_settings
+
+log = logging.getLogger(__name__)
+
+lanes: dict[str, Lane] = {}
+
+
+@app.task(name="worker.tasks.score")
+def score() -> int:
+    """There may be tweets in the stream. Returns how many were scored."""
+    return lanes[SCORING].run() if SCORING in lanes else 0
+
+
+@app.task(name="worker.tasks.train", bind=True)
+def train(self: Task, dataset: str | None = None, preset: str | None = None, **options: Any) -> int:
+    """There may be a job to run; with `dataset`, first submit one. Returns how many jobs were run.
+
+    A client that only knows Celery sends `kwargs={"dataset": path, ...}`; the message's id is the job's `request_id`, so
+    that the same message twice is one job.
+    """
+    lane = lanes.get(TRAINING)
+    if lane is None:
+        return 0
+    if dataset is not None:
+        try:
+            submit_job(lane.settings, lane.database, dataset, preset, options, self.request.id)
+        except TweetscoreError as error:
+            record_refusal(lane.database, str(dataset), options, str(error), self.request.id)
+            log.warning("a job was refused: %s", error)
+    return lane.run()
+
+
+@worker_ready.connect
+def _open_lanes(sender: Any, **_: Any) -> None:
+    """A worker serves the queues it was told to consume."""
+    settings = load_settings()
+    queues = sender.app.amqp.queues.consume_from
+    if SCORING in queues:
+        lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(retry=False))
+    if TRAINING in queues:
+        lanes[TRAINING] = TrainingLane(settings, lambda: train.apply_async(retry=False))
+    for lane in lanes.values():
+        lane.start()
+
+
+@worker_shutting_down.connect
+def _stop_lanes(**_: Any) -> None:
+    for lane in lanes.values():
+        lane.stop()
+
+
+@setup_logging.connect
+def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Celery logs every nudge it receives and ends; the routes log what was done.
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
