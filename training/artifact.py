@@ -77,7 +77,7 @@ def save_artifact(folder: Path, model: Classifier, tokenizer: PreTrainedTokenize
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    encoder_config = model.encoder.config
+    encoder_config: Any = model.encoder.config
     encoder_config.id2label = dict(enumerate(spec.labels))
     encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
     encoder_config.save_pretrained(str(draft))
@@ -90,7 +90,7 @@ def save_artifact(folder: Path, model: Classifier, tokenizer: PreTrainedTokenize
 
 
 def seal(draft: Path, folder: Path) -> str:
-    """Digest every file of `draft`, push it to the disk, and rename it to `folder`. Returns the digest of the digests."""
+    """Digest every file of `draft`, push all to the disk, rename it to `folder`. Returns the digest of the digests."""
     lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir()) if path.name != SUMS]
     (draft / SUMS).write_text("".join(lines), encoding="utf-8")
     digest = file_sha256(draft / SUMS)

@@ -1,6 +1,7 @@
 """The whole state of a training run in a folder, so that another process goes on as if nothing had happened.
 
-A checkpoint is sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one before.
+A checkpoint is sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one
+before it.
 """
 
 import logging

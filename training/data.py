@@ -163,7 +163,8 @@ def _name_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
             raise BadDataset(f"row {number} has no label; fill it in or take the row out")
         if config.labels is not None and part not in config.labels:
             raise BadDataset(
-                f"label {part!r} in row {number} is none of {', '.join(config.labels)}; fix the row or name it in --labels"
+                f"label {part!r} in row {number} is none of {', '.join(config.labels)}; "
+                "fix the row or name it in --labels"
             )
         names.append(part if config.labels is None else config.labels[part])
     return tuple(dict.fromkeys(names))
@@ -225,6 +226,6 @@ def _check_enough(
         if config.task == "single_label" and counts[name] < needed:
             where = next((rows.row_numbers[i] for i in kept if name in named[i]), None)
             raise BadDataset(
-                f"label {name!r} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; a split "
-                f"needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
+                f"label {name!r} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
+                f"a split needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,8 +113,9 @@ def label_text(chosen: NDArray[np.int64], labels: list[str]) -> str:
 def certainty(probabilities: Floats, chosen: Choices, task: str) -> Floats:
     """(N,) how sure a prediction is: the chosen label's probability, or that of the least sure yes or no of a row."""
     if task == "multi_label":
-        return np.where(chosen == 1, probabilities, 1 - probabilities).min(axis=1)
-    return probabilities.max(axis=1)
+        decided: Floats = np.where(chosen == 1, probabilities, 1 - probabilities)
+        return np.asarray(decided.min(axis=1))
+    return np.asarray(probabilities.max(axis=1))
 
 
 def tfidf_baseline(train: Split, valid: Split, test: Split, task: str) -> Floats:
@@ -126,8 +128,10 @@ def tfidf_baseline(train: Split, valid: Split, test: Split, task: str) -> Floats
     x_valid, x_test = vectorizer.transform(valid.texts), vectorizer.transform(test.texts)
     best: tuple[float, Floats] | None = None
     for strength in BASELINE_C:
-        model = OneVsRestClassifier(LogisticRegression(C=strength, max_iter=1000))
-        model.fit(x_train, train.targets)
+        model: Any = LogisticRegression(C=strength, max_iter=1000)
+        if task == "multi_label":
+            model = OneVsRestClassifier(model)
+        model.fit(x_train, train.targets if task == "multi_label" else train.targets.argmax(axis=1))
         scored = np.asarray(model.predict_proba(x_valid), dtype=np.float32)
         quality = float(f1_score(valid.targets, choose(scored, task), average="macro", zero_division=0))
         if best is None or quality > best[0]:

@@ -1,10 +1,11 @@
-"""The training loop, a plain function: rows in, the best epoch's weights left in the model. Knows no SQL and no queue."""
+"""The training loop, a plain function: rows in, the best epoch's weights left in the model. Knows no SQL, no queue."""
 
 import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,10 +156,15 @@ def fit(
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[config.optimizer]
+    kind: Any = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[
+        config.optimizer
+    ]
     # The fused step is one pass over the weights instead of a dozen; Adafactor has none.
     fused = {} if config.optimizer == "adafactor" else {"fused": True}
-    return kind(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **fused)
+    optimizer: torch.optim.Optimizer = kind(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **fused
+    )
+    return optimizer
 
 
 def build_scheduler(

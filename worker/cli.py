@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sente
 are imported where they are needed, so that a look at the jobs does not wait for torch.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -79,13 +80,11 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
-    # A plain Celery client that names no queue sends to `celery`; training takes that too, or its job would wait forever.
+    # A plain Celery client that names no queue sends to `celery`; without a reader there its job would wait forever.
     queues = f"{TRAINING},celery" if role == "train" else SCORING
     # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.
-    celery.worker_main(
-        ["worker", "-Q", queues, "--pool", "threads", "-c", "2", "-n", f"{role}-%h-{embedded.os.getpid()}"]
-        + ["--without-mingle", "--without-gossip", "--loglevel", "INFO"]
-    )
+    arguments = f"worker -Q {queues} --pool threads -c 2 -n {role}-%h-{os.getpid()} --without-mingle --without-gossip"
+    celery.worker_main(arguments.split())
 
 
 @app.command()

@@ -99,7 +99,7 @@ def _wait_until_scored(
                 break
             if time.monotonic() - began > SCORING_SECONDS:
                 raise TweetscoreError(
-                    f"{scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; see {settings.logs}/score.log"
+                    f"only {scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; see {settings.logs}"
                 )
             running.watch()
             time.sleep(0.05)

@@ -91,8 +91,8 @@ def owned(home: Path) -> Iterator[Server]:
         except BlockingIOError:
             if _owner_lives(home):
                 raise ServerRunning(
-                    f"a server already runs on {home} (owner: process {_read_owner(home).get('pid')}); use it, stop it, "
-                    "or set TWEETSCORE_HOME to another folder"
+                    f"a server already runs on {home} (owner: process {_read_owner(home).get('pid')}); use it, stop "
+                    "it, or set TWEETSCORE_HOME to another folder"
                 ) from None
             _write_owner(home)
         else:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Lane:
-    """One route at a time in this process. A nudge that comes while it runs is absorbed: the route sees new work itself."""
+    """One route at a time in this process. A nudge while it runs is absorbed: the route sees new work by itself."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         self.settings = settings

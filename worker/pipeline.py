@@ -159,7 +159,7 @@ class Pipeline:
         return scored
 
     def store(self, window: Window, model: Model, scores: Scores) -> None:
-        """Everything of a window in one transaction; while the database is away, wait for it with the window in hand."""
+        """Everything of a window in one transaction; while the database is away, wait with the window in hand."""
         pause = 0.1
         while True:
             began = time.perf_counter()

@@ -52,7 +52,7 @@ def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed
             nudge(app, SCORING)
             pushed.published += len(flush)
             rate = pushed.published / max(time.monotonic() - began, 1e-9)
-            at = source.buffer.tell() if size else None  # type: ignore[attr-defined]
+            at = source.buffer.tell() if size else None
             progress.update(
                 shown, description="publishing", completed=at, rate=f"{pushed.published} tweets, {rate:,.0f}/s"
             )

@@ -168,7 +168,7 @@ def _time(value: Any) -> datetime | None:
     if value is None:
         return None
     if isinstance(value, str):
-        for parse in (datetime.fromisoformat, lambda text: datetime.strptime(text, V1_TIME)):
+        for parse in (datetime.fromisoformat, lambda text: datetime.strptime(text, V1_TIME)):  # noqa: DTZ007 - has %z
             try:
                 parsed = parse(value.strip())
                 # A time without a zone is taken for UTC, as X's are.

@@ -74,7 +74,7 @@ class Model:
 
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
-    """Probabilities (N, K) -> what is stored of each row. `score_signed` is the mean polarity, None without polarities."""
+    """Probabilities (N, K) -> what is stored of each row; `score_signed` is the mean polarity, None without any."""
     chosen = choose(probabilities, spec.config.task)
     sure = certainty(probabilities, chosen, spec.config.task)
     rows = []

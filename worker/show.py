@@ -119,8 +119,8 @@ def job_summary(database: Database, job: TrainingJob) -> None:
         report = job.data_report
         sizes = report["sizes"]
         console.print(
-            f"data: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, {report['blank']} blank, "
-            f"{report['conflicting']} texts under two labels left out); training {sizes['train']}, validation "
+            f"data: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, {report['blank']} "
+            f"blank, {report['conflicting']} texts under two labels left out); training {sizes['train']}, validation "
             f"{sizes['valid']}, test {sizes['test']}"
         )
     if job.error:

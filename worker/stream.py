@@ -100,7 +100,7 @@ class Stream:
             waiting(length)
             if max_seconds is not None and time.monotonic() - started > max_seconds:
                 raise StreamFull(
-                    f"the stream has held more than {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
+                    f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
                 )
             time.sleep(FULL_WAIT_SECONDS)
 

