@@ -185,7 +185,7 @@ def labelled_csv(tmp_path: Path) -> Path:
 def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command as a user does, in its own process, on this test's home."""
 
-    def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):  # noqa: ANN202
+    def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):
         return subprocess.run(
             [sys.executable, "-m", "worker.cli", *arguments],
             input=stdin,

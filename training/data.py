@@ -4,6 +4,7 @@ The guide's form works as it is (a header row, then an integer label and a text)
 JSONL. A text, its retweets and its copies are one row: they can never stand in two splits.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ MAX_TEXT_CHARS = 100_000
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts as they came, raw labels as they were written, and where each row stands in its file (1 is the header)."""
+    """Texts as they came, raw labels as they were written, and where each row stands in its file, from 1, the header
+    of a table included."""
 
     texts: list[str]
     labels: list[str]
@@ -62,8 +64,7 @@ def read_rows(path: Path) -> Rows:
     text_column, label_column = _find_columns(frame, path)
     texts = [str(text) for text in frame[text_column]]
     labels = [str(label).strip() for label in frame[label_column]]
-    first = 1 if path.suffix in (".jsonl", ".ndjson") else 2
-    numbers = list(range(first, first + len(texts)))
+    numbers = [int(number) for number in frame.index]
     for number, text in zip(numbers, texts, strict=True):
         if len(text) > MAX_TEXT_CHARS:
             raise BadDataset(
@@ -113,21 +114,23 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
+    """The table as it stands, its index the row numbers."""
     if not path.is_file():
         raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
     if path.stat().st_size == 0:
         raise BadDataset(f"{path.name} is empty; a dataset needs a header and a label and a text in each row")
     try:
         if path.suffix in (".jsonl", ".ndjson"):
-            # Names and texts stay what they are: no column of ids becomes a float, no "NA" becomes a gap.
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
-        return pd.read_csv(
+            return _read_json_lines(path)
+        frame = pd.read_csv(
             path,
             sep="\t" if path.suffix == ".tsv" else ",",
             dtype=str,
             keep_default_na=False,
             encoding="utf-8-sig",  # a byte-order mark would otherwise stick to the first column's name
         )
+        frame.index += 2  # row 1 is the header
+        return frame
     except UnicodeDecodeError as error:
         raise BadDataset(
             f"{path.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
@@ -135,6 +138,22 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from error
     except (ValueError, pd.errors.ParserError) as error:
         raise BadDataset(f"{path.name} cannot be read: {str(error).strip()}; mend that line") from error
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    rows, numbers = [], []
+    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        numbers.append(number)
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise BadDataset(f"line {number} of {path.name} is not JSON; mend it or take it out") from error
+        if not isinstance(rows[-1], dict):
+            raise BadDataset(f'line {number} of {path.name} is no JSON object; write {{"label": …, "text": …}}')
+    return pd.DataFrame(rows, index=numbers).fillna("")
 
 
 def _find_columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
@@ -214,8 +233,8 @@ def _check_enough(
     needed = ceil(round(1 / smallest_share, 6))
     if len(kept) < needed:
         raise BadDataset(
-            f"the dataset has {len(kept)} distinct texts; a split into training, validation and test rows needs at "
-            f"least {needed}"
+            f"the dataset has {len(kept)} distinct texts in {len(rows.texts)} rows, blank ones left out; a split into "
+            f"training, validation and test rows needs at least {needed}"
         )
     if len(names) < 2:
         raise BadDataset(

@@ -37,11 +37,16 @@ def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> E
         return Encoder(STARTER, STARTER_FOLDER)
     if looks_local(name):
         return Encoder(name, _local_folder(name, roots))
-    if ".." in name or not HUB_NAME.fullmatch(name):
-        raise ModelUnavailable(f"base model {name!r} is no hub name; use owner/model, a folder, or {STARTER!r}")
+    check_hub_name(name)
     for old, new in RENAMED.items():
         name = name.replace(old, new, 1) if name.startswith(old) else name
     return _fetch(name, revision)
+
+
+def check_hub_name(name: str) -> None:
+    """Raises `ModelUnavailable` for what cannot be a repository's name, `..` above all."""
+    if ".." in name or not HUB_NAME.fullmatch(name):
+        raise ModelUnavailable(f"base model {name!r} is no hub name; use owner/model, a folder, or {STARTER!r}")
 
 
 def looks_local(name: str) -> bool:

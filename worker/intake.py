@@ -14,7 +14,7 @@ from db.models import TrainingJob, utc_now
 from db.session import Database
 from training.config import TrainConfig, make_config
 from training.data import read_rows, split_rows
-from training.encoders import looks_local
+from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.paths import file_sha256, inside_roots
 from worker.settings import Settings
@@ -95,6 +95,7 @@ def take_dataset(settings: Settings, path: Path) -> Path:
 def take_encoder(settings: Settings, name: str) -> str:
     """A local base model copied into the home under its weights' digest; any other name as it is."""
     if not looks_local(name) and not Path(name).is_dir():
+        check_hub_name(name)
         return name
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():

@@ -4,6 +4,7 @@ Every name is `TWEETSCORE_` and the field in capitals; the two everybody knows, 
 alone. The defaults are the embedded ones: a Valkey and an SQLite file below the home.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ class Settings(BaseSettings):
     )
     base_model: str = Field("starter", min_length=1, description="base model of a job that names none")
     preset: str = Field("fast", description="preset of a job that names none: `guide` or `fast`")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
     group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
@@ -83,6 +84,13 @@ class Settings(BaseSettings):
         if value and not value.startswith(("sqlite", "postgres")):
             raise ValueError("it must begin with sqlite:/// or postgresql://")
         return value or None
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("it must be auto, cpu, mps, cuda or cuda:N")
+        return value
 
     @field_validator("preset")
     @classmethod
