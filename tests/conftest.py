@@ -18,6 +18,8 @@ import psycopg
 import pytest
 import redis
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from transformers import BertConfig, BertModel
 
 from db import migrate, registry
@@ -34,6 +36,9 @@ from worker.stream import Stream, connect
 
 LABELS = ["negative", "neutral", "positive"]
 torch.set_num_threads(1)  # test processes share the cores
+# A busy machine is slow, not wrong.
+hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("tweetscore")
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:

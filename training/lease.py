@@ -59,9 +59,11 @@ class Lease:
             raise StopRequested
 
     def step(self, step: int, total_steps: int, loss: float | None) -> None:
-        """Note how far the run is, then `check`. Most calls only look at the clock."""
+        """Note how far the run is, then `check`. Most calls only look at the clock; the last step is always
+        noted."""
         now = time.monotonic()
-        if now - self._wrote_at >= PROGRESS_SECONDS:
+        last = step == total_steps and loss is not None
+        if last or now - self._wrote_at >= PROGRESS_SECONDS:
             self._wrote_at = now
             with self._database.begin() as session:
                 if jobs.record_step(session, self.job_id, self.token, step, total_steps, loss):

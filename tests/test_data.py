@@ -1,0 +1,283 @@
+"""Labelled files -> splits, the cleaner, and the configuration: what is read, what is refused and in which words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.artifact import find_polarity
+from training.clean import clean, same_text_key
+from training.config import TrainConfig, make_config
+from training.data import Dataset, Rows, read_rows, split_rows
+from training.errors import BadConfig, BadDataset
+
+GUIDE = make_config("guide")
+
+
+def rows_of(*labelled: tuple[str, str]) -> Rows:
+    return Rows([text for _, text in labelled], [label for label, _ in labelled], list(range(2, 2 + len(labelled))))
+
+
+def many(label: str, count: int, start: int = 0) -> list[tuple[str, str]]:
+    return [(label, f"{label}の文、その{i}") for i in range(start, start + count)]
+
+
+def texts_by_split(data: Dataset) -> dict[str, list[str]]:
+    return {"train": data.train.texts, "valid": data.valid.texts, "test": data.test.texts}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "labels", "texts"),
+    [
+        ("guide.csv", "感情,つぶやき\n1,嬉しい\n0,悲しい\n", ["1", "0"], ["嬉しい", "悲しい"]),
+        ("named.csv", "id,Text,Label\n7,嬉しい,pos\n8,悲しい,neg\n", ["pos", "neg"], ["嬉しい", "悲しい"]),
+        ("japanese.csv", "本文,ラベル\n嬉しい,肯定\n悲しい,否定\n", ["肯定", "否定"], ["嬉しい", "悲しい"]),
+        ("bom.csv", "\ufefflabel,text\npos,嬉しい\nneg,悲しい\n", ["pos", "neg"], ["嬉しい", "悲しい"]),
+        ("tabs.tsv", "label\ttext\npos\t嬉しい, とても\nneg\t悲しい\n", ["pos", "neg"], ["嬉しい, とても", "悲しい"]),
+        (
+            "lines.jsonl",
+            '{"text": "嬉しい", "label": 1}\n\n{"text": "悲しい", "label": 0}\n',
+            ["1", "0"],
+            ["嬉しい", "悲しい"],
+        ),
+        ("quoted.csv", 'label,text\npos,"嬉しい\n""とても"", 本当に"\nneg,x\n', ["pos", "neg"],
+         ['嬉しい\n"とても", 本当に', "x"]),
+        ("words.csv", "label,text\nNA,NA\nnull,1.0\n", ["NA", "null"], ["NA", "1.0"]),
+    ],
+)  # fmt: skip
+def test_every_documented_form_of_a_dataset_is_read(
+    tmp_path: Path, name: str, content: str, labels: list[str], texts: list[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    rows = read_rows(tmp_path / name)
+    assert (rows.labels, rows.texts) == (labels, texts)
+
+
+def test_row_numbers_lead_back_to_the_file(tmp_path: Path) -> None:
+    """A CSV counts its header as row 1; JSONL counts lines, blank ones too."""
+    (tmp_path / "a.csv").write_text("label,text\npos,a\nneg,b\n")
+    (tmp_path / "a.jsonl").write_text('{"label": "pos", "text": "a"}\n\n{"label": "neg", "text": "b"}\n')
+    assert read_rows(tmp_path / "a.csv").row_numbers == [2, 3]
+    assert read_rows(tmp_path / "a.jsonl").row_numbers == [1, 3]
+
+
+def test_integer_labels_of_json_lines_stay_integers_beside_a_row_without_one(tmp_path: Path) -> None:
+    lines = [{"label": 1, "text": "a"}, {"text": "b"}, {"label": 0, "text": "c"}]
+    (tmp_path / "gap.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = read_rows(tmp_path / "gap.jsonl")
+    assert rows.labels == ["1", "", "0"]
+    with pytest.raises(BadDataset, match="row 2 has no label"):
+        split_rows(rows, GUIDE)
+
+
+def test_splits_are_eight_to_one_to_one_and_stratified() -> None:
+    data = split_rows(rows_of(*many("pos", 50), *many("neu", 100), *many("neg", 250)), GUIDE)
+    assert data.report["sizes"] == {"train": 320, "valid": 40, "test": 40}
+    assert data.report["labels"] == {
+        "neg": {"train": 200, "valid": 25, "test": 25},
+        "neu": {"train": 80, "valid": 10, "test": 10},
+        "pos": {"train": 40, "valid": 5, "test": 5},
+    }
+    assert data.train.targets.sum(axis=0).tolist() == [200, 80, 40]  # columns in the order of data.labels
+
+
+def test_the_seed_alone_decides_the_split() -> None:
+    rows = rows_of(*many("pos", 40), *many("neg", 40))
+    again = [texts_by_split(split_rows(rows, make_config("guide", seed=seed))) for seed in (200, 200, 201)]
+    assert again[0] == again[1]
+    assert again[0] != again[2]
+
+
+def test_a_row_keeps_its_label_and_number_through_the_split() -> None:
+    rows = rows_of(*many("pos", 30), *many("neg", 30))
+    data = split_rows(rows, GUIDE)
+    for split in (data.train, data.valid, data.test):
+        for text, target, number in zip(split.texts, split.targets, split.row_numbers, strict=True):
+            assert text == rows.texts[number - 2]
+            assert data.labels[target.argmax()] == rows.labels[number - 2]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "RT @someone: {}",
+        "RT @another RT @someone: {}",
+        " RT @someone: {}",
+        "{} https://t.co/AbC123",
+        "@someone @another {}",
+        "  {}　\n",
+    ],
+)
+def test_no_text_stands_in_two_splits(variant: str) -> None:
+    """Retweets, and copies that differ in links, mentions and white space, are the same text."""
+    originals = [*many("pos", 30), *many("neg", 30)]
+    copies = [(label, variant.format(text)) for label, text in originals]
+    data = split_rows(rows_of(*originals, *copies), GUIDE)
+    assert (data.report["rows"], data.report["duplicates"]) == (60, 60)
+    keys = [same_text_key(text) for texts in texts_by_split(data).values() for text in texts]
+    assert len(keys) == len(set(keys)) == 60
+
+
+def test_a_text_under_two_labels_is_left_out_and_reported() -> None:
+    data = split_rows(rows_of(*many("pos", 20), *many("neg", 20), ("neg", "RT @someone: posの文、その3")), GUIDE)
+    assert (data.report["conflicting"], data.report["conflicting_rows"]) == (1, [5])
+    assert data.report["rows"] == 39
+    assert all("posの文、その3" not in texts for texts in texts_by_split(data).values())
+
+
+def test_blank_texts_are_left_out_and_counted() -> None:
+    data = split_rows(rows_of(*many("pos", 20), *many("neg", 20), ("pos", " 　\n"), ("neg", "")), GUIDE)
+    assert (data.report["read"], data.report["blank"], data.report["rows"]) == (42, 2, 40)
+
+
+def test_integer_labels_are_ordered_by_value_and_their_polarity_is_never_guessed() -> None:
+    data = split_rows(rows_of(*many("10", 10), *many("2", 10), *many("-1", 10)), GUIDE)
+    assert data.labels == ["-1", "2", "10"]
+    assert find_polarity(["0", "1"], GUIDE) is None
+    assert find_polarity(["0", "1"], make_config("guide", polarity={"1": 1, "0": -1})) == {"0": -1, "1": 1}
+    assert find_polarity(["ネガティブ", "neutral", "Positive"], GUIDE) == {
+        "ネガティブ": -1, "neutral": 0, "Positive": 1,
+    }  # fmt: skip
+
+
+def test_a_label_map_names_merges_and_orders_the_labels() -> None:
+    config = make_config("guide", labels={"1": "positive", "0": "negative", "-1": "negative"})
+    data = split_rows(rows_of(*many("0", 10), *many("1", 20), *many("-1", 10)), config)
+    assert data.labels == ["positive", "negative"]
+    assert {name: sum(parts.values()) for name, parts in data.report["labels"].items()} == {
+        "positive": 20,
+        "negative": 20,
+    }
+
+
+def test_a_row_may_have_several_labels_or_none_when_the_task_says_so() -> None:
+    config = make_config("guide", task="multi_label", labels={"a": "a", "b": "b"})
+    rows = rows_of(*many("a|b", 10), *many("b", 10), *many("", 10), *many(" b | a | b ", 10))
+    data = split_rows(rows, config)
+    expected = {"a|b": [1, 1], "b": [0, 1], "": [0, 0], " b | a | b ": [1, 1]}
+    for split in (data.train, data.valid, data.test):
+        for number, target in zip(split.row_numbers, split.targets, strict=True):
+            assert target.tolist() == expected[rows.labels[number - 2]]
+
+
+BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
+    "missing.csv": (None, ["missing.csv", "name a CSV, TSV or JSONL"]),
+    "empty.csv": (b"", ["empty.csv is empty", "header"]),
+    "empty.jsonl": (b"", ["empty.jsonl is empty"]),
+    "blank.csv": (b"\n\n", ["blank.csv", "header"]),
+    "onlybom.csv": (b"\xef\xbb\xbf", ["onlybom.csv", "header"]),
+    "header.csv": (b"label,text\n", ["header.csv holds no rows"]),
+    "columns.csv": (b"mood,words\ngood,hello\n", ["mood, words", "name one of them label", "text"]),
+    "cp932.csv": (
+        "label,text\npositive,とても\n".encode("cp932"), ["not UTF-8", "0x82", "offset 20", "iconv -f CP932"],
+    ),
+    "cp932.jsonl": ('{"label": "p", "text": "とても"}\n'.encode("cp932"), ["not UTF-8", "iconv -f CP932"]),
+    "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["line 2 of torn.jsonl", "mend it"]),
+    "array.jsonl": (b'["p", "a"]\n', ["line 1 of array.jsonl", '{"label"']),
+    "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten it"]),
+    "commas.csv": (b"label,text\n1,hello, world\n0,good, bye\n", ["commas.csv"]),
+    "quote.csv": (b'label,text\np,"open\nn,b\n', ["quote.csv", "mend"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_refused_in_one_sentence_with_the_remedy(tmp_path: Path, name: str) -> None:
+    content, fragments = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadDataset) as refused:
+        read_rows(tmp_path / name)
+    assert "\n" not in str(refused.value)
+    assert [fragment for fragment in fragments if fragment not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("labelled", "overrides", "fragments"),
+    [
+        (many("pos", 20), {}, ["label pos", "at least two"]),
+        ([*many("pos", 20), *many("neg", 9)], {}, ["'neg' has 9", "row 22", "at least 10", "add rows"]),
+        (many("pos", 5) + many("neg", 4), {}, ["9 distinct texts", "at least 10"]),
+        (
+            [*many("pos", 20), *many("neg", 20), ("poz", "x")],
+            {"labels": {"pos": "pos", "neg": "neg"}},
+            ["label 'poz' in row 42 is none of pos, neg", "fix the row", "--labels"],
+        ),
+        (many("pos", 20), {"labels": {"pos": "pos", "neg": "neg"}}, ["'neg' has 0", "add rows"]),
+        ([("pos", " "), ("neg", "　")] * 20, {}, ["0 distinct texts", "blank"]),
+        ([*many("pos", 20), (" ", "x")], {}, ["row 22 has no label", "fill it in"]),
+        (many("pos", 30) + many("neg", 30), {"train_size": 0.98, "valid_size": 0.5}, ["60 distinct", "at least 100"]),
+    ],
+)
+def test_rows_that_cannot_be_split_are_refused_with_the_value_and_the_remedy(
+    labelled: list[tuple[str, str]], overrides: dict[str, Any], fragments: list[str]
+) -> None:
+    with pytest.raises(BadDataset) as refused:
+        split_rows(rows_of(*labelled), make_config("guide", **overrides))
+    assert "\n" not in str(refused.value)
+    assert [fragment for fragment in fragments if fragment not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize("unstorable", ["a\\u0000b", "a\\ud800b"])
+def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, unstorable: str) -> None:
+    lines = [f'{{"label": "{label}", "text": "{text}"}}' for label, text in [*many("p", 20), *many("n", 20)]]
+    lines[2] = f'{{"label": "p", "text": "{unstorable}"}}'
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(BadDataset, match="row 3"):
+        split_rows(read_rows(tmp_path / "odd.jsonl"), GUIDE)
+
+
+@pytest.mark.parametrize(
+    ("tweet", "cleaned"),
+    [
+        ("最高！  https://t.co/abc　また行く\n", "最高！ また行く"),
+        ("@tanaka ありがとう ＠suzuki も", "ありがとう も"),
+        ("3 &lt; 5 &amp; 嬉しい", "3 < 5 & 嬉しい"),
+        ("連絡は a@example.com まで", "連絡は a@example.com まで"),
+        ("https://t.co/abc", "https://t.co/abc"),
+        ("これ→https://t.co/abc最高だった", "これ→ 最高だった"),
+    ],
+)
+def test_cleaning_drops_what_names_and_keeps_what_feels(tweet: str, cleaned: str) -> None:
+    assert clean(tweet) == cleaned
+
+
+def test_the_guide_preset_holds_the_guides_values() -> None:
+    expected = {
+        "head": "guide", "pooling": "pooler", "loss": "bce", "dropout": 0.2, "max_length": 200, "train_size": 0.8,
+        "valid_size": 0.5, "seed": 200, "epochs": 20, "train_batch_size": 16, "valid_batch_size": 8,
+        "test_batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-5, "schedule": "step", "step_gamma": 0.75,
+    }  # fmt: skip
+    written = GUIDE.model_dump()
+    assert {name: written[name] for name in expected} == expected
+
+
+def test_a_configuration_survives_the_database_and_cannot_be_changed() -> None:
+    config = make_config("fast", labels={"0": "negative", "1": "positive"}, epochs=3)
+    assert TrainConfig(**json.loads(config.model_dump_json())) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.epochs = 4
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "fragments"),
+    [
+        ("quick", {}, ["'quick'", "guide, fast"]),
+        ("guide", {"epochs": 0}, ["epochs is 0", "greater than or equal to 1"]),
+        ("guide", {"train_batch_size": 1}, ["train_batch_size is 1", "greater than or equal to 2"]),
+        ("guide", {"learning_rate": "fast"}, ["learning_rate is 'fast'", "number"]),
+        ("guide", {"schedule": "cosin"}, ["schedule is 'cosin'", "cosine"]),
+        ("guide", {"lr": 1}, ["lr is no known setting", "learning_rate"]),
+        ("guide", {"task": "multi_label", "loss": "cross_entropy"}, ["'cross_entropy'", "'bce'"]),
+        ("guide", {"labels": {"0": "same", "1": "same"}}, ["['same']", "at least two"]),
+        ("guide", {"polarity": {"good": 2}}, ["'good' is 2", "between -1 and 1"]),
+        ("guide", {"epochs": 0, "dropout": 1}, ["epochs is 0", "dropout is 1"]),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(
+    preset: str, overrides: dict[str, Any], fragments: list[str]
+) -> None:
+    with pytest.raises(BadConfig) as refused:
+        make_config(preset, **overrides)
+    assert "\n" not in str(refused.value)
+    assert [fragment for fragment in fragments if fragment not in str(refused.value)] == []

@@ -1,0 +1,115 @@
+"""From wire records, lines and rows to tweets: what is taken, what is refused, and in which words."""
+
+import contextlib
+import io
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import BadRecord
+from worker.records import MAX_TEXT_CHARS, Tweet, open_text, parse_object, parse_payload, read_tweets
+
+
+def test_the_wire_format_carries_a_tweet_there_and_back() -> None:
+    tweet = Tweet(
+        "1962345678901234567", "最高😭\n二行目", "12", "ja", "映画", datetime(2026, 9, 1, 3, 4, 5, tzinfo=UTC)
+    )
+    assert parse_payload(tweet.payload()) == tweet
+    assert json.loads(tweet.payload())["v"] == 1
+
+
+def test_ids_past_two_to_the_fifty_third_keep_every_digit() -> None:
+    assert parse_payload(b'{"v":1,"id":9007199254740993,"text":"x"}').id == "9007199254740993"
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (None, "no field 'tweet'"),
+        (b"not json", "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[1]", "not a list"),
+        (b'{"v":2,"id":"1","text":"x"}', "wire version '2'"),
+        (b'{"text":"x"}', "no id"),
+        (b'{"id":"1"}', "no text"),
+        (b'{"id":true,"text":"x"}', "a truth value"),
+        (b'{"id":"1","text":7}', "a number"),
+        (b'{"id":"1","text":"  "}', "blank"),
+        (b'{"id":"1","text":"a\\u0000b"}', "NUL"),
+        (b'{"id":"1","text":"a\\ud83d"}', "surrogate"),
+        (b'{"id":"1","text":"x","created_at":"yesterday"}', "no time"),
+        (b'{"id":"1","text":"x","author_id":{}}', "author_id is an object"),
+        (json.dumps({"id": "1", "text": "あ" * 1_000_000}).encode(), "1,000,000 characters"),
+        (json.dumps({"id": "9" * 65, "text": "x"}).encode(), "65 characters"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_no_tweet_is_refused_with_its_reason_and_without_its_text(payload: bytes | None, reason: str) -> None:
+    with pytest.raises(BadRecord, match=reason) as refused:
+        parse_payload(payload)
+    assert len(str(refused.value)) < 200
+    assert "ああ" not in str(refused.value)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_end_as_a_tweet_or_a_reason(payload: bytes) -> None:
+    with contextlib.suppress(BadRecord):  # any other error fails the test
+        tweet = parse_payload(payload)
+        assert tweet.id
+        assert tweet.text.strip()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["v", "id", "text", "author_id", "lang", "topic", "created_at", "x"]), JSON_VALUES)
+)
+def test_any_json_object_ends_as_a_storable_tweet_or_a_reason(value: dict) -> None:
+    with contextlib.suppress(BadRecord):
+        tweet = parse_payload(json.dumps(value).encode())
+        stored = tweet.payload().decode("utf-8")  # a lone surrogate would not encode
+        assert "\\u0000" not in stored
+        assert len(tweet.text) <= MAX_TEXT_CHARS
+        assert tweet.created_at is None or tweet.created_at.tzinfo is not None
+
+
+def test_times_are_read_in_both_of_the_shapes_the_api_writes() -> None:
+    expected = datetime(2018, 10, 10, 20, 19, 24, tzinfo=UTC)
+    for written in ("2018-10-10T20:19:24.000Z", "Wed Oct 10 20:19:24 +0000 2018", "2018-10-11T05:19:24+09:00"):
+        assert parse_object({"id": "1", "text": "x", "created_at": written}).created_at == expected
+
+
+def test_jsonl_lines_are_numbered_and_a_bad_one_does_not_stop_the_rest() -> None:
+    source = io.StringIO('{"id":"1","text":"一"}\n\n{broken\n{"id":"2","text":"二"}\n')
+    found = list(read_tweets(source, "tweets.jsonl"))
+    assert [(number, type(value)) for number, value in found] == [(1, Tweet), (3, BadRecord), (4, Tweet)]
+    assert str(found[1][1]) == "the line is not JSON"
+
+
+def test_csv_rows_keep_quoted_newlines_and_take_japanese_headers() -> None:
+    source = io.StringIO('tweet_id,本文,topic\n7,"一行目\n二行目",猫\n8,,犬\n')
+    (_, first), (number, second) = read_tweets(source, "tweets.csv")
+    assert first == Tweet("7", "一行目\n二行目", topic="猫")
+    assert (number, str(second)) == (3, "the tweet's text is blank")
+
+
+def test_a_line_of_another_encoding_is_named_and_the_others_are_read(tmp_path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id":"1","text":"a"}\n' + '{"id":"2","text":"良い"}\n'.encode("cp932"))
+    with open_text(str(path)) as source:
+        found = list(read_tweets(source, path.name))
+    assert found[0][1] == Tweet("1", "a")
+    assert str(found[1][1]) == "the line is not UTF-8"
+
+
+def test_without_need_of_ids_a_line_is_named_by_its_number() -> None:
+    found = list(read_tweets(io.StringIO('{"text":"a"}\n{"text":"b","id":"x"}\n'), "-", need_id=False))
+    assert [tweet.id for _, tweet in found] == ["1", "x"]

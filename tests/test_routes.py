@@ -1,0 +1,288 @@
+"""The routes as their users walk them: `tweetscore up` in its own processes, and every door for jobs and for tweets.
+
+One `up` serves the whole file; each test brings its own tweets.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from celery import Celery
+from sqlalchemy import select
+
+import worker
+from db import jobs, registry
+from db.models import DeadLetter, EpochMetric, Prediction, TestMetric, TestPrediction, TrainingJob, Tweet
+from db.session import Database, open_database
+from tests.conftest import wait_until
+from worker import embedded
+from worker.app import broker_url
+from worker.stream import Stream, connect
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator[SimpleNamespace]:
+    """A running `tweetscore up` on a home of its own, its base model the tiny one."""
+    home = tmp_path_factory.mktemp("up") / "home"
+    environment = {
+        "TWEETSCORE_HOME": str(home),
+        "TWEETSCORE_READ_ROOTS": str(tiny_encoder.parent),
+        "TWEETSCORE_BASE_MODEL": str(tiny_encoder),
+        "TWEETSCORE_WATCH_SECONDS": "0.2",
+        "TWEETSCORE_LINGER_SECONDS": "0.5",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.cli", "up"],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for role in ("train", "score"):
+            log = home / "logs" / f"{role}.log"
+            wait_until(lambda log=log: log.exists() and " ready." in log.read_text(errors="replace"), 120)
+        url = f"unix://{embedded.socket_path(home)}"
+        database = open_database(f"sqlite:///{home / 'tweetscore.db'}")
+        yield SimpleNamespace(home=home, environment=environment, process=process, url=url, database=database)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(90)
+
+
+@pytest.fixture(autouse=True)
+def _same_home(up: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in up.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def finished(database: Database, job_id: int) -> TrainingJob:
+    def job() -> TrainingJob:
+        with database.read() as session:
+            return jobs.get(session, job_id)
+
+    wait_until(lambda: job().finished_at is not None, 120)
+    return job()
+
+
+def scored(database: Database, ids: list[str]) -> list[Prediction]:
+    with database.read() as session:
+        return list(session.scalars(select(Prediction).where(Prediction.tweet_id.in_(ids))))
+
+
+def test_a_trained_and_promoted_model_scores_the_tweets_that_waited_for_it(
+    up: SimpleNamespace, tweetscore: Run, labelled_csv: Path, tmp_path: Path
+) -> None:
+    # Tweets come before there is any model: they wait in the stream.
+    ids = [uuid.uuid4().hex for _ in range(30)]
+    tweets = tmp_path / "tweets.jsonl"
+    tweets.write_text("".join(json.dumps({"id": i, "text": f"嬉しい{i}", "topic": "猫"}) + "\n" for i in ids))
+    pushed = tweetscore("push", str(tweets))
+    assert pushed.returncode == 0, pushed.stderr
+    assert "published 30 tweets" in pushed.stdout
+
+    trained = tweetscore("train", str(labelled_csv), "--epochs", "2", "--wait")
+    assert trained.returncode == 0, trained.stderr
+    assert "Epoch: 2, Loss:" in trained.stdout
+    assert "TF-IDF" in trained.stdout
+    with up.database.read() as session:
+        version = registry.versions(session)[0]
+        job = jobs.get(session, version.job_id)
+        assert (job.state, job.step, job.attempts) == ("succeeded", job.total_steps, 1)
+        assert [e.epoch for e in session.scalars(select(EpochMetric).where(EpochMetric.job_id == job.id))] == [1, 2]
+        assert {"accuracy", "f1_micro", "f1_macro", "tfidf_f1_macro"} <= set(session.scalars(select(TestMetric.metric)))
+        assert len(list(session.scalars(select(TestPrediction)))) == 6
+    assert not scored(up.database, ids)
+    assert "there is no champion yet" in (up.home / "logs" / "score.log").read_text()
+
+    assert tweetscore("models", "promote", str(version.id)).returncode == 0
+    wait_until(lambda: len(scored(up.database, ids)) == 30, 60)
+    row = scored(up.database, ids)[0]
+    assert row.model_version_id == version.id
+    assert sum(row.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert row.label == max(row.probabilities, key=row.probabilities.__getitem__)
+    assert row.score_signed == pytest.approx(row.probabilities["positive"] - row.probabilities["negative"], abs=1e-5)
+    stream = Stream(connect(up.url), "tweets", "scorers")
+    wait_until(lambda: stream.depth().idle and stream.length() == 0, 30)
+
+
+def test_a_bare_xadd_from_any_client_is_scored_without_a_celery_message(up: SimpleNamespace) -> None:
+    tweet_id = uuid.uuid4().hex
+    client = connect(up.url)
+    client.xadd("tweets", {"tweet": json.dumps({"v": 1, "id": tweet_id, "text": "最高の一日"})})
+    wait_until(lambda: scored(up.database, [tweet_id]), 30)
+
+
+def test_python_publishes_tweets_and_refuses_what_is_none(up: SimpleNamespace) -> None:
+    ids = [uuid.uuid4().hex for _ in range(5)]
+    assert worker.publish({"id": i, "text": "悪くない", "author_id": "7"} for i in ids) == 5
+    wait_until(lambda: len(scored(up.database, ids)) == 5, 30)
+    with up.database.read() as session:
+        assert {t.author_id for t in session.scalars(select(Tweet).where(Tweet.tweet_id.in_(ids)))} == {"7"}
+    length = connect(up.url).xinfo_stream("tweets")["entries-added"]
+    with pytest.raises(worker.errors.BadRecord, match="no text"):
+        worker.publish([{"id": "1", "text": "a"}, {"id": "2"}])
+    assert connect(up.url).xinfo_stream("tweets")["entries-added"] == length
+
+
+def test_a_record_that_is_no_tweet_is_buried_and_its_neighbours_are_scored(up: SimpleNamespace) -> None:
+    client, good = connect(up.url), [uuid.uuid4().hex for _ in range(2)]
+    pipe = client.pipeline()
+    pipe.xadd("tweets", {"tweet": json.dumps({"v": 1, "id": good[0], "text": "前"})})
+    pipe.xadd("tweets", {"tweet": "{broken"})
+    pipe.xadd("tweets", {"tweet": json.dumps({"v": 1, "id": good[1], "text": "後"})})
+    record_id = pipe.execute()[1].decode()
+    wait_until(lambda: len(scored(up.database, good)) == 2, 30)
+    with up.database.read() as session:
+        letter = session.get(DeadLetter, record_id)
+    assert (letter.payload, letter.reason) == (b"{broken", "the record is not JSON")
+
+
+def test_python_submits_a_job(up: SimpleNamespace, labelled_csv: Path) -> None:
+    job_id = worker.submit_training(str(labelled_csv), epochs=1, seed=3)
+    labelled_csv.unlink()  # the job has its own copy
+    job = finished(up.database, job_id)
+    assert (job.state, job.config["seed"], job.config["epochs"]) == ("succeeded", 3, 1)
+
+
+def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
+    up: SimpleNamespace, labelled_csv: Path, tiny_encoder: Path
+) -> None:
+    dataset = tiny_encoder.parent / f"{uuid.uuid4().hex}.csv"
+    dataset.write_bytes(labelled_csv.read_bytes())
+    client = Celery(broker=broker_url(up.url))
+    task_id = uuid.uuid4().hex
+    for _ in range(2):
+        client.send_task("worker.tasks.train", kwargs={"dataset": str(dataset), "epochs": 1}, task_id=task_id)
+
+    def of_message() -> list[TrainingJob]:
+        with up.database.read() as session:
+            return list(session.scalars(select(TrainingJob).where(TrainingJob.request_id == task_id)))
+
+    wait_until(of_message, 30)
+    assert finished(up.database, of_message()[0].id).state == "succeeded"
+    # Redis hands out a queue's messages in turn: when a later one was worked, the second was too.
+    marker = uuid.uuid4().hex
+    client.send_task("worker.tasks.train", kwargs={"dataset": "/etc/passwd"}, task_id=marker)
+    with up.database.read() as session:
+        find = select(TrainingJob).where(TrainingJob.request_id == marker)
+        wait_until(lambda: (session.rollback(), session.scalar(find))[1], 30)
+        refused = session.scalar(find)
+    assert refused.state == "failed"
+    assert "'/etc/passwd' lies outside the folders this worker may read" in refused.error
+    assert len(of_message()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"base_model": "a/../b"}, "'a/../b' is no hub name"),
+        ({"dataset": 7}, "outside"),
+    ],
+)
+def test_a_bad_message_becomes_a_failed_job_with_a_sentence(
+    up: SimpleNamespace, labelled_csv: Path, tiny_encoder: Path, options: dict, says: str
+) -> None:
+    dataset = tiny_encoder.parent / "labelled.csv"
+    dataset.write_bytes(labelled_csv.read_bytes())
+    task_id = uuid.uuid4().hex
+    Celery(broker=broker_url(up.url)).send_task(
+        "worker.tasks.train", kwargs={"dataset": str(dataset), **options}, task_id=task_id, queue="training"
+    )
+    find = select(TrainingJob.id).where(TrainingJob.request_id == task_id)
+
+    def job_id() -> int | None:
+        with up.database.read() as session:
+            return session.scalar(find)
+
+    wait_until(job_id, 30)
+    job = finished(up.database, job_id())
+    assert job.state == "failed"
+    assert says in job.error
+
+
+def test_a_running_job_is_cancelled_within_a_few_steps(
+    up: SimpleNamespace, tweetscore: Run, labelled_csv: Path
+) -> None:
+    job_id = worker.submit_training(str(labelled_csv), epochs=1000)
+
+    def step() -> int:
+        with up.database.read() as session:
+            return jobs.get(session, job_id).step
+
+    wait_until(lambda: step() > 0, 60)
+    assert "asked to stop" in tweetscore("jobs", "cancel", str(job_id)).stdout
+    job = finished(up.database, job_id)
+    assert job.state == "cancelled"
+    assert job.step < job.total_steps
+    assert not (up.home / "jobs" / str(job_id)).exists()
+    assert tweetscore("jobs", "show", str(job_id)).returncode == 1
+
+
+def test_a_pickled_message_is_refused_and_the_worker_goes_on(up: SimpleNamespace) -> None:
+    client = Celery(broker=broker_url(up.url))
+    client.conf.update(task_serializer="pickle", accept_content=["pickle"])
+    client.send_task("worker.tasks.score", queue="scoring")
+    tweet_id = uuid.uuid4().hex
+    assert worker.publish([{"id": tweet_id, "text": "それでも動く"}]) == 1
+    wait_until(lambda: scored(up.database, [tweet_id]), 30)
+
+
+def test_answers_come_as_table_csv_and_json(tweetscore: Run) -> None:
+    assert "│ 2" in tweetscore("query", "SELECT 1 + 1 AS two").stdout
+    assert tweetscore("query", "SELECT 'a,b' AS x", "--format", "csv").stdout == 'x\n"a,b"\n'
+    assert json.loads(tweetscore("query", "SELECT '猫' AS x", "--json").stdout) == [{"x": "猫"}]
+    refused = tweetscore("query", "DELETE FROM tweets")
+    assert (refused.returncode, "refused" in refused.stderr) == (2, True)
+
+
+def test_score_answers_at_once_and_stores_nothing(up: SimpleNamespace, tweetscore: Run) -> None:
+    answered = tweetscore(
+        "score", "-", "--json", stdin='{"text":"とても嬉しい"}\n{"id":"x","text":"とても悲しい"}\n{bad\n'
+    )
+    assert answered.returncode == 1  # done in part
+    lines = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert [line["id"] for line in lines] == ["1", "x"]
+    assert set(lines[0]["probabilities"]) == {"negative", "positive"}
+    assert "line 3: the line is not JSON" in answered.stderr
+    with up.database.read() as session:
+        assert session.get(Tweet, "x") is None
+
+
+def test_every_listing_is_also_json(tweetscore: Run) -> None:
+    models = json.loads(tweetscore("models", "list", "--json").stdout)
+    assert ["champion"] in [model["aliases"] for model in models]
+    shown = json.loads(tweetscore("models", "show", str(models[0]["id"]), "--json").stdout)
+    assert {"metric", "label", "value"} <= set(shown["metrics"][0])
+    assert json.loads(tweetscore("jobs", "list", "--json").stdout)[0]["id"] >= models[0]["job_id"]
+    checks = json.loads(tweetscore("doctor", "--json").stdout)
+    assert all(check["ok"] for check in checks), checks
+
+
+def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: SimpleNamespace) -> None:
+    """Last in the file: it ends the `up` the others use."""
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    scorer = next(p for p in family if p.cmdline()[-1] == "score")
+    scorer.kill()
+    tweet_id = uuid.uuid4().hex
+    worker.publish([{"id": tweet_id, "text": "復活"}])
+    wait_until(lambda: scored(up.database, [tweet_id]), 90)
+
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(family) >= 3  # server and two workers
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(90) == 0
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert embedded.find(up.home) is None

@@ -1,0 +1,94 @@
+"""Settings: the embedded defaults, what is refused, and what reaches a child process."""
+
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from worker.app import broker_url, celery_config
+from worker.errors import BadSettings
+from worker.processes import child_environment
+from worker.settings import Settings, load_settings
+
+
+def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert settings.embedded
+    assert settings.sql_url == f"sqlite:///{tmp_path / 'home' / 'tweetscore.db'}"
+    assert settings.base_model == "starter"
+    assert stat.S_IMODE(settings.home.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("TWEETSCORE_TOKEN_BUDGET", "many", "TWEETSCORE_TOKEN_BUDGET is 'many'.*integer"),
+        ("TWEETSCORE_TOKEN_BUDGET", "1", "TWEETSCORE_TOKEN_BUDGET is '1'.*greater than or equal to 64"),
+        ("TWEETSCORE_DEVICE", "gpu", "TWEETSCORE_DEVICE is 'gpu'.*auto, cpu"),
+        ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide, fast"),
+        ("TWEETSCORE_MODEL_STORE", "s3://bucket/models", "TWEETSCORE_MODEL_STORE is 's3://bucket/models'.*folder"),
+        ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder of yours"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings, match=says):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["REDIS_URL", "DATABASE_URL"])
+def test_a_refused_url_does_not_show_its_password(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "mysql://user:hunter2@host/x")
+    with pytest.raises(BadSettings, match=f"{name}: it must begin with") as refused:
+        load_settings()
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_settings_are_frozen(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings.preset = "guide"  # type: ignore[misc]
+
+
+def test_a_child_process_reads_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = load_settings(
+        home=tmp_path / "a home",
+        redis_url="redis://localhost:1/2",
+        linger_seconds=0.5,
+        read_roots=(tmp_path, Path("/srv")),
+    )
+    for name, value in child_environment(given).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == given
+
+
+def test_celery_accepts_json_alone_and_acknowledges_early() -> None:
+    config = celery_config("redis://localhost/0")
+    assert config["accept_content"] == ["json"]
+    assert config["task_acks_late"] is False
+    assert broker_url("unix:///run/x.sock?db=3") == "redis+socket:///run/x.sock?virtual_host=3"
+    assert broker_url("rediss://host:6380/1") == "rediss://host:6380/1"
+
+
+def test_only_the_settings_module_reads_the_environment() -> None:
+    root = Path(__file__).parent.parent
+    readers = {
+        path.relative_to(root).as_posix()
+        for folder in ("worker", "training", "db")
+        for path in (root / folder).rglob("*.py")
+        if "os.environ" in path.read_text(encoding="utf-8")
+    }
+    # Alembic's own command has no settings; a child is handed its parent's number, which is no setting either.
+    assert readers == {"db/migrations/env.py", "worker/processes.py", "worker/lane.py"}
+
+
+def test_imports_point_from_worker_to_training_to_db() -> None:
+    root = Path(__file__).parent.parent
+    for folder, forbidden in (("db", "training|worker"), ("training", "worker")):
+        for path in (root / folder).rglob("*.py"):
+            found = re.findall(
+                rf"^\s*(?:from|import) (?:{forbidden})\b", path.read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert not found, f"{path.relative_to(root)} imports against the direction: {found}"
