@@ -1,0 +1,90 @@
+"""The newcomer's first command, as it is typed; and the sample tweets it runs on."""
+
+import csv
+import itertools
+import json
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+
+from worker import embedded
+from worker.demo import SAMPLE
+
+
+def labelled() -> list[dict[str, str]]:
+    with (SAMPLE / "labelled.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def unlabelled() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: Callable, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    ended = tweetscore("demo", timeout=400, OMP_NUM_THREADS="2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for part in (
+        "job 1 succeeded",
+        "F1 macro",
+        "TF-IDF",
+        "model 1 is the champion now",
+        "v_sentiment_daily_jst",
+        "what next",
+    ):
+        assert part in ended.stdout
+    with closing(sqlite3.connect(home / "tweetscore.db")) as connection:
+        counted = connection.execute("SELECT count(*), count(DISTINCT tweet_id) FROM predictions").fetchone()
+        figures = dict(connection.execute("SELECT metric, value FROM test_metrics WHERE label = ''"))
+        dead = connection.execute("SELECT count(*) FROM dead_letters").fetchone()[0]
+    assert counted == (len(unlabelled()), len(unlabelled()))
+    assert dead == 0
+    assert figures["f1_macro"] > 0.75  # three balanced labels: a coin reaches 0.33
+    assert next((home / "runs" / "job-1").glob("events.out.tfevents.*")).stat().st_size > 10_000
+    assert embedded.find(home) is None
+    mentions = [p.pid for p in psutil.process_iter(["environ"]) if str(home) in str((p.info["environ"] or {}).values())]
+    assert not mentions
+
+
+def test_the_sample_has_enough_distinct_balanced_tweets() -> None:
+    rows, others = labelled(), unlabelled()
+    counts = Counter(row["label"] for row in rows)
+    assert len(rows) >= 1200
+    assert len(others) >= 300
+    assert set(counts) == {"negative", "neutral", "positive"}
+    assert max(counts.values()) <= 1.1 * min(counts.values())
+    texts = [row["text"] for row in rows + others]
+    assert len(set(texts)) == len(texts)
+    assert len({row["id"] for row in others}) == len(others)
+
+
+def test_no_sample_tweet_is_a_variation_of_another() -> None:
+    def shingles(text: str) -> set[str]:
+        text = re.sub(r"https?://\S+|\s", "", text)
+        return {text[i : i + 3] for i in range(max(1, len(text) - 2))}
+
+    sets = [shingles(row["text"]) for row in labelled() + unlabelled()]
+    for a, b in itertools.combinations(sets, 2):
+        shared = len(a & b)
+        assert shared <= 4 or shared / len(a | b) <= 0.5, (a, b)
+
+
+def test_the_sample_shows_what_tweets_are_made_of() -> None:
+    texts = [row["text"] for row in labelled()]
+    for pattern in (
+        r"#\S",
+        r"https://example\.(com|jp)/",
+        r"@\w",
+        r"[\U0001F300-\U0001FAFF]",
+        r"\([^)]*[;；ω∀▽][^)]*\)",
+        r"\n",
+        r"ない|ません",
+    ):
+        assert sum(bool(re.search(pattern, text)) for text in texts) >= 10, pattern
+    hosts = set(re.findall(r"https?://([^/\s]+)", " ".join(texts)))
+    assert hosts == {"example.com", "example.jp"}

@@ -1,0 +1,72 @@
+"""The README tells the truth: what it names exists, and what exists it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from db.models import Base
+from worker.cli import app
+from worker.settings import Settings, environment_name
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(name: str) -> str:
+    return README.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+def test_the_file_tree_is_the_tree_of_files() -> None:
+    named = set(re.findall(r"^    (\S+)", section("Files"), re.MULTILINE))
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("db", "training", "worker")
+        for path in (ROOT / folder).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert {name for name in named if name.endswith(".py")} == there
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_settings_table_has_every_setting_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]*?)`? \|", section("Settings"), re.MULTILINE))
+    expected = {
+        environment_name(name): "" if field.default in (None, ()) else str(field.default)
+        for name, field in Settings.model_fields.items()
+    }
+    assert {name: default.strip() for name, default in rows.items()} == expected
+
+
+def test_the_schema_names_every_table_and_column() -> None:
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([a-z0-9_, ]+) \|", section("Schema"), re.MULTILINE))
+    for name, table in Base.metadata.tables.items():
+        assert rows[name].split(", ") == [column.name for column in table.columns]
+
+
+def test_every_command_it_shows_exists() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    shown = set(re.findall(r"^    tweetscore (\w+)", README, re.MULTILINE))
+    assert shown
+    assert shown <= set(commands)
+    assert {"list", "show", "cancel"} <= set(commands["jobs"].commands)
+    assert {"list", "show", "promote"} <= set(commands["models"].commands)
+
+
+def test_the_test_line_is_the_one_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    pattern = re.search(r"grep -oP \"(.+)\" README", script)[1]  # type: ignore[index]
+    found = re.findall(pattern.replace(r"\K", ""), README, re.MULTILINE)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", ["trainer", "scorer"])
+def test_the_compose_file_runs_commands_that_exist(name: str) -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    service = compose["services"][name]
+    assert service["command"][0] == "tweetscore"
+    assert service["command"][1] in get_command(app).commands  # type: ignore[attr-defined]
+    settings = {environment_name(field) for field in Settings.model_fields}
+    assert set(service["environment"]) <= settings

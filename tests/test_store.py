@@ -1,0 +1,401 @@
+"""What a window writes, the model registry, the views for analysts, and questions that cannot write."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import func, make_url, select, text
+
+from db import jobs, registry, store
+from db.errors import DatabaseError, NotFound
+from db.models import DeadLetter, EpochMetric, ModelAlias, ModelVersion, Prediction, Tweet
+from db.readonly import ask
+from db.session import Database, open_database
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def url_of(database: Database) -> str:
+    return database.engine.url.render_as_string(hide_password=False)
+
+
+def tweet_row(tweet_id: str, **values: object) -> dict[str, Any]:
+    optional = dict.fromkeys(("author_id", "lang", "topic", "tweet_created_at"))
+    return {"tweet_id": tweet_id, "text": f"今日は嬉しい{tweet_id}", **optional, "received_at": NOON, **values}
+
+
+def prediction_row(tweet_id: str, model_version_id: int, **values: object) -> dict[str, Any]:
+    row = {"tweet_id": tweet_id, "model_version_id": model_version_id, "label": "positive", "probability": 0.75}
+    return {**row, "score_signed": 0.5, "probabilities": {"positive": 0.75}, "scored_at": NOON, **values}
+
+
+def letter_row(record_id: str, **values: object) -> dict[str, Any]:
+    return {"record_id": record_id, "payload": b"\xff\x00{", "reason": "not JSON", "attempts": 3, "buried_at": NOON} | {
+        **values
+    }
+
+
+def make_version(
+    database: Database, figures: dict[tuple[str, str], float] | None = None, job_id: int | None = None
+) -> int:
+    version = ModelVersion(
+        job_id=job_id, base_model="base", artifact_url="file:///models/1", sha256="0" * 64,
+        labels=["negative", "positive"], cleaner_version="1",
+    )  # fmt: skip
+    rows = [{"metric": metric, "label": label, "value": value} for (metric, label), value in (figures or {}).items()]
+    with database.begin() as session:
+        return registry.add_version(session, version, rows, [], []).id
+
+
+def assign(database: Database, version_id: int, alias: str = registry.CHAMPION) -> None:
+    with database.begin() as session:
+        registry.assign(session, alias, version_id)
+
+
+def write(database: Database, tweets: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> None:
+    with database.begin() as session:
+        store.add_tweets(session, tweets)
+        store.add_predictions(session, predictions)
+
+
+def answer(database: Database, sql: str) -> list[tuple[Any, ...]]:
+    with ask(url_of(database), sql) as (_, rows):
+        return [tuple(row) for row in rows]
+
+
+def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
+    with database.read() as session:
+        return {
+            model.__tablename__: sorted(
+                (dict(row) for row in session.execute(select(*model.__table__.columns)).mappings()), key=str
+            )
+            for model in (Tweet, Prediction, DeadLetter)
+        }
+
+
+def test_replayed_window_changes_nothing(database: Database) -> None:
+    version = make_version(database)
+    write(database, [tweet_row("1"), tweet_row("2")], [prediction_row("1", version), prediction_row("2", version)])
+    with database.begin() as session:
+        store.bury(session, [letter_row("1-0")])
+    before = everything(database)
+
+    later = NOON + timedelta(hours=1)
+    other = {"label": "negative", "probability": 0.6, "scored_at": later}
+    write(
+        database,
+        [tweet_row("2", text="別の文", received_at=later), tweet_row("1", topic="天気")],
+        [prediction_row("2", version, **other), prediction_row("1", version, **other)],
+    )
+    with database.begin() as session:
+        store.bury(session, [letter_row("1-0", reason="another", attempts=9)])
+    assert everything(database) == before
+
+
+def test_window_that_overlaps_an_earlier_one_adds_only_what_is_new(database: Database) -> None:
+    first, second = make_version(database), make_version(database)
+    write(database, [tweet_row("1")], [prediction_row("1", first)])
+    write(
+        database,
+        [tweet_row("1"), tweet_row("2"), tweet_row("2")],  # a producer that repeats itself within one window
+        [prediction_row("1", first), prediction_row("2", first), prediction_row("2", first, label="negative")],
+    )
+    write(database, [tweet_row("1")], [prediction_row("1", second)])
+    with database.read() as session:
+        keys = session.execute(select(Prediction.tweet_id, Prediction.model_version_id)).all()
+        assert session.scalar(select(func.count()).select_from(Tweet)) == 2
+        assert (store.prediction_count(session), store.prediction_count(session, first)) == (3, 2)
+    assert set(keys) == {("1", first), ("2", first), ("1", second)}
+
+
+def test_window_beyond_the_bound_value_limit_is_stored_whole(database: Database) -> None:
+    version = make_version(database)
+    # Seven columns: more values than either database binds in one statement.
+    ids = [str(i) for i in range(10_000)]
+    write(database, [tweet_row(i) for i in ids], [prediction_row(i, version) for i in ids])
+    with database.begin() as session:
+        store.bury(session, [letter_row(i) for i in ids])
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Tweet)) == len(ids)
+        assert store.prediction_count(session) == len(ids)
+        assert store.dead_letter_count(session) == len(ids)
+
+
+def test_empty_window_writes_nothing(database: Database) -> None:
+    write(database, [], [])
+    with database.begin() as session:
+        store.bury(session, [])
+    assert everything(database) == {"tweets": [], "predictions": [], "dead_letters": []}
+
+
+def test_dead_letter_keeps_its_payload_byte_for_byte(database: Database) -> None:
+    payload = b'{"text": "\xff\x00\xed\xa0\x80"}'
+    with database.begin() as session:
+        store.bury(session, [letter_row("1-0", payload=payload)])
+    with database.read() as session:
+        assert session.scalars(select(DeadLetter.payload)).one() == payload
+
+
+def test_writers_of_overlapping_windows_in_any_order_never_deadlock(database: Database) -> None:
+    version = make_version(database)
+    ids = [str(i) for i in range(400)]
+
+    def write_shuffled(seed: int) -> None:
+        order = random.Random(seed).sample(ids, 300)
+        write(database, [tweet_row(i) for i in order], [prediction_row(i, version) for i in reversed(order)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_shuffled, range(16)))  # raises what a writer raised
+    with database.read() as session:
+        assert store.prediction_count(session) == len(ids)
+
+
+def test_model_version_comes_back_with_its_figures(database: Database) -> None:
+    version = ModelVersion(base_model="b", artifact_url="u", sha256="s", labels=["陰性", "陽性"], cleaner_version="1")
+    with database.begin() as session:
+        registry.add_version(
+            session,
+            version,
+            [{"metric": "f1", "label": "陽性", "value": 0.1}, {"metric": "accuracy", "label": "", "value": 0.9}],
+            [{"actual": "陰性", "predicted": "陽性", "count": 7}],
+            [
+                {"row_number": 12, "text": "文", "actual": "陰性", "predicted": "陽性", "probability": 0.6}
+                | {"probabilities": {"陽性": 0.6, "陰性": 0.4}}
+            ],
+        )
+    with database.read() as session:
+        assert registry.get(session, version.id).labels == ["陰性", "陽性"]
+        assert registry.metrics(session, version.id) == {("f1", "陽性"): 0.1, ("accuracy", ""): 0.9}
+        assert registry.confusion(session, version.id) == {("陰性", "陽性"): 7}
+        rows = session.execute(text("SELECT row_number, predicted FROM test_predictions")).all()
+    assert rows == [(12, "陽性")]
+
+
+def test_alias_keeps_its_history_and_a_rollback_is_one_row(database: Database) -> None:
+    old, new = make_version(database), make_version(database)
+    assign(database, old)
+    assign(database, old, alias="challenger")
+    assign(database, new)
+    with database.read() as session:
+        assert registry.assigned(session, "champion") == new
+        assert registry.assigned(session, "challenger") == old
+
+    assign(database, old)
+    with database.read() as session:
+        history = session.execute(select(ModelAlias.alias, ModelAlias.model_version_id).order_by(ModelAlias.id)).all()
+        assert registry.assigned(session, "champion") == old
+    assert history == [("champion", old), ("challenger", old), ("champion", new), ("champion", old)]
+
+
+@pytest.mark.parametrize(("alias", "exists"), [("champ", True), ("champion", False)])
+def test_unknown_alias_or_version_is_refused_and_leaves_the_champion(
+    database: Database, alias: str, exists: bool
+) -> None:
+    version = make_version(database)
+    assign(database, version)
+    with pytest.raises(NotFound):
+        assign(database, make_version(database) if exists else 999, alias=alias)
+    with database.read() as session:
+        assert registry.assigned(session, "champion") == version
+
+
+def test_current_predictions_are_those_of_the_present_champion_alone(database: Database) -> None:
+    old, new = make_version(database), make_version(database)
+    write(
+        database,
+        [tweet_row("1"), tweet_row("2")],
+        [prediction_row("1", old), prediction_row("2", old), prediction_row("1", new, label="negative")],
+    )
+    current = "SELECT tweet_id, label FROM v_predictions_current ORDER BY 1"
+    assert answer(database, current) == []
+    assign(database, old)
+    assign(database, new, alias="challenger")
+    assert answer(database, current) == [("1", "positive"), ("2", "positive")]
+    assign(database, new)
+    assert answer(database, current) == [("1", "negative")]
+    assign(database, old)
+    assert answer(database, current) == [("1", "positive"), ("2", "positive")]
+
+
+@pytest.mark.parametrize(
+    ("when", "hour_utc", "day_jst"),
+    [
+        ("2026-01-31T14:59:59.999999+00:00", "2026-01-31 14", "2026-01-31"),
+        ("2026-01-31T15:00:00+00:00", "2026-01-31 15", "2026-02-01"),
+        ("2026-02-01T00:00:00+09:00", "2026-01-31 15", "2026-02-01"),
+        ("2025-12-31T23:59:59.999999+00:00", "2025-12-31 23", "2026-01-01"),
+    ],
+)
+def test_tweet_counts_in_its_utc_hour_and_its_japanese_day(
+    database: Database, when: str, hour_utc: str, day_jst: str
+) -> None:
+    version = make_version(database)
+    assign(database, version)
+    write(database, [tweet_row("1", tweet_created_at=datetime.fromisoformat(when))], [prediction_row("1", version)])
+    [(hour,)] = answer(database, "SELECT hour_utc FROM v_sentiment_hourly")
+    [(day,)] = answer(database, "SELECT day_jst FROM v_sentiment_daily_jst")
+    hour = datetime.fromisoformat(hour) if isinstance(hour, str) else hour
+    assert f"{hour.astimezone(UTC):%Y-%m-%d %H %M:%S}" == f"{hour_utc} 00:00"
+    assert str(day) == day_jst
+
+
+@pytest.mark.parametrize("view", ["v_sentiment_hourly", "v_sentiment_daily_jst"])
+def test_sentiment_views_count_and_average_by_label(database: Database, view: str) -> None:
+    version = make_version(database)
+    assign(database, version)
+    write(
+        database,
+        # The last has no time of its own: it counts when it arrived, in the same hour.
+        [tweet_row("1", tweet_created_at=NOON), tweet_row("2", tweet_created_at=NOON), tweet_row("3")],
+        [
+            prediction_row("1", version),
+            prediction_row("2", version, label="negative", score_signed=-0.5),
+            prediction_row("3", version, probability=0.25, score_signed=0.0),
+        ],
+    )
+    rows = answer(database, f"SELECT label, tweets, mean_probability, mean_score FROM {view} ORDER BY label")
+    assert rows == [("negative", 1, 0.75, -0.5), ("positive", 2, 0.5, 0.25)]
+
+
+def test_leaderboard_shows_whole_split_figures_and_versions_without_any(database: Database) -> None:
+    measured = make_version(database, {("accuracy", ""): 0.9, ("f1_macro", ""): 0.8, ("f1_macro", "positive"): 0.99})
+    bare = make_version(database)
+    sql = "SELECT model_version_id, accuracy, f1_micro, f1_macro, tfidf_f1_macro FROM v_model_leaderboard ORDER BY 1"
+    assert answer(database, sql) == [(measured, 0.9, None, 0.8, None), (bare, None, None, None, None)]
+
+
+def test_jobs_view_shows_each_job_once_with_its_epochs_and_model(database: Database) -> None:
+    with database.begin() as session:
+        trained, waiting = (
+            jobs.submit(session, request_id=name, dataset="d.csv", dataset_sha256=None, config={}).id for name in "ab"
+        )
+        for epoch, f1 in ((1, 0.5), (2, 0.75), (3, 0.6)):
+            session.add(
+                EpochMetric(
+                    job_id=trained,
+                    epoch=epoch,
+                    train_loss=1.0,
+                    learning_rate=1e-5,
+                    valid_loss=1.0,
+                    valid_accuracy=0.5,
+                    valid_f1_macro=f1,
+                    seconds=1.0,
+                )  # fmt: skip
+            )
+    version = make_version(database, job_id=trained)
+    sql = "SELECT id, state, model_version_id, epochs, best_valid_f1_macro FROM v_jobs ORDER BY id"
+    assert answer(database, sql) == [(trained, "queued", version, 3, 0.75), (waiting, "queued", None, None, None)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT INTO tweets (tweet_id, text, received_at) VALUES ('2', 'x', '2026-01-31T12:00:00Z')",
+        "INSERT INTO tweets (tweet_id, text, received_at) VALUES ('2', 'x', '2026-01-31T12:00:00Z') RETURNING tweet_id",
+        "UPDATE tweets SET text = 'x'",
+        "DELETE FROM tweets",
+        "DROP TABLE predictions",
+        "DROP VIEW v_jobs",
+        "CREATE TABLE other (a INTEGER)",
+        "CREATE TEMP TABLE other (a INTEGER)",
+        "WITH gone AS (DELETE FROM tweets RETURNING tweet_id) SELECT * FROM gone",
+        "EXPLAIN ANALYZE DELETE FROM tweets",
+        "SELECT 1; DROP TABLE predictions",
+        "COMMIT; DROP TABLE predictions",
+        "BEGIN",
+        "ATTACH DATABASE '{folder}/other.db' AS other",
+        "VACUUM INTO '{folder}/other.db'",
+        "PRAGMA user_version = 7",
+        "PRAGMA journal_mode = DELETE",
+        "PRAGMA writable_schema = ON",
+        "SET TRANSACTION READ WRITE",
+        "SELECT set_config('transaction_read_only', 'off', false)",
+        "DO $$ BEGIN DELETE FROM tweets; END $$",
+        "TRUNCATE tweets CASCADE",
+        "",
+    ],
+)
+def test_question_that_would_write_is_refused(database: Database, tmp_path: Path, sql: str) -> None:
+    write(database, [tweet_row("1")], [])
+    pragmas = "SELECT user_version, journal_mode FROM pragma_user_version, pragma_journal_mode"
+    on_sqlite = database.engine.dialect.name == "sqlite"
+
+    def state() -> list[Any]:
+        with database.read() as session:
+            tables = (
+                "sqlite_master WHERE type IN ('table', 'view')" if on_sqlite else "pg_class WHERE relkind IN ('r', 'v')"
+            )
+            return [
+                everything(database),
+                session.scalar(text(f"SELECT count(*) FROM {tables}")),
+                session.execute(text(pragmas)).all() if on_sqlite else None,
+            ]
+
+    before = state()
+    with pytest.raises(DatabaseError), ask(url_of(database), sql.replace("{folder}", str(tmp_path))) as (_, rows):
+        list(rows)
+    assert state() == before
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_question_cannot_make_the_server_write_a_file(database: Database) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no server")
+    [(folder,)] = answer(database, "SELECT setting FROM pg_settings WHERE name = 'data_directory'")
+    target = Path(folder) / f"copied-{make_url(url_of(database)).database}"
+    with pytest.raises(DatabaseError), ask(url_of(database), f"COPY (SELECT 1) TO '{target}'"):
+        pass
+    assert not target.exists()
+
+
+def test_question_is_answered_with_its_column_names(database: Database) -> None:
+    write(database, [tweet_row("1", text="100%嬉しい"), tweet_row("2", text="悲しい")], [])
+    sql = "WITH t AS (SELECT * FROM tweets) SELECT tweet_id AS id, text FROM t WHERE text LIKE '100!%嬉%' ESCAPE '!';"
+    with ask(url_of(database), sql) as (columns, rows):
+        assert (columns, [tuple(row) for row in rows]) == (["id", "text"], [("1", "100%嬉しい")])
+
+
+@pytest.mark.parametrize("sql", ["SELECT * FROM nowhere", "SELEC 1"])
+def test_faulty_question_is_refused_in_the_words_of_the_database(database: Database, sql: str) -> None:
+    with pytest.raises(DatabaseError, match=r"nowhere|syntax"), ask(url_of(database), sql):
+        pass
+
+
+def test_question_is_answered_while_a_writer_holds_its_transaction(database: Database) -> None:
+    with database.begin() as session:
+        store.add_tweets(session, [tweet_row("1")])
+        assert answer(database, "SELECT count(*) FROM tweets") == [(0,)]
+    assert answer(database, "SELECT count(*) FROM tweets") == [(1,)]
+
+
+def test_rows_are_streamed_rather_than_held_in_memory(database: Database) -> None:
+    sql = (
+        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT '{'x' * 500}' FROM n"
+    )
+    memory: Callable[[], int] = lambda: psutil.Process().memory_info().rss  # noqa: E731
+    before = memory()
+    with ask(url_of(database), sql) as (_, rows):
+        next(iter(rows))
+        assert memory() - before < 50_000_000  # all of them are 150 MB
+        assert sum(1 for _ in rows) == 299_999
+
+
+def test_question_to_a_missing_sqlite_file_does_not_make_one(tmp_path: Path) -> None:
+    path = tmp_path / "none.db"
+    with pytest.raises(DatabaseError, match=r"none\.db"), ask(f"sqlite:///{path}", "SELECT 1"):
+        pass
+    assert not path.exists()
+
+
+def test_sqlite_file_with_url_characters_in_its_name_is_asked(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a b#c%d日本.db"
+    opened = open_database(url)
+    with opened.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE t AS SELECT 7 AS n"))
+    assert answer(opened, "SELECT n FROM t") == [(7,)]
+    opened.close()
