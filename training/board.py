@@ -66,7 +66,8 @@ def predictions_figure(
     """The first validation rows: text, predicted label with its percentage, actual label; green when right, or red."""
     shown = min(ROWS_SHOWN, len(texts))
     chosen = choose(probabilities[:shown], task)
-    figure = Figure(figsize=(10, 0.62 * shown + 0.4))
+    figure = Figure(figsize=(8, 0.62 * shown + 0.2))
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.98)
     for i in range(shown):
         axes = figure.add_subplot(shown, 1, i + 1, xticks=[], yticks=[])
         axes.set_axis_off()

@@ -29,6 +29,7 @@ class Progress:
     epoch: int = 1
     batch: int = 0
     step: int = 0
+    learning_rate: float = 0.0
     loss_sum: float = 0.0
     best_epoch: int = 0
     best_f1_macro: float = -1.0

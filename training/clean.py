@@ -7,9 +7,10 @@ import html
 import re
 from collections.abc import Callable
 
-URL = re.compile(r"https?://[^\s　]+")
+# ASCII alone: Japanese often follows a link without a space.
+URL = re.compile(r"https?://[!-~]+")
 MENTION = re.compile(r"(?<![A-Za-z0-9_])[@＠][A-Za-z0-9_]{1,15}")
-RETWEET = re.compile(r"^RT\s+[@＠][A-Za-z0-9_]{1,15}:?\s*")
+RETWEET = re.compile(r"^\s*(?:RT\s+[@＠][A-Za-z0-9_]{1,15}:?\s*)+")
 
 
 def _clean_v1(text: str) -> str:

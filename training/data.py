@@ -4,7 +4,9 @@ The guide's form works as it is (a header row, then an integer label and a text)
 JSONL. A text, its retweets and its copies are one row: they can never stand in two splits.
 """
 
+import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
@@ -23,12 +24,12 @@ from training.config import TrainConfig
 from training.errors import BadDataset
 
 MAX_TEXT_CHARS = 100_000
+INTEGER = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts as they came, raw labels as they were written, and where each row stands in its file, from 1, the header
-    of a table included."""
+    """Texts as they came, raw labels as they were written, and the line of the file, from 1, that each begins at."""
 
     texts: list[str]
     labels: list[str]
@@ -58,20 +59,27 @@ class Dataset:
 
 def read_rows(path: Path) -> Rows:
     """Labelled rows of a CSV, TSV or JSONL file; raises `BadDataset` with the row and the remedy."""
-    frame = _read_table(path)
-    if frame.empty:
-        raise BadDataset(f"{path.name} holds no rows; a dataset needs a header and a label and a text in each row")
-    text_column, label_column = _find_columns(frame, path)
-    texts = [str(text) for text in frame[text_column]]
-    labels = [str(label).strip() for label in frame[label_column]]
-    numbers = [int(number) for number in frame.index]
-    for number, text in zip(numbers, texts, strict=True):
-        if len(text) > MAX_TEXT_CHARS:
-            raise BadDataset(
-                f"the text in row {number} of {path.name} has {len(text):,} characters; a tweet has at most "
-                f"{MAX_TEXT_CHARS:,}: shorten it or take it out"
-            )
-    return Rows(texts, labels, numbers)
+    if not path.is_file():
+        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
+    try:
+        header, table = _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else _read_csv(path)
+    except UnicodeDecodeError as error:
+        raise BadDataset(
+            f"{path.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
+            f"first, e.g. `iconv -f CP932 -t UTF-8 {path.name}`"
+        ) from error
+    if not table:
+        empty = "is empty" if not header else "holds no rows"
+        raise BadDataset(f"{path.name} {empty}; a dataset needs a header and a label and a text in each row")
+    text_column, label_column = _find_columns(header, table, path)
+    rows = Rows([], [], [])
+    for number, values in table:
+        text, label = values[text_column], values[label_column]
+        _check_text(text, number, path)
+        rows.texts.append(text)
+        rows.labels.append(label.strip())
+        rows.row_numbers.append(number)
+    return rows
 
 
 def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
@@ -113,61 +121,85 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """The table as it stands, its index the row numbers."""
-    if not path.is_file():
-        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
-    if path.stat().st_size == 0:
-        raise BadDataset(f"{path.name} is empty; a dataset needs a header and a label and a text in each row")
-    try:
-        if path.suffix in (".jsonl", ".ndjson"):
-            return _read_json_lines(path)
-        frame = pd.read_csv(
-            path,
-            sep="\t" if path.suffix == ".tsv" else ",",
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",  # a byte-order mark would otherwise stick to the first column's name
-        )
-        frame.index += 2  # row 1 is the header
-        return frame
-    except UnicodeDecodeError as error:
-        raise BadDataset(
-            f"{path.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
-            f"first, e.g. `iconv -f CP932 -t UTF-8 {path.name}`"
-        ) from error
-    except (ValueError, pd.errors.ParserError) as error:
-        raise BadDataset(f"{path.name} cannot be read: {str(error).strip()}; mend that line") from error
+Table = list[tuple[int, list[str]]]
 
 
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    rows, numbers = [], []
+def _read_csv(path: Path) -> tuple[list[str], Table]:
+    """The header, and every row with the line it begins at; blank lines are passed over."""
+    table: Table = []
+    csv.field_size_limit(10 * MAX_TEXT_CHARS)
+    # The byte-order mark would otherwise stick to the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        header: list[str] = []
+        begins = 1
+        try:
+            for values in reader:
+                if not header:
+                    header = values if any(value.strip() for value in values) else []
+                elif values:
+                    if len(values) != len(header):
+                        raise BadDataset(
+                            f"row {begins} of {path.name} has {len(values)} columns and the header {len(header)}; put "
+                            "quotes around a text that holds a comma"
+                        )
+                    table.append((begins, values))
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise BadDataset(f"row {begins} of {path.name} cannot be read ({error}); mend it") from error
+    return header, table
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], Table]:
+    """The keys of all objects, and every object's values by them; what an object lacks is empty."""
+    objects: list[tuple[int, dict[str, Any]]] = []
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
-        numbers.append(number)
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise BadDataset(f"line {number} of {path.name} is not JSON; mend it or take it out") from error
-        if not isinstance(rows[-1], dict):
+        if not isinstance(value, dict):
             raise BadDataset(f'line {number} of {path.name} is no JSON object; write {{"label": …, "text": …}}')
-    return pd.DataFrame(rows, index=numbers).fillna("")
+        objects.append((number, value))
+    keys = list(dict.fromkeys(key for _, value in objects for key in value))
+    return keys, [(number, [_json_cell(value.get(key)) for key in keys]) for number, value in objects]
 
 
-def _find_columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
-    by_name = {str(column).strip().lower(): column for column in frame.columns}
+def _json_cell(value: Any) -> str:
+    if isinstance(value, list):
+        return MULTI_LABEL_SEPARATOR.join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _check_text(text: str, number: int, path: Path) -> None:
+    if len(text) > MAX_TEXT_CHARS:
+        raise BadDataset(
+            f"the text in row {number} of {path.name} has {len(text):,} characters; a tweet has at most "
+            f"{MAX_TEXT_CHARS:,}: shorten it or take it out"
+        )
+    if "\x00" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise BadDataset(
+            f"the text in row {number} of {path.name} holds a NUL or half a surrogate pair, which no database stores; "
+            "take the character out"
+        )
+
+
+def _find_columns(header: list[str], table: Table, path: Path) -> tuple[int, int]:
+    """Positions of the text and of the label."""
+    by_name = {name.strip().lower(): position for position, name in enumerate(header)}
     text = next((by_name[name] for name in TEXT_COLUMNS if name in by_name), None)
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     if text is not None and label is not None:
         return text, label
     # The guide's positional form: whatever the header says, an integer label stands first and a text second.
-    if len(frame.columns) >= 2 and frame.iloc[:, 0].astype(str).str.fullmatch(r"\s*-?\d+\s*").all():
-        return frame.columns[1], frame.columns[0]
+    if len(header) >= 2 and all(INTEGER.fullmatch(values[0].strip()) for _, values in table):
+        return 1, 0
     raise BadDataset(
-        f"{path.name} has the columns {', '.join(map(str, frame.columns))}; name one of them "
-        f"{'/'.join(LABEL_COLUMNS)} and one {'/'.join(TEXT_COLUMNS)}, or put an integer label first and the text second"
+        f"{path.name} has the columns {', '.join(header)}; name one of them {'/'.join(LABEL_COLUMNS)} and one "
+        f"{'/'.join(TEXT_COLUMNS)}, or put an integer label first and the text second"
     )
 
 
@@ -220,7 +252,7 @@ def _label_names(named: Sequence[tuple[str, ...]], config: TrainConfig) -> list[
     if config.labels is not None:
         return list(dict.fromkeys(config.labels.values()))
     names = {name for row in named for name in row}
-    if all(name.lstrip("-").isdigit() for name in names):
+    if all(INTEGER.fullmatch(name) for name in names):
         return sorted(names, key=int)
     return sorted(names)
 

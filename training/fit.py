@@ -82,8 +82,15 @@ def fit(
     loss_of = loss_function(config)
     half_precision = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
+    def look_up(loss: float | None = None) -> None:
+        try:
+            hooks.on_step(at.step, total_steps, loss)
+        except StopRequested:
+            save_checkpoint(checkpoints, run)
+            raise
+
     with Board(board_folder, at.step) as board:
-        hooks.on_step(at.step, total_steps, None)
+        look_up()
         while at.epoch <= config.epochs:
             started = time.monotonic()
             model.train()
@@ -97,7 +104,7 @@ def fit(
                 loss.backward()
                 if config.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                rate = optimizer.param_groups[0]["lr"]
+                at.learning_rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 run.scheduler.step()
                 value = loss.item()
@@ -105,27 +112,14 @@ def fit(
                 at.batch += 1
                 at.step += 1
                 board.step(at.step, value)
-                try:
-                    hooks.on_step(at.step, total_steps, value)
-                except StopRequested:
-                    save_checkpoint(checkpoints, run)
-                    raise
+                look_up(value)
 
-            scored = predict(
-                model,
-                valid_rows,
-                valid.targets,
-                config,
-                config.valid_batch_size,
-                pad_id,
-                device,
-                lambda: hooks.on_step(at.step, total_steps, None),
-            )
+            scored = predict(model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device, look_up)
             figures = metrics(valid.targets, scored.probabilities, labels, config.task)
             epoch = Epoch(
                 at.epoch,
                 at.loss_sum / len(train_rows),
-                rate,
+                at.learning_rate,
                 scored.loss,
                 figures["accuracy", ""],
                 figures["f1_macro", ""],
@@ -140,7 +134,7 @@ def fit(
             board.epoch(
                 at.step,
                 {
-                    "learning rate": rate,
+                    "learning rate": at.learning_rate,
                     "epoch loss": epoch.train_loss,
                     "validation loss": epoch.valid_loss,
                     "validation accuracy": epoch.valid_accuracy,

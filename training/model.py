@@ -1,6 +1,7 @@
 """Encoder + head: build and forward. Knows token ids and logits, and nothing of texts, labels or files' digests."""
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -68,11 +69,12 @@ def guide_head(hidden_size: int, n_labels: int, dropout: float) -> nn.Sequential
 
 
 def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classifier:
-    """A pretrained encoder under a fresh head, in float32 whatever the file keeps.
+    """A pretrained encoder under a fresh head, the same for the same seed, in float32 whatever the file keeps.
 
     Raises `ModelUnavailable` when the weights cannot be loaded, `BadConfig` when the encoder has no trained pooler and
     `pooling` asks for it.
     """
+    torch.manual_seed(config.seed)
     try:
         loaded, info = AutoModel.from_pretrained(
             str(encoder.folder),
@@ -81,8 +83,16 @@ def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classif
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelUnavailable(f"base model {encoder.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelUnavailable(
+            f"base model {encoder.name!r} cannot be loaded ({str(error).splitlines()[0]}); fetch or save it again"
+        ) from error
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise ModelUnavailable(
+            f"base model {encoder.name!r} cannot be loaded: {len(missing)} weights are missing ({missing[0]}, …); fetch or "
+            "save it again"
+        )
     if config.pooling == "pooler" and (_lacks_pooler(loaded) or any("pooler" in k for k in info["missing_keys"])):
         raise BadConfig(f"base model {encoder.name!r} has no trained pooler; use --pooling mean or cls")
     _check_length(loaded.config, config)

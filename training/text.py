@@ -22,8 +22,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         saved = get_tokenizer_config(str(folder), local_files_only=True)
         options: dict[str, Any] = {"split_special_tokens": True}
-        if saved.get("word_tokenizer_type") == "mecab" and not saved.get("mecab_kwargs"):
-            options["mecab_kwargs"] = {"mecab_dic": "ipadic"}
+        mecab = saved.get("mecab_kwargs") or {}
+        if saved.get("word_tokenizer_type") == "mecab" and "mecab_dic" not in mecab:
+            options["mecab_kwargs"] = {**mecab, "mecab_dic": "ipadic"}
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelUnavailable(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
