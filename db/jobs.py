@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from db.errors import LeaseLost, NotFound
@@ -23,8 +24,12 @@ def submit(
     if known:
         return known
     job = TrainingJob(request_id=request_id, dataset=dataset, dataset_sha256=dataset_sha256, config=config)
-    session.add(job)
-    session.flush()
+    try:
+        with session.begin_nested():
+            session.add(job)
+    except IntegrityError:
+        # The same request came in twice at once, and the other one was first.
+        return session.scalars(select(TrainingJob).where(TrainingJob.request_id == request_id)).one()
     return job
 
 
@@ -156,7 +161,9 @@ def release(session: Session, job_id: int, token: int) -> None:
 
 def request_cancel(session: Session, job_id: int) -> TrainingJob:
     """Ask a job to stop: a queued one is cancelled at once, a running one within a few steps of its worker."""
-    job = get(session, job_id)
+    get(session, job_id)
+    # Locked: a worker may be claiming or finishing it this very moment.
+    job = session.get_one(TrainingJob, job_id, with_for_update=True, populate_existing=True)
     if job.state not in FINISHED_STATES:
         job.cancel_requested = True
     if job.state == "queued":

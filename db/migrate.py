@@ -5,6 +5,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,6 +26,8 @@ def upgrade(database: Database) -> None:
             config = _config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+    except CommandError as error:
+        raise DatabaseError(f"the database has a newer schema ({error}); upgrade tweetscore") from error
     except SQLAlchemyError as error:
         raise DatabaseError(f"the database {database.engine.url!r} cannot be used: {_first_line(error)}") from error
 
@@ -35,7 +38,8 @@ def is_current(database: Database) -> bool:
 
 
 def _revision(database: Database) -> str | None:
-    with database.engine.connect() as connection:
+    # A look must not wait for whoever is writing.
+    with database.engine.connect().execution_options(tweetscore_read=True) as connection:
         if not inspect(connection).has_table("alembic_version"):
             return None
         return str(connection.scalar(text("SELECT version_num FROM alembic_version")))

@@ -52,9 +52,8 @@ def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
 def _ask_postgresql(url: str, sql: str) -> Iterator[Answer]:
     with psycopg.connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
         connection.read_only = True
-        with connection.cursor() as cursor:
-            # Prepared, a text is one statement: nothing can follow behind a semicolon.
-            cursor.execute(sql.encode(), prepare=True)
-            if cursor.description is None:
-                raise DatabaseError("the query gives no rows; ask with SELECT")
-            yield [column.name for column in cursor.description], iter(cursor)
+        # A cursor is declared for one SELECT and nothing else: no COPY to a file of the server's, nothing behind a
+        # semicolon. Its rows come in portions.
+        with connection.cursor(name="answer") as cursor:
+            cursor.execute(sql.strip().rstrip(";").encode())
+            yield [column.name for column in cursor.description or ()], iter(cursor)

@@ -53,11 +53,15 @@ def assign(session: Session, alias: str, version_id: int) -> None:
     session.flush()
 
 
+def assignment(session: Session, alias: str) -> ModelAlias | None:
+    """The newest assignment of an alias."""
+    return session.scalar(select(ModelAlias).where(ModelAlias.alias == alias).order_by(ModelAlias.id.desc()).limit(1))
+
+
 def assigned(session: Session, alias: str) -> int | None:
     """The model version id an alias points at now."""
-    return session.scalar(
-        select(ModelAlias.model_version_id).where(ModelAlias.alias == alias).order_by(ModelAlias.id.desc()).limit(1)
-    )
+    newest = assignment(session, alias)
+    return newest.model_version_id if newest else None
 
 
 def metrics(session: Session, version_id: int) -> dict[tuple[str, str], float]:

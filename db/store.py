@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Table, func, select
+from sqlalchemy import func, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
-
-# SQLite binds at most 32,766 values a statement, PostgreSQL 65,535.
-MAX_BOUND_VALUES = 30_000
 
 
 def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
@@ -46,12 +43,8 @@ def dead_letter_count(session: Session) -> int:
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return
-    assert isinstance(model.__table__, Table)  # noqa: S101 - narrows the type, declarative classes always have one
-    dialect = session.get_bind().dialect.name
-    insert = sqlite.insert if dialect == "sqlite" else postgresql.insert
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     # Every writer takes row locks in key order: two workers that meet the same tweets wait, and never deadlock.
-    keys = [column.name for column in model.__table__.primary_key]
+    keys = [str(column.key) for column in inspect(model).primary_key]
     ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
-    chunk = MAX_BOUND_VALUES // len(model.__table__.columns)
-    for start in range(0, len(ordered), chunk):
-        session.execute(insert(model.__table__).values(ordered[start : start + chunk]).on_conflict_do_nothing())
+    session.execute(insert(model).on_conflict_do_nothing(), ordered)

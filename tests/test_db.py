@@ -22,14 +22,15 @@ from db.session import BUSY_TIMEOUT_MS, Database, open_database
 ROOT = Path(__file__).parents[1]
 JST = timezone(timedelta(hours=9))
 
-# Says it is ready, and migrates when it is told to, so that several start in the same instant.
+# Connects, says it is ready, and migrates when it is told to, so that several begin in the same instant.
 MIGRATE_WHEN_TOLD = """
 import sys
 from db import migrate
 from db.session import open_database
+database = open_database(sys.argv[1])
+assert not migrate.is_current(database)
 print("ready", flush=True)
 sys.stdin.readline()
-database = open_database(sys.argv[1])
 migrate.upgrade(database)
 print(migrate.is_current(database))
 """

@@ -28,7 +28,7 @@ from training.lease import Lease
 from training.model import build_model, pick_device
 from training.paths import file_sha256, inside_roots
 from training.register import Figures, register_model
-from training.text import encode, load_tokenizer
+from training.text import TextEncoder, load_tokenizer
 from training.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     encoder = resolve_encoder(config.base_model, config.base_revision, workshop.read_roots)
     tokenizer = load_tokenizer(encoder.folder)
+    encode = TextEncoder(tokenizer)
     rows = {
-        part: encode(tokenizer, split.texts, config.max_length)
+        part: encode(split.texts, config.max_length)
         for part, split in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
     device = pick_device(workshop.device)

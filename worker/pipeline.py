@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
 from db import store
 from db.models import utc_now
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 BLOCK_MS = 1_000  # an idle reader looks up this often to see whether it should stop
 LONGEST_BACKOFF_SECONDS = 5.0
+# Anybody may XADD an id of his own; a Python date ends with the year 9999.
+LAST_MS = 253_402_300_799_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Window:
     started_at: datetime = field(default_factory=utc_now)
     tweets: list[tuple[Record, Tweet]] = field(default_factory=list)
     dead: list[dict[str, Any]] = field(default_factory=list)
-    ms: dict[str, float] = field(default_factory=dict)
+    ms: dict[str, float] = field(default_factory=lambda: {"read_ms": 0.0})
+    counted: bool = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -103,8 +106,6 @@ class Pipeline:
             with window.stage("forward"):
                 scores = model.forward(rows, self.limits.token_budget)
             self.store(window, model, scores)
-        except (OperationalError, InterfaceError, StreamError):
-            raise
         except Exception as error:
             return self.isolate(window, model, error)
         # Ack after commit: a crash between the two replays, and the key absorbs it.
@@ -137,7 +138,7 @@ class Pipeline:
 
     def alone(self, record: Record, why: str) -> Window:
         """A window of one, counted before it is tried: a record that ends the process is buried the fourth time."""
-        window = Window([record])
+        window = Window([record], counted=True)
         attempt = self.stream.count_isolated(record.id)
         if attempt > MAX_ISOLATED_ATTEMPTS:
             window.dead.append(dead_letter(record, f"{why} {MAX_ISOLATED_ATTEMPTS} times"))
@@ -148,10 +149,20 @@ class Pipeline:
 
         Raises what the device raises when it is the device: then nobody is buried for it.
         """
-        if not window.tweets:
-            raise error  # nothing was scored, so no record is to blame
+        try:
+            # A value the database refuses is its record's fault; anything else it says, or the stream, is nobody's.
+            if isinstance(error, StreamError) or (
+                isinstance(error, SQLAlchemyError) and not isinstance(error, DataError)
+            ):
+                raise error
+            if not window.tweets:
+                raise error  # nothing was scored, so no record is to blame
+            model.score([PROBE], self.limits.token_budget)
+        except Exception:
+            if window.counted:
+                self.stream.count_isolated(window.records[0].id, -1)
+            raise
         log.warning("a window of %d records failed (%s); scoring each alone", len(window.records), type(error).__name__)
-        model.score([PROBE], self.limits.token_budget)
         scored = 0
         for record in window.records:
             if not self.stopping.is_set():
@@ -172,7 +183,7 @@ class Pipeline:
                     window.ms["store_ms"] = 1000 * (time.perf_counter() - began)
                     store.add_window(session, window_row(window, model, scores, self.stream.consumer))
                 return
-            except (OperationalError, InterfaceError) as error:
+            except (OperationalError, InterfaceError, InternalError) as error:
                 if self.stopping.wait(pause):
                     raise
                 log.warning("the database does not answer, trying again in %.1f s: %s", pause, error.orig)
@@ -224,7 +235,7 @@ def dead_letter(record: Record, reason: str) -> dict[str, Any]:
 
 def tweet_row(record: Record, tweet: Tweet) -> dict[str, Any]:
     # The first half of a stream id is the server's clock when the record came in.
-    received_ms = int(record.id.partition("-")[0])
+    received_ms = min(int(record.id.partition("-")[0]), LAST_MS)
     return {
         "tweet_id": tweet.id,
         "text": tweet.text,

@@ -23,7 +23,7 @@ from training.clean import clean
 from training.errors import BadArtifact
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.model import pick_device
-from training.text import encode
+from training.text import TextEncoder
 from worker.batch import plan_batches
 
 log = logging.getLogger(__name__)
@@ -47,14 +47,15 @@ class Model:
     def __init__(self, version_id: int, artifact: Artifact, device: torch.device) -> None:
         self.version_id = version_id
         self.spec: Spec = artifact.spec
-        self._tokenizer = artifact.tokenizer
+        self._encode = TextEncoder(artifact.tokenizer)
+        self._pad_id: int = artifact.tokenizer.pad_token_id
         self._device = device
         self._model = artifact.model.to(device).eval()
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts as they came -> token ids, cleaned as the model was trained."""
         cleaned = [clean(text, self.spec.cleaner_version) for text in texts]
-        return encode(self._tokenizer, cleaned, self.spec.config.max_length)
+        return self._encode(cleaned, self.spec.config.max_length)
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Sequence[int]], token_budget: int) -> Scores:
@@ -62,10 +63,12 @@ class Model:
         probabilities = torch.empty((len(rows), len(self.spec.labels)))
         padded = 0
         for index in plan_batches([len(row) for row in rows], token_budget):
-            ids, mask = pad([rows[i] for i in index], self._tokenizer.pad_token_id)
+            ids, mask = pad([rows[i] for i in index], self._pad_id)
             padded += ids.numel()
             logits = self._model(ids.to(self._device), mask.to(self._device))
             probabilities[index] = to_probabilities(logits, self.spec.config.task, self.spec.temperature).cpu()
+        if not torch.isfinite(probabilities).all():
+            raise BadArtifact(f"model {self.version_id} gives no numbers (NaN); promote another one")
         return Scores(probabilities.numpy(), sum(map(len, rows)), padded)
 
     def score(self, texts: Sequence[str], token_budget: int) -> list[dict[str, Any]]:
@@ -116,8 +119,8 @@ class Champion:
     def current(self) -> Model | None:
         """The model to score the next window with; None while there is none, which is said once."""
         with self._database.read() as session:
-            version_id = registry.assigned(session, registry.CHAMPION)
-            if version_id is None:
+            assigned = registry.assignment(session, registry.CHAMPION)
+            if assigned is None:
                 if not self._told_absent:
                     log.warning(
                         "there is no champion yet: tweets wait in the stream; train a model, then "
@@ -125,17 +128,19 @@ class Champion:
                     )
                     self._told_absent = True
                 return None
+            version_id = assigned.model_version_id
             if self._model is not None and version_id == self._model.version_id:
                 return self._model
-            if version_id == self._refused:
+            # Promoted again, a model that was refused is tried again: it may have been mended.
+            if assigned.id == self._refused:
                 return self._model
             version = registry.get(session, version_id)
         try:
             self._model = load_model(version, self._device)
             self._refused, self._told_absent = None, False
             log.info("model %d is the champion now", version_id)
-        except TweetscoreError as error:
-            self._refused = version_id
+        except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it
+            self._refused = assigned.id
             old = f"model {self._model.version_id} goes on scoring" if self._model else "tweets wait in the stream"
             log.error("the champion, model %d, cannot be loaded, %s: %s", version_id, old, error)
         return self._model

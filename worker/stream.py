@@ -32,6 +32,8 @@ MAX_ISOLATED_ATTEMPTS = 3
 PUBLISH_CHUNK = 1_000
 CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
+# Below the client's socket timeout, past which a silent server counts as gone.
+LONGEST_BLOCK_MS = 5_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Stream:
         self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         scripts = importlib.resources.files("worker") / "lua"
         self._renew = client.register_script((scripts / "renew.lua").read_text(encoding="utf-8"))
+        self._count = client.register_script((scripts / "count.lua").read_text(encoding="utf-8"))
         self._trim = client.register_script((scripts / "trim.lua").read_text(encoding="utf-8"))
 
     # --- publishing
@@ -115,8 +118,13 @@ class Stream:
             try:
                 self._redis.xgroup_create(self.key, self.group, id="0", mkstream=True)
             except redis.ResponseError as error:
-                if not str(error).startswith("BUSYGROUP"):
+                # A server without memory refuses before it looks whether the group is there.
+                full = isinstance(error, redis.OutOfMemoryError) and self._has_group()
+                if not full and not str(error).startswith("BUSYGROUP"):
                     raise
+
+    def _has_group(self) -> bool:
+        return any(_text(group["name"]) == self.group for group in self._redis.xinfo_groups(self.key))
 
     def read(self, count: int, block_ms: int | None) -> list[Record]:
         """Up to `count` new records, at once when there are any; else wait up to `block_ms` for the first.
@@ -168,7 +176,7 @@ class Stream:
     def wait_for_news(self, block_ms: int) -> None:
         """Sleep until somebody adds a record, at most `block_ms`. Reads nothing and takes nothing."""
         with _converted():
-            self._redis.xread({self.key: "$"}, count=1, block=block_ms)
+            self._redis.xread({self.key: "$"}, count=1, block=min(block_ms, LONGEST_BLOCK_MS))
 
     # --- holding and letting go
 
@@ -177,10 +185,10 @@ class Stream:
         with _converted():
             return int(self._renew(keys=[self.key], args=[self.group, self.consumer, *ids])) if ids else 0
 
-    def count_isolated(self, id_: str) -> int:
-        """Note, before a suspect is scored alone, that it is; returns how often that is now."""
+    def count_isolated(self, id_: str, by: int = 1) -> int:
+        """Note, before a suspect is scored alone, that it is; returns how often that is now. -1 takes one back."""
         with _converted():
-            return int(self._redis.hincrby(f"{self.key}:suspects", id_, 1))
+            return int(self._count(keys=[f"{self.key}:suspects"], args=[id_, by]))
 
     def isolated_attempts(self, id_: str) -> int:
         with _converted():

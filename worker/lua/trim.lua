@@ -31,7 +31,8 @@ local found = pcall(function()
             first = pending[2]
         else
             local ms, seq = split(group['last-delivered-id'])
-            first = string.format('%.0f-%.0f', ms, seq + 1)
+            -- Past 2^53 a number of Lua's has no successor: then the last record stays.
+            first = seq < 2 ^ 53 and string.format('%.0f-%.0f', ms, seq + 1) or group['last-delivered-id']
         end
         if needed == nil or earlier(first, needed) then
             needed = first

@@ -15,9 +15,9 @@ HOUR = {
     "sqlite": "strftime('%Y-%m-%dT%H:00:00Z', {0})",
     "postgresql": "date_trunc('hour', {0}, 'UTC')",
 }
-# Japan has kept UTC+9 without summer time since 1951.
+# Japan has kept UTC+9 without summer time since 1951. SQLite rounds fractions of a second, which would turn the day.
 DAY_JST = {
-    "sqlite": "date({0}, '+9 hours')",
+    "sqlite": "date(substr({0}, 1, 19), '+9 hours')",
     "postgresql": "({0} AT TIME ZONE 'Asia/Tokyo')::date",
 }
 VIEWS = {

@@ -1,0 +1,79 @@
+"""What the tests of the route share: a stream and a database with workers on the two, and looks at both."""
+
+import json
+import threading
+from typing import Any
+
+import redis
+import torch
+from sqlalchemy import select
+
+from db.models import Base, Prediction
+from db.session import Database
+from tests.conftest import wait_until
+from training.artifact import load_artifact
+from worker.pipeline import Limits, Pipeline
+from worker.scorer import Champion, Model
+from worker.stream import Depth, Stream
+
+DRAINED = Depth(length=0, lag=0, pending=0)
+
+
+class Killed(BaseException):
+    """Ends a worker where it stands, as a signal would: nothing on the way may handle it."""
+
+
+class Holding(Champion):
+    """A champion that is the model it was given."""
+
+    def __init__(self, database: Database, model: Model) -> None:
+        super().__init__(database, "cpu")
+        self.model = model
+
+    def current(self) -> Model:
+        return self.model
+
+
+class Bench:
+    """The test's stream, its database, and workers on the two."""
+
+    def __init__(self, database: Database, stream: Stream, raw: "redis.Redis", tiny: Any, promote: Any) -> None:
+        self.database, self.stream, self.raw, self.tiny = database, stream, raw, tiny
+        self.promote = lambda: promote(database)
+
+    def worker(
+        self, champion: Champion | None = None, *, kind: type[Pipeline] = Pipeline, holds: type[Stream] = Stream,
+        database: Database | None = None, **limits: float,
+    ) -> Pipeline:  # fmt: skip
+        """A new consumer with its own route."""
+        database = database or self.database
+        chosen: dict[str, Any] = {"window_tweets": 100, "token_budget": 512, "min_idle_seconds": 60, **limits}
+        stream = holds(self.raw, self.stream.key, self.stream.group)
+        champion = champion or Champion(database, "cpu")
+        return kind(stream, database, champion, Limits(**chosen, linger_seconds=0.05), threading.Event())
+
+    def holding(self, kind: type[Model]) -> Holding:
+        """The tiny model as `kind`, registered and champion of its own workers."""
+        artifact = load_artifact(self.tiny.folder, self.tiny.sha256)
+        return Holding(self.database, kind(self.promote(), artifact, torch.device("cpu")))
+
+    def rows(self, table: type[Base]) -> list[dict[str, Any]]:
+        with self.database.read() as session:
+            return [dict(row) for row in session.execute(select(table.__table__)).mappings()]
+
+    def scored(self) -> dict[str, int]:
+        """Tweet id -> the version that scored it."""
+        return {row["tweet_id"]: row["model_version_id"] for row in self.rows(Prediction)}
+
+    def deliveries(self) -> list[int]:
+        """How often each pending record was delivered, in their order."""
+        rows = self.raw.xpending_range(self.stream.key, self.stream.group, "-", "+", 1000)
+        return [row["times_delivered"] for row in rows]
+
+    def recovers(self) -> None:
+        """Healthy workers drain what others left behind."""
+        wait_until(lambda: self.worker(min_idle_seconds=0.02).drain() >= 0 and self.stream.depth() == DRAINED)
+
+
+def wire(id_: object, words: str = "今日は嬉しい", **more: object) -> bytes:
+    return json.dumps({"v": 1, "id": id_, "text": words, **more}).encode()

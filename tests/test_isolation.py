@@ -1,0 +1,146 @@
+"""Who is to blame when a window fails: one text is buried alone, a broken device or database buries nobody."""
+
+import contextlib
+import threading
+from typing import Any
+
+import pytest
+import redis
+import torch
+from sqlalchemy import text
+
+from db.models import DeadLetter
+from db.session import Database
+from tests.bench import Bench, Killed, wire
+from tests.conftest import wait_until
+from training.artifact import Artifact
+from worker.scorer import Model, Scores
+from worker.stream import Stream
+
+POISON = "この文は計算を壊す"
+
+
+class Fragile(Model):
+    """Fails on one text."""
+
+    fault: type[BaseException] = RuntimeError
+
+    def forward(self, rows: Any, token_budget: int) -> Scores:
+        if self.tokenise([POISON])[0] in list(rows):
+            raise self.fault("the device says no")
+        return super().forward(rows, token_budget)
+
+
+class Deadly(Fragile):
+    fault = Killed
+
+
+class BrokenDevice(Model):
+    def forward(self, rows: Any, token_budget: int) -> Scores:
+        raise RuntimeError("the device is broken")
+
+
+class Diverged(Model):
+    """Weights that are no numbers any more: the device complains of nothing."""
+
+    def __init__(self, version_id: int, artifact: Artifact, device: torch.device) -> None:
+        super().__init__(version_id, artifact, device)
+        for weights in artifact.model.classifier.parameters():
+            torch.nn.init.constant_(weights, float("nan"))
+
+
+@pytest.fixture
+def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
+    return Bench(database, stream, raw, tiny_artifact, promote)
+
+
+@pytest.fixture
+def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
+    """A bench on SQLite, where the kind of database does not matter."""
+    return Bench(sqlite, stream, raw, tiny_artifact, promote)
+
+
+# --- a text that is to blame
+
+
+def test_text_that_fails_is_buried_alone(bench: Bench) -> None:
+    champion = bench.holding(Fragile)
+    bench.stream.publish([wire(0), wire("poison", POISON), b"no tweet", wire(1)])
+    assert bench.worker(champion).drain() == 2
+    assert set(bench.scored()) == {"0", "1"}
+    reasons = {row["payload"]: row["reason"] for row in bench.rows(DeadLetter)}
+    assert set(reasons) == {wire("poison", POISON), b"no tweet"}
+    assert "failed (RuntimeError) 3 times" in reasons[wire("poison", POISON)]
+    assert bench.stream.depth().idle
+
+
+def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time(lite: Bench) -> None:
+    champion = lite.holding(Deadly)
+    lite.stream.publish([wire(0), wire("poison", POISON), wire(1), wire(2)])
+    deaths: list[list[int]] = []
+
+    def drained() -> bool:
+        try:
+            lite.worker(champion, min_idle_seconds=0.05).drain()
+        except Killed:
+            deaths.append(lite.deliveries())
+        return lite.stream.depth().idle
+
+    wait_until(drained)
+    # Twice with its mates; then alone, after the mate before it and ahead of those behind it.
+    assert deaths == [[1] * 4, [2] * 4, [3] * 3, [4] * 3, [5] * 3]
+    assert set(lite.scored()) == {"0", "1", "2"}
+    (letter,) = lite.rows(DeadLetter)
+    assert letter["payload"] == wire("poison", POISON)
+    assert "ended the worker 3 times" in letter["reason"]
+    assert letter["attempts"] == 6
+    assert lite.raw.hlen(f"{lite.stream.key}:suspects") == 0
+
+
+# --- a device or a database that is to blame
+
+
+@pytest.mark.parametrize("kind", [BrokenDevice, Diverged])
+def test_broken_device_buries_nobody(bench: Bench, kind: type[Model]) -> None:
+    broken = bench.holding(kind)
+    bench.stream.publish([wire(i) for i in range(3)])
+
+    def failed() -> bool:
+        with contextlib.suppress(Exception):
+            bench.worker(broken, min_idle_seconds=0.02).drain()
+        return bench.rows(DeadLetter) != [] or max(bench.deliveries(), default=0) > 6
+
+    wait_until(failed)
+    assert bench.rows(DeadLetter) == []
+    assert bench.stream.depth().pending == 3
+    bench.recovers()
+    assert bench.rows(DeadLetter) == []
+    assert set(bench.scored()) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_database_that_refuses_to_write_is_waited_for_and_buries_nobody(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As PostgreSQL does for a while after a failover."""
+    bench.promote()
+    bench.stream.publish([wire(i) for i in range(3)])
+    name = bench.database.engine.url.database
+    with bench.database.begin() as session:
+        session.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    bench.database.close()
+
+    drained = threading.Thread(target=bench.worker().drain)
+    drained.start()
+    wait_until(lambda: "the database does not answer, trying again" in caplog.text)
+    assert bench.scored() == {}
+    assert bench.deliveries() == [1, 1, 1]
+    with bench.database.begin() as session:
+        session.execute(text("SET TRANSACTION READ WRITE"))
+        session.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+    bench.database.close()  # connections made before keep the old default
+    drained.join(60)
+    assert not drained.is_alive()
+    bench.recovers()
+    assert bench.rows(DeadLetter) == []
+    assert set(bench.scored()) == {"0", "1", "2"}

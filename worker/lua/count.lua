@@ -1,0 +1,11 @@
+#!lua flags=allow-oom
+-- Count how often a suspect is scored alone.
+--
+-- KEYS[1]      the hash of suspects, record id -> attempts
+-- ARGV[1]      the record id
+-- ARGV[2]      1 before an attempt, -1 when the attempt proved nothing
+-- Returns the attempts so far.
+--
+-- Allowed when memory is full: a suspect that cannot be counted could not be scored, and would hold everything behind it.
+
+return redis.call('HINCRBY', KEYS[1], ARGV[1], ARGV[2])
