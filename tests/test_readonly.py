@@ -60,9 +60,8 @@ def test_question_that_would_write_is_refused(database: Database, tmp_path: Path
     assert not (tmp_path / "other.db").exists()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_question_cannot_make_the_server_write_a_file(database: Database) -> None:
-    if database.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has no server")
     [(folder,)] = answer(database, "SELECT setting FROM pg_settings WHERE name = 'data_directory'")
     target = Path(folder) / f"copied-{make_url(url_of(database)).database}"
     with pytest.raises(DatabaseError), ask(url_of(database), f"COPY (SELECT 1) TO '{target}'"):

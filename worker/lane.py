@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable
 
+from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
@@ -82,7 +83,7 @@ class Lane:
                 elif self.has_work():
                     self._nudge()
                     self.stopping.wait(self.settings.watch_seconds)
-            except (TweetscoreError, SQLAlchemyError, OSError) as error:
+            except (TweetscoreError, SQLAlchemyError, KombuError, OSError) as error:
                 log.warning("cannot look for work, trying again: %s", error)
                 self.stopping.wait(self.settings.watch_seconds)
 
