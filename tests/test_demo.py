@@ -8,12 +8,16 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
+from db.models import Prediction, Tweet
+from db.readonly import ask
+from db.session import Database
 from worker import embedded
-from worker.demo import SAMPLE
+from worker.demo import QUERIES, SAMPLE, SOME_TWEETS
 
 
 def labelled() -> list[dict[str, str]]:
@@ -49,6 +53,28 @@ def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: C
     assert embedded.find(home) is None
     mentions = [p.pid for p in psutil.process_iter(["environ"]) if str(home) in str((p.info["environ"] or {}).values())]
     assert not mentions
+
+
+def test_its_queries_are_answered_by_both_databases(
+    database: Database, database_url: str, promote: Callable[[Database], int]
+) -> None:
+    now = datetime.now(UTC)
+    version = promote(database)
+    with database.begin() as session:
+        for i in range(6):
+            session.add(Tweet(tweet_id=f"{i}", text="良い", topic="猫", received_at=now))
+            session.flush()
+            session.add(
+                Prediction(
+                    tweet_id=f"{i}", model_version_id=version, label="positive", probability=0.9, score_signed=0.5,
+                    probabilities={}, scored_at=now,
+                )
+            )  # fmt: skip
+    for sql in (SOME_TWEETS, *(sql for _, sql in QUERIES)):
+        with ask(database_url, sql) as (columns, rows):
+            answered = [dict(zip(columns, row, strict=True)) for row in rows]
+        assert answered, sql
+        assert answered[0].get("mean_score", 0.5) == 0.5
 
 
 def test_the_sample_has_enough_distinct_balanced_tweets() -> None:

@@ -19,15 +19,19 @@ from worker.settings import Settings
 
 SAMPLE = Path(str(files("training") / "sample"))
 SCORING_SECONDS = 120.0
+SOME_TWEETS = (
+    "SELECT label, probability, text FROM v_predictions_current"
+    " ORDER BY substr(tweet_id, length(tweet_id) - 1), tweet_id LIMIT 12"
+)
 QUERIES = (
     (
         "How does each label stand?",
-        "SELECT label, count(*) AS tweets, round(avg(score_signed), 3) AS mean_score FROM v_predictions_current"
+        "SELECT label, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
         " GROUP BY label ORDER BY tweets DESC",
     ),
     (
         "Which topics please, which annoy?",
-        "SELECT topic, count(*) AS tweets, round(avg(score_signed), 3) AS mean_score FROM v_predictions_current"
+        "SELECT topic, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
         " GROUP BY topic HAVING count(*) >= 5 ORDER BY mean_score DESC LIMIT 8",
     ),
     (
@@ -107,11 +111,7 @@ def _wait_until_scored(
 
 
 def _show_answers(settings: Settings) -> None:
-    sql = (
-        "SELECT label, round(probability, 3) AS probability, text FROM v_predictions_current"
-        " ORDER BY substr(tweet_id, length(tweet_id) - 1), tweet_id LIMIT 12"
-    )
-    with ask(settings.sql_url, sql) as (columns, rows):
+    with ask(settings.sql_url, SOME_TWEETS) as (columns, rows):
         show.table("Some of the tweets", columns, rows)
     for question, sql in QUERIES:
         with ask(settings.sql_url, sql) as (columns, rows):
