@@ -226,7 +226,7 @@ def test_a_running_job_is_cancelled_within_a_few_steps(
     job = finished(up.database, job_id)
     assert job.state == "cancelled"
     assert job.step < job.total_steps
-    assert not (up.home / "jobs" / str(job_id)).exists()
+    wait_until(lambda: not (up.home / "jobs" / str(job_id)).exists(), 10)
     assert tweetscore("jobs", "show", str(job_id)).returncode == 1
 
 

@@ -28,6 +28,7 @@ def celery_config(url: str) -> dict[str, Any]:
         # A message is a nudge: taken at once, and none the worse for getting lost.
         "task_acks_late": False,
         "worker_prefetch_multiplier": 1,
+        "worker_direct": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "worker_hijack_root_logger": False,

@@ -5,6 +5,7 @@ cannot be loaded leaves the old one scoring, and says so.
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +116,14 @@ class Champion:
         self._model: Model | None = None
         self._refused: int | None = None
         self._told_absent = False
+        self._one_at_a_time = threading.Lock()
 
     def current(self) -> Model | None:
         """The model to score the next window with; None while there is none, which is said once."""
+        with self._one_at_a_time:  # the watcher asks too
+            return self._current()
+
+    def _current(self) -> Model | None:
         with self._database.read() as session:
             assigned = registry.assignment(session, registry.CHAMPION)
             if assigned is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from celery import Task
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
+from celery.utils.nodenames import worker_direct
 
 from db.errors import TweetscoreError
 from worker.app import SCORING, TRAINING, app
@@ -46,11 +47,13 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
 def _open_lanes(sender: Any, **_: Any) -> None:
     """A worker serves the queues it was told to consume."""
     settings = load_settings()
+    # A worker that found work nudges itself: on the shared queue a busy neighbour might take the nudge and drop it.
+    own = worker_direct(sender.hostname)
     queues = sender.app.amqp.queues.consume_from
     if SCORING in queues:
-        lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(retry=False))
+        lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(queue=own, retry=False))
     if TRAINING in queues:
-        lanes[TRAINING] = TrainingLane(settings, lambda: train.apply_async(retry=False))
+        lanes[TRAINING] = TrainingLane(settings, lambda: train.apply_async(queue=own, retry=False))
     for lane in lanes.values():
         lane.start()
 
