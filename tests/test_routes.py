@@ -40,6 +40,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator
         "TWEETSCORE_BASE_MODEL": str(tiny_encoder),
         "TWEETSCORE_WATCH_SECONDS": "0.2",
         "TWEETSCORE_LINGER_SECONDS": "0.5",
+        "TWEETSCORE_LEASE_SECONDS": "3",
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
@@ -228,6 +229,27 @@ def test_a_running_job_is_cancelled_within_a_few_steps(
     assert job.step < job.total_steps
     wait_until(lambda: not (up.home / "jobs" / str(job_id)).exists(), 10)
     assert tweetscore("jobs", "show", str(job_id)).returncode == 1
+
+
+def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleNamespace, labelled_csv: Path) -> None:
+    job_id = worker.submit_training(str(labelled_csv), epochs=60)
+
+    def done() -> list[EpochMetric]:
+        with up.database.read() as session:
+            return jobs.epochs(session, job_id)
+
+    wait_until(lambda: len(done()) >= 3, 60)
+    before = {epoch.epoch: epoch.valid_loss for epoch in done()}
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    next(p for p in family if p.cmdline()[-1] == "train").kill()
+
+    job = finished(up.database, job_id)
+    assert (job.state, job.attempts, job.fencing_token, job.step) == ("succeeded", 2, 2, job.total_steps)
+    assert [epoch.epoch for epoch in done()] == list(range(1, 61))
+    assert {epoch.epoch: epoch.valid_loss for epoch in done() if epoch.epoch in before} == pytest.approx(
+        before, abs=1e-4
+    )
+    assert f"job {job_id}: goes on from step" in (up.home / "logs" / "train.log").read_text()
 
 
 def test_a_pickled_message_is_refused_and_the_worker_goes_on(up: SimpleNamespace) -> None:

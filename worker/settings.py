@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
     group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
     window_tweets: int = Field(512, ge=1, le=100_000, description="most tweets read, scored and committed together")
-    token_budget: int = Field(4096, ge=64, le=10_000_000, description="most tokens, padding included, of one forward")
+    token_budget: int = Field(
+        1024, ge=64, le=10_000_000, description="most tokens, padding included, of one forward; a GPU wants more"
+    )
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"
     )
