@@ -7,7 +7,7 @@ text order is time order and SQLite's date functions read them as they are.
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, String, Text
+from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, String, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -93,7 +93,10 @@ class TrainingJob(Base):
     """A request to train. The row is the truth; whoever holds the newest fencing token may write it."""
 
     __tablename__ = "training_jobs"
-    __table_args__ = (Index(None, "state", "lease_expires_at"),)
+    __table_args__ = (
+        CheckConstraint(f"state IN ({', '.join(map(repr, JOB_STATES))})", name="state"),
+        Index(None, "state", "lease_expires_at"),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     request_id: Mapped[str] = mapped_column(unique=True)

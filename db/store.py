@@ -36,10 +36,6 @@ def prediction_count(session: Session, model_version_id: int | None = None) -> i
     return session.scalar(query) or 0
 
 
-def dead_letter_count(session: Session) -> int:
-    return session.scalar(select(func.count()).select_from(DeadLetter)) or 0
-
-
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return

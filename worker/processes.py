@@ -81,7 +81,8 @@ class Workers:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "worker.cli", "worker", role],
+                # -P: a folder named `worker` where the user happens to stand is none of ours.
+                [sys.executable, "-P", "-m", "worker.cli", "worker", role],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -190,10 +190,6 @@ class Stream:
         with _converted():
             return int(self._count(keys=[f"{self.key}:suspects"], args=[id_, by]))
 
-    def isolated_attempts(self, id_: str) -> int:
-        with _converted():
-            return int(self._redis.hget(f"{self.key}:suspects", id_) or 0)
-
     def ack(self, ids: Sequence[str]) -> None:
         with _converted():
             if ids:

@@ -100,6 +100,9 @@ def upgrade() -> None:
         sa.Column(
             "data_report", sa.JSON().with_variant(postgresql.JSONB(astext_type=sa.Text()), "postgresql"), nullable=True
         ),
+        sa.CheckConstraint(
+            "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name=op.f("ck_training_jobs_state")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_training_jobs")),
         sa.UniqueConstraint("request_id", name=op.f("uq_training_jobs_request_id")),
     )
