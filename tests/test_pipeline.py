@@ -134,6 +134,19 @@ def test_the_same_tweet_twice_is_one_row(bench: Bench) -> None:
     assert bench.stream.depth() == DRAINED
 
 
+def test_a_text_that_many_post_is_scored_once_a_window_and_stored_for_each(lite: Bench) -> None:
+    lite.promote()
+    lite.stream.publish([wire(i, f"今日は嬉しい https://example.com/{i}") for i in range(50)] + [wire("x", "雨")])
+    assert lite.worker().drain() == 51
+    [window] = lite.rows(ScoringWindow)
+    alone = lite.holding(Model).model.tokenise(["今日は嬉しい", "雨"])
+    assert (window["tweets"], window["tokens"]) == (51, sum(map(len, alone)))
+    rows = {row["tweet_id"]: row["probabilities"] for row in lite.rows(Prediction)}
+    assert len(rows) == 51
+    assert all(rows[str(i)] == rows["0"] for i in range(50))
+    assert rows["x"] != rows["0"]
+
+
 def test_scores_do_not_depend_on_window_mates(lite: Bench) -> None:
     model = lite.holding(Model).model
     texts = ["嬉しい", "今日は雨が降って悲しい" * 8, "https://example.com", "[SEP]", "普通の一日だった"]

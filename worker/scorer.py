@@ -35,7 +35,7 @@ PROBE = "今日はいい天気です。"
 
 @dataclass(frozen=True)
 class Scores:
-    """`probabilities` (N, K) float32 in the texts' order; tokens real and padded, as the device saw them."""
+    """`probabilities` (N, K) float32 in the rows' order; tokens real and padded, as the device saw them."""
 
     probabilities: Floats
     tokens: int
@@ -60,17 +60,20 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Sequence[int]], token_budget: int) -> Scores:
-        """Token ids -> probabilities, in batches of like length."""
-        probabilities = torch.empty((len(rows), len(self.spec.labels)))
+        """Token ids -> probabilities, in batches of like length. Equal rows, retweets above all, are scored once."""
+        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+        distinct = list(place)
+        probabilities = torch.empty((len(distinct), len(self.spec.labels)))
         padded = 0
-        for index in plan_batches([len(row) for row in rows], token_budget):
-            ids, mask = pad([rows[i] for i in index], self._pad_id)
+        for index in plan_batches([len(row) for row in distinct], token_budget):
+            ids, mask = pad([distinct[i] for i in index], self._pad_id)
             padded += ids.numel()
             logits = self._model(ids.to(self._device), mask.to(self._device))
             probabilities[index] = to_probabilities(logits, self.spec.config.task, self.spec.temperature).cpu()
         if not torch.isfinite(probabilities).all():
             raise BadArtifact(f"model {self.version_id} gives no numbers (NaN); promote another one")
-        return Scores(probabilities.numpy(), sum(map(len, rows)), padded)
+        every = probabilities[[place[tuple(row)] for row in rows]]
+        return Scores(every.numpy(), sum(map(len, distinct)), padded)
 
     def score(self, texts: Sequence[str], token_budget: int) -> list[dict[str, Any]]:
         """Texts -> label, probability, score_signed and every label's probability."""
