@@ -22,6 +22,7 @@ from training.clean import clean, same_text_key
 from training.columns import LABEL_COLUMNS, MULTI_LABEL_SEPARATOR, TEXT_COLUMNS
 from training.config import TrainConfig
 from training.errors import BadDataset
+from training.paths import inside_roots
 
 MAX_TEXT_CHARS = 100_000
 INTEGER = re.compile(r"-?[0-9]+")
@@ -57,10 +58,21 @@ class Dataset:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+def find_dataset(name: str, roots: Sequence[Path]) -> Path:
+    """The file behind a name that may come from anyone; raises `BadDataset` when it lies outside `roots`."""
+    path = inside_roots(name, roots)
+    if path is None:
+        raise BadDataset(
+            f"dataset {name!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); submit it "
+            "with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
+        )
+    _check_there(path)
+    return path
+
+
 def read_rows(path: Path) -> Rows:
     """Labelled rows of a CSV, TSV or JSONL file; raises `BadDataset` with the row and the remedy."""
-    if not path.is_file():
-        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
+    _check_there(path)
     try:
         header, table = _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else _read_csv(path)
     except UnicodeDecodeError as error:
@@ -119,6 +131,11 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
         name: {part: int(split.targets[:, position[name]].sum()) for part, split in splits.items()} for name in names
     }
     return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
 
 
 Table = list[tuple[int, list[str]]]

@@ -19,14 +19,14 @@ from db.session import Database
 from training.artifact import make_spec
 from training.checkpoint import Progress
 from training.config import TrainConfig, make_config
-from training.data import Split, read_rows, split_rows
+from training.data import Split, find_dataset, read_rows, split_rows
 from training.encoders import resolve_encoder
 from training.errors import BadDataset, Cancelled, StopRequested
 from training.evaluate import metrics, predict, tfidf_baseline
 from training.fit import Epoch, Hooks, fit
 from training.lease import Lease
 from training.model import build_model, pick_device
-from training.paths import file_sha256, inside_roots
+from training.paths import file_sha256
 from training.register import Figures, register_model
 from training.text import TextEncoder, load_tokenizer
 from training.workshop import Workshop
@@ -103,44 +103,19 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         hooks=_hooks(database, lease),
     )
 
-    scored = predict(
-        model,
-        rows["test"],
-        data.test.targets,
-        config,
-        config.test_batch_size,
-        tokenizer.pad_token_id,
-        device,
-        lease.check,
-    )
+    pad_id, batch_size = tokenizer.pad_token_id, config.test_batch_size
+    scored = predict(model, rows["test"], data.test.targets, config, batch_size, pad_id, device, lease.check)
     figures = metrics(data.test.targets, scored.probabilities, data.labels, config.task)
     figures |= _baseline(data.train, data.valid, data.test, data.labels, config)
     lease.check()
 
     spec = make_spec(data.labels, config, encoder, tokenizer)
-    return register_model(
-        database,
-        job.id,
-        lease.token,
-        workshop.model_store,
-        model,
-        tokenizer,
-        spec,
-        figures,
-        data.test,
-        scored.probabilities,
-    )
+    store, said = workshop.model_store, scored.probabilities
+    return register_model(database, job.id, lease.token, store, model, tokenizer, spec, figures, data.test, said)
 
 
 def _open_dataset(job: TrainingJob, roots: Sequence[Path]) -> Path:
-    path = inside_roots(job.dataset, roots)
-    if path is None:
-        raise BadDataset(
-            f"dataset {job.dataset!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); "
-            "submit it with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
-        )
-    if not path.is_file():
-        raise BadDataset(f"there is no file {job.dataset}; name a CSV, TSV or JSONL file with labels and texts")
+    path = find_dataset(job.dataset, roots)
     if job.dataset_sha256 is not None and file_sha256(path) != job.dataset_sha256:
         raise BadDataset(f"dataset {job.dataset!r} changed after the job was submitted; submit it again")
     return path

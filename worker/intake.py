@@ -13,10 +13,10 @@ from db import jobs
 from db.models import TrainingJob, utc_now
 from db.session import Database
 from training.config import TrainConfig, make_config
-from training.data import read_rows, split_rows
+from training.data import find_dataset, read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
-from training.errors import BadDataset, ModelUnavailable
-from training.paths import file_sha256, inside_roots
+from training.errors import ModelUnavailable
+from training.paths import file_sha256
 from worker.settings import Settings
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
@@ -44,13 +44,7 @@ def submit_job(
     Raises `BadConfig` or `BadDataset` before anything is written.
     """
     config = job_config(settings, preset, options)
-    roots = settings.workshop().read_roots
-    path = inside_roots(dataset, roots)
-    if path is None:
-        raise BadDataset(
-            f"dataset {dataset!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); submit "
-            "it with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
-        )
+    path = find_dataset(dataset, settings.workshop().read_roots)
     split_rows(read_rows(path), config)
     return _queue(database, path, config, request_id)
 
