@@ -12,10 +12,13 @@ from db.models import Base, Prediction
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact
+from worker.engines import TorchEngine
+from worker.lineup import Choice
 from worker.pipeline import Limits, Pipeline
-from worker.scorer import Champion, Model
+from worker.scorer import Champion, Model, Serving
 from worker.stream import Depth, Stream
 
+CPU = Serving(device="cpu")
 DRAINED = Depth(length=0, lag=0, pending=0)
 
 
@@ -27,7 +30,7 @@ class Holding(Champion):
     """A champion that is the model it was given."""
 
     def __init__(self, database: Database, model: Model) -> None:
-        super().__init__(database, "cpu")
+        super().__init__(database, CPU)
         self.model = model
 
     def current(self) -> Model:
@@ -47,15 +50,16 @@ class Bench:
     ) -> Pipeline:  # fmt: skip
         """A new consumer with its own route."""
         database = database or self.database
-        chosen: dict[str, Any] = {"window_tweets": 100, "token_budget": 512, "min_idle_seconds": 60, **limits}
+        chosen: dict[str, Any] = {"window_tweets": 100, "min_idle_seconds": 60, **limits}
         stream = holds(self.raw, self.stream.key, self.stream.group)
-        champion = champion or Champion(database, "cpu")
+        champion = champion or Champion(database, CPU)
         return kind(stream, database, champion, Limits(**chosen, linger_seconds=0.05), threading.Event())
 
     def holding(self, kind: type[Model]) -> Holding:
         """The tiny model as `kind`, registered and champion of its own workers."""
         artifact = load_artifact(self.tiny.folder, self.tiny.sha256)
-        return Holding(self.database, kind(self.promote(), artifact, torch.device("cpu")))
+        engine = TorchEngine(artifact.model, torch.device("cpu"), torch.float32)
+        return Holding(self.database, kind(self.promote(), artifact, engine, Choice(engine.name, 512, "", [])))
 
     def rows(self, table: type[Base]) -> list[dict[str, Any]]:
         with self.database.read() as session:

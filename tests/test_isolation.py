@@ -25,10 +25,10 @@ class Fragile(Model):
 
     fault: type[BaseException] = RuntimeError
 
-    def forward(self, rows: Any, token_budget: int) -> Scores:
+    def forward(self, rows: Any) -> Scores:
         if self.tokenise([POISON])[0] in list(rows):
             raise self.fault("the device says no")
-        return super().forward(rows, token_budget)
+        return super().forward(rows)
 
 
 class Deadly(Fragile):
@@ -36,15 +36,15 @@ class Deadly(Fragile):
 
 
 class BrokenDevice(Model):
-    def forward(self, rows: Any, token_budget: int) -> Scores:
+    def forward(self, rows: Any) -> Scores:
         raise RuntimeError("the device is broken")
 
 
 class Diverged(Model):
     """Weights that are no numbers any more: the device complains of nothing."""
 
-    def __init__(self, version_id: int, artifact: Artifact, device: torch.device) -> None:
-        super().__init__(version_id, artifact, device)
+    def __init__(self, version_id: int, artifact: Artifact, *given: Any) -> None:
+        super().__init__(version_id, artifact, *given)
         for weights in artifact.model.classifier.parameters():
             torch.nn.init.constant_(weights, float("nan"))
 

@@ -3,17 +3,23 @@
 config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
 tokenizer_config.json, ...       the tokenizer with its dictionary
 tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
+reference.safetensors            validation rows as token ids, with the logits float32 weights give them
 SHA256SUMS                       the digest of every file above; its own digest is the artifact's
 """
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +34,10 @@ from training.text import load_tokenizer, mecab_dictionary
 SUMS = "SHA256SUMS"
 SPEC = "tweetscore.json"
 WEIGHTS = "model.safetensors"
+REFERENCE = "reference.safetensors"
 FORMAT_VERSION = 1
+# Enough to see one changed label in two hundred.
+REFERENCE_ROWS = 2_000
 
 POSITIVE = {"positive", "pos", "ポジティブ", "肯定"}
 NEGATIVE = {"negative", "neg", "ネガティブ", "否定"}
@@ -50,10 +59,22 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What any faster engine is measured by: token ids of N rows, and their logits (N, K) in float32."""
+
+    rows: list[list[int]]
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Artifact:
+    """`reference` is None in a model that was saved without one."""
+
+    folder: Path
     model: Classifier
     tokenizer: PreTrainedTokenizerBase
     spec: Spec
+    reference: Reference | None
 
 
 def make_spec(labels: list[str], config: TrainConfig, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> Spec:
@@ -72,7 +93,13 @@ def find_polarity(labels: list[str], config: TrainConfig) -> dict[str, float] | 
     return {label: float(name in POSITIVE) - float(name in NEGATIVE) for label, name in folded.items()}
 
 
-def save_artifact(folder: Path, model: Classifier, tokenizer: PreTrainedTokenizerBase, spec: Spec) -> str:
+def save_artifact(
+    folder: Path,
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Spec,
+    reference: Reference | None = None,
+) -> str:
     """Write the artifact beside its place, then rename it there. Returns its sha256."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -86,7 +113,31 @@ def save_artifact(folder: Path, model: Classifier, tokenizer: PreTrainedTokenize
     save_file(state, str(draft / WEIGHTS), metadata={"format": "pt"})
     written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
     (draft / SPEC).write_text(json.dumps(written, ensure_ascii=False, indent=2), encoding="utf-8")
+    if reference is not None:
+        save_arrays(_pack(reference), str(draft / REFERENCE))
     return seal(draft, folder)
+
+
+def make_reference(rows: Sequence[Sequence[int]], logits: NDArray[np.float32]) -> Reference:
+    """The first `REFERENCE_ROWS` of the validation rows; their split has shuffled them."""
+    return Reference([list(row) for row in rows[:REFERENCE_ROWS]], logits[:REFERENCE_ROWS])
+
+
+def _pack(reference: Reference) -> dict[str, NDArray[Any]]:
+    return {
+        "ids": np.array([token for row in reference.rows for token in row], np.int32),
+        "lengths": np.array([len(row) for row in reference.rows], np.int32),
+        "logits": np.ascontiguousarray(reference.logits, np.float32),
+    }
+
+
+def _load_reference(path: Path) -> Reference | None:
+    if not path.is_file():
+        return None
+    arrays = load_arrays(str(path))
+    ends = np.cumsum(arrays["lengths"])
+    rows = [row.tolist() for row in np.split(arrays["ids"], ends[:-1])]
+    return Reference(rows, arrays["logits"])
 
 
 def seal(draft: Path, folder: Path) -> str:
@@ -133,6 +184,7 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
         spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
         model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
         model.load_state_dict(load_file(str(folder / WEIGHTS)))
+        reference = _load_reference(folder / REFERENCE)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadArtifact(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     tokenizer = load_tokenizer(folder)
@@ -146,4 +198,4 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
             f"{folder} needs cleaner {spec.cleaner_version}, which this version lacks; upgrade tweetscore"
         )
     model.eval()
-    return Artifact(model, tokenizer, spec)
+    return Artifact(folder, model, tokenizer, spec, reference)

@@ -1,9 +1,14 @@
 """Pure: which rows go together. Knows lengths and counts, no texts; tensors are made at the end."""
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ids = NDArray[np.int64]
 
 # So many batches are sorted together: enough to make lengths alike, few enough to keep the epoch shuffled.
 BATCHES_SORTED_TOGETHER = 16
@@ -30,10 +35,15 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) int64 padded to the longest row, and the mask (B, T) int64 that is 1 on real tokens."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids, mask
+    ids, mask = pad_arrays(rows, pad_id)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def pad_arrays(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids]:
+    """The same as arrays."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+    ids = np.full(mask.shape, pad_id, np.int64)
+    # One assignment for the whole batch: row-major order is the order in which the rows follow each other.
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    return ids, mask.astype(np.int64)

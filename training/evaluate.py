@@ -27,8 +27,9 @@ BASELINE_C = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Predictions:
-    """`probabilities` (N, K) float32 in the rows' order, and the mean loss over them."""
+    """`logits` and `probabilities` (N, K) float32 in the rows' order, and the mean loss over them."""
 
+    logits: Floats
     probabilities: Floats
     loss: float
 
@@ -67,7 +68,7 @@ def predict(
     """Predict token-id rows, longest together so that little is padded; results come back in the rows' order."""
     model.eval()
     loss_of = loss_function(config)
-    probabilities = np.zeros(targets.shape, dtype=np.float32)
+    gathered = torch.zeros(targets.shape)
     loss = 0.0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
@@ -75,9 +76,10 @@ def predict(
         ids, mask = pad([rows[i] for i in index], pad_id)
         logits = model(ids.to(device), mask.to(device)).float()
         loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
-        probabilities[index] = to_probabilities(logits, config.task).cpu().numpy()
+        gathered[index] = logits.cpu()
         between_batches()
-    return Predictions(probabilities, loss / len(rows))
+    probabilities = to_probabilities(gathered, config.task).numpy()
+    return Predictions(gathered.numpy(), probabilities, loss / len(rows))
 
 
 def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> dict[tuple[str, str], float]:

@@ -16,7 +16,7 @@ from db import jobs
 from db.errors import LeaseLost, TweetscoreError
 from db.models import EpochMetric, TrainingJob
 from db.session import Database
-from training.artifact import make_spec
+from training.artifact import make_reference, make_spec
 from training.checkpoint import Progress
 from training.config import TrainConfig, make_config
 from training.data import Split, find_dataset, read_rows, split_rows
@@ -110,8 +110,12 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     lease.check()
 
     spec = make_spec(data.labels, config, encoder, tokenizer)
+    valid = predict(model, rows["valid"], data.valid.targets, config, batch_size, pad_id, device, lease.check)
+    reference = make_reference(rows["valid"], valid.logits)
     store, said = workshop.model_store, scored.probabilities
-    return register_model(database, job.id, lease.token, store, model, tokenizer, spec, figures, data.test, said)
+    return register_model(
+        database, job.id, lease.token, store, model, tokenizer, spec, reference, figures, data.test, said
+    )
 
 
 def _open_dataset(job: TrainingJob, roots: Sequence[Path]) -> Path:

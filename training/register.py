@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
-from training.artifact import Spec, save_artifact
+from training.artifact import Reference, Spec, save_artifact
 from training.data import Split
 from training.evaluate import Floats, certainty, choose, confusion, label_text
 from training.model import Classifier
@@ -25,6 +25,7 @@ def register_model(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     spec: Spec,
+    reference: Reference,
     figures: Figures,
     test: Split,
     probabilities: Floats,
@@ -35,7 +36,7 @@ def register_model(
     """
     # The token is part of the name: a stale trainer that wakes late cannot write over its successor's artifact.
     folder = store / f"job-{job_id}-{token}"
-    sha256 = save_artifact(folder, model, tokenizer, spec)
+    sha256 = save_artifact(folder, model, tokenizer, spec, reference)
     try:
         with database.begin() as session:
             jobs.finish(session, job_id, token, "succeeded")

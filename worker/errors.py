@@ -25,3 +25,7 @@ class ServerRunning(TweetscoreError):
 
 class ServerFailed(TweetscoreError):
     """Raised when the embedded server cannot start."""
+
+
+class DeviceFull(TweetscoreError):
+    """Raised when a batch does not fit into the memory of its device."""

@@ -21,7 +21,7 @@ from worker.errors import StreamError
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.runtime import open_sql, open_stream, stream_url
-from worker.scorer import Champion
+from worker.scorer import Champion, serving
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -92,10 +92,8 @@ class ScoringLane(Lane):
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.stream = open_stream(settings, stream_url(settings))
-        limits = Limits(
-            settings.window_tweets, settings.token_budget, settings.min_idle_seconds, settings.linger_seconds
-        )
-        self.champion = Champion(self.database, settings.device)
+        limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
+        self.champion = Champion(self.database, serving(settings))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
 
     def work(self) -> int:

@@ -63,7 +63,7 @@ def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed
 
 def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
     """Score every tweet of a file and print what the model says. Returns how many lines were no tweets."""
-    from worker.scorer import load_model
+    from worker.scorer import load_model, serving
 
     with database.read() as session:
         wanted = model_id if model_id is not None else registry.assigned(session, registry.CHAMPION)
@@ -74,8 +74,8 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
     with _opened(file) as (source, name, _):
         model = None
         for window in batched(_good(source, name, pushed, need_id=False), settings.window_tweets):
-            model = model or load_model(version, settings.device)
-            scores = model.score([tweet.text for tweet in window], settings.token_budget)
+            model = model or load_model(version, serving(settings))
+            scores = model.score([tweet.text for tweet in window])
             if as_lines:
                 for tweet, said in zip(window, scores, strict=True):
                     print(json.dumps({"id": tweet.id, "model_version_id": version.id, **said}, ensure_ascii=False))

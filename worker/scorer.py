@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import torch
+from cachetools import LRUCache
 
 from db import registry
 from db.errors import TweetscoreError
 from db.models import ModelVersion
 from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
-from training.batches import pad
+from training.batches import pad_arrays
 from training.clean import clean
 from training.errors import BadArtifact
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.model import pick_device
 from training.text import TextEncoder
 from worker.batch import plan_batches
+from worker.engines import Engine, Logits
+from worker.errors import DeviceFull
+from worker.lineup import Choice, pick_engine
+from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -43,41 +49,77 @@ class Scores:
 
 
 class Model:
-    """One loaded model version on its device."""
+    """One loaded model version on its engine. `token_budget` bounds one forward, padding included."""
 
-    def __init__(self, version_id: int, artifact: Artifact, device: torch.device) -> None:
+    def __init__(self, version_id: int, artifact: Artifact, engine: Engine, choice: Choice, repeats: int = 0) -> None:
         self.version_id = version_id
         self.spec: Spec = artifact.spec
+        self.engine = engine
+        self.choice = choice
+        self.token_budget = choice.token_budget
         self._encode = TextEncoder(artifact.tokenizer)
         self._pad_id: int = artifact.tokenizer.pad_token_id
-        self._device = device
-        self._model = artifact.model.to(device).eval()
+        # Of this version alone, so that no other model's answer is ever given; equal cleaned texts have equal ids.
+        self._seen: LRUCache[tuple[int, ...], Floats] = LRUCache(repeats)
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts as they came -> token ids, cleaned as the model was trained."""
         cleaned = [clean(text, self.spec.cleaner_version) for text in texts]
         return self._encode(cleaned, self.spec.config.max_length)
 
-    @torch.inference_mode()
-    def forward(self, rows: Sequence[Sequence[int]], token_budget: int) -> Scores:
+    def forward(self, rows: Sequence[Sequence[int]]) -> Scores:
         """Token ids -> probabilities, in batches of like length. Equal rows, retweets above all, are scored once."""
-        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-        distinct = list(place)
-        probabilities = torch.empty((len(distinct), len(self.spec.labels)))
-        padded = 0
-        for index in plan_batches([len(row) for row in distinct], token_budget):
-            ids, mask = pad([distinct[i] for i in index], self._pad_id)
-            padded += ids.numel()
-            logits = self._model(ids.to(self._device), mask.to(self._device))
-            probabilities[index] = to_probabilities(logits, self.spec.config.task, self.spec.temperature).cpu()
-        if not torch.isfinite(probabilities).all():
+        keys = list(map(tuple, rows))
+        known = {key: self._seen[key] for key in set(keys) if key in self._seen} if self._seen.maxsize else {}
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        logits, padded = self._run(new)
+        probabilities = to_probabilities(torch.from_numpy(logits), self.spec.config.task, self.spec.temperature).numpy()
+        if not np.isfinite(probabilities).all():
             raise BadArtifact(f"model {self.version_id} gives no numbers (NaN); promote another one")
-        every = probabilities[[place[tuple(row)] for row in rows]]
-        return Scores(every.numpy(), sum(map(len, distinct)), padded)
+        found = dict(zip(new, probabilities, strict=True))
+        if self._seen.maxsize:
+            self._seen.update(found)
+        found |= known
+        every: Floats = np.stack([found[key] for key in keys]) if keys else probabilities
+        return Scores(every, sum(map(len, new)), padded)
 
-    def score(self, texts: Sequence[str], token_budget: int) -> list[dict[str, Any]]:
+    def _run(self, rows: Sequence[tuple[int, ...]]) -> tuple[Logits, int]:
+        """Logits (N, K) in the rows' order and the tokens run, padding included.
+
+        A device without room gets batches half as large from now on; raises `DeviceFull` when a lone row is too much.
+        """
+        while True:
+            plan = plan_batches([len(row) for row in rows], self.token_budget)
+            batches = [pad_arrays([rows[i] for i in batch], self._pad_id) for batch in plan]
+            logits = np.empty((len(rows), len(self.spec.labels)), np.float32)
+            try:
+                for batch, found in zip(plan, self.engine.run(batches), strict=True):
+                    logits[batch] = found
+            except DeviceFull as error:
+                if all(len(batch) == 1 for batch in plan):
+                    raise
+                self.token_budget = max(1, min(self.token_budget, max(ids.size for ids, _ in batches)) // 2)
+                log.warning("%s; going on with %d tokens a forward", error, self.token_budget)
+            else:
+                return logits, sum(ids.size for ids, _ in batches)
+
+    def score(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Texts -> label, probability, score_signed and every label's probability."""
-        return describe(self.spec, self.forward(self.tokenise(texts), token_budget).probabilities)
+        return describe(self.spec, self.forward(self.tokenise(texts)).probabilities)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How models are to be served here; `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache."""
+
+    device: str = "auto"
+    engine: str = "auto"
+    token_budget: int | None = None
+    repeats: int = 0
+
+
+def serving(settings: Settings) -> Serving:
+    return Serving(settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
 
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
@@ -102,20 +144,30 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     return rows
 
 
-def load_model(version: ModelVersion, device: str) -> Model:
-    """A registered version, its digest checked; raises `BadArtifact`."""
+def load_model(version: ModelVersion, serving: Serving) -> Model:
+    """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
+    device = pick_device(serving.device)
+    artifact = load_artifact(artifact_folder(version), version.sha256)
+    engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
+    log.info("model %d: %s %s", version.id, choice.engine, choice.why)
+    model = Model(version.id, artifact, engine, choice, serving.repeats)
+    model.token_budget = serving.token_budget or choice.token_budget
+    return model
+
+
+def artifact_folder(version: ModelVersion) -> Path:
     url = urlsplit(version.artifact_url)
     if url.scheme != "file":
         raise BadArtifact(f"model {version.id} lies at {url.scheme}://, which this worker does not read")
-    return Model(version.id, load_artifact(Path(unquote(url.path)), version.sha256), pick_device(device))
+    return Path(unquote(url.path))
 
 
 class Champion:
     """The champion of a database, loaded once and swapped when the alias moves."""
 
-    def __init__(self, database: Database, device: str) -> None:
+    def __init__(self, database: Database, serving: Serving) -> None:
         self._database = database
-        self._device = device
+        self._serving = serving
         self._model: Model | None = None
         self._refused: int | None = None
         self._told_absent = False
@@ -145,7 +197,7 @@ class Champion:
                 return self._model
             version = registry.get(session, version_id)
         try:
-            self._model = load_model(version, self._device)
+            self._model = load_model(version, self._serving)
             self._refused, self._told_absent = None, False
             log.info("model %d is the champion now", version_id)
         except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it

@@ -15,6 +15,11 @@ from training.config import PRESETS
 from training.workshop import Workshop
 from worker.errors import BadSettings
 
+# By name, so that the settings need not import the libraries.
+ENGINES = (
+    "openvino-int8", "openvino-bfloat16", "openvino-float32", "torch-float16", "torch-bfloat16", "torch-float32",
+)  # fmt: skip
+
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TWEETSCORE_", frozen=True, extra="ignore", populate_by_name=True)
@@ -37,12 +42,23 @@ class Settings(BaseSettings):
     base_model: str = Field("starter", min_length=1, description="base model of a job that names none")
     preset: str = Field("fast", description="preset of a job that names none: `guide` or `fast`")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    engine: str = Field(
+        "auto",
+        description="what runs the model when scoring: `auto` takes the fastest that agrees with float32; or one of "
+        "`openvino-int8`, `openvino-bfloat16`, `openvino-float32`, `torch-float16`, `torch-bfloat16`, `torch-float32`",
+    )
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
     group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
     window_tweets: int = Field(512, ge=1, le=100_000, description="most tweets read, scored and committed together")
-    token_budget: int = Field(
-        1024, ge=64, le=10_000_000, description="most tokens, padding included, of one forward; a GPU wants more"
+    token_budget: int | None = Field(
+        None,
+        ge=64,
+        le=10_000_000,
+        description="most tokens, padding included, of one forward; unset: what a sweep finds for model and device",
+    )
+    repeat_cache: int = Field(
+        0, ge=0, le=100_000_000, description="texts whose scores are kept for repeats in later windows; 0: none"
     )
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"
@@ -92,6 +108,13 @@ class Settings(BaseSettings):
     def _known_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             raise ValueError("it must be auto, cpu, mps, cuda or cuda:N")
+        return value
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ("auto", *ENGINES):
+            raise ValueError(f"it must be auto or one of {', '.join(ENGINES)}")
         return value
 
     @field_validator("preset")

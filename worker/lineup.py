@@ -1,0 +1,231 @@
+"""Which engine serves a model on this machine: tried out once, verified, and kept beside the artifact.
+
+ARTIFACT.engines/KEY/choice.json   what was tried, what serves and why, and the token budget found for it
+ARTIFACT.engines/KEY/graph.xml     the graph of the engine, where it has one
+
+KEY names the artifact's digest, the hardware and the libraries: when one of them changes, all is tried again.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.artifact import Artifact, Reference, Spec
+from training.batches import pad_arrays
+from training.errors import BadArtifact
+from training.evaluate import Floats, choose, to_probabilities
+from worker.batch import plan_batches
+from worker.engines import Engine, Logits, Workbench, hardware, save_graph
+from worker.errors import DeviceFull
+
+log = logging.getLogger(__name__)
+
+PLAIN = "torch-float32"
+MIN_AGREEMENT = 0.995
+MAX_MEAN_DIFFERENCE = 0.02
+
+# Tokens of one forward, padding included. A CPU is best when the activations fit its cache, a GPU when it is full.
+CPU_BUDGETS = (256, 512, 1024, 2048)
+GPU_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072)
+# Rows of a trial: enough batches of the largest budget to show its padding, few enough to take seconds.
+TRIAL_ROWS = 64
+CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
+SWEEP_ROUNDS = 2
+# A smaller budget that is this near to the best takes less memory for nothing.
+NEAR_BEST = 0.98
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One engine's figures. `agreement` is the share of rows with the labels of float32 torch, 0..1."""
+
+    engine: str
+    says: str
+    tweets_per_second: float | None = None
+    agreement: float | None = None
+    mean_difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    engine: str
+    token_budget: int
+    hardware: str
+    trials: list[Trial]
+
+    @property
+    def why(self) -> str:
+        return next(trial.says for trial in self.trials if trial.engine == self.engine)
+
+
+def default_budget(device: torch.device) -> int:
+    return 1024 if device.type == "cpu" else 16384
+
+
+def place(folder: Path, sha256: str, device: torch.device, wanted: str) -> Path:
+    """Where the choice for this artifact, hardware and wish lies, whether or not it was made."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")]
+    key = json.dumps([sha256, hardware(device), wanted, versions])
+    return folder.with_name(f"{folder.name}.engines") / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def read_choice(folder: Path) -> Choice | None:
+    try:
+        written = json.loads((folder / "choice.json").read_text(encoding="utf-8"))
+        return Choice(**{**written, "trials": [Trial(**trial) for trial in written["trials"]]})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # never made, or by another version: made again
+
+
+def pick_engine(artifact: Artifact, sha256: str, device: torch.device, wanted: str) -> tuple[Engine, Choice]:
+    """The engine that serves this model here, ready and warm. Raises `BadArtifact` when none can run it."""
+    kept = place(artifact.folder, sha256, device, wanted)
+    choice = read_choice(kept)
+    if choice is not None:
+        graph = kept / "graph.xml"
+        try:
+            engine = Workbench(artifact.model, device, graph if graph.exists() else None).build(choice.engine)
+            _check_kept(engine, artifact)
+            return engine, choice
+        except Exception as error:
+            log.warning("the engine kept in %s cannot be used (%s); trying all again", kept, _said(error))
+    bench = Workbench(artifact.model, device)
+    engine, choice = try_out(bench, artifact, device, wanted)
+    _keep(kept, bench, choice)
+    return engine, choice
+
+
+def try_out(bench: Workbench, artifact: Artifact, device: torch.device, wanted: str) -> tuple[Engine, Choice]:
+    """Time every engine, then take the fastest that agrees with float32 torch on the validation rows."""
+    reference, pad_id = artifact.reference, artifact.tokenizer.pad_token_id
+    names = bench.names() if wanted == "auto" else list(dict.fromkeys([wanted, PLAIN]))
+    if reference is None:
+        names = [PLAIN]
+    engines: dict[str, Engine] = {}
+    trials: list[Trial] = []
+    for name in names:
+        try:
+            engines[name] = bench.build(name)
+            rows = reference.rows[:TRIAL_ROWS] if reference else [[0, 1, 2]]
+            trials.append(Trial(name, "", _speed(engines[name], rows, default_budget(device), pad_id)))
+        except Exception as error:
+            # Whatever an exporter or a device says of a model it cannot take: the next one in line is tried.
+            trials.append(Trial(name, f"cannot run here: {_said(error)}"))
+            log.warning("engine %s cannot run this model: %s", name, _said(error))
+    trials.sort(key=lambda trial: -(trial.tweets_per_second or 0))
+    for number, trial in enumerate(trials):
+        if trial.engine not in engines:
+            break
+        trials[number] = verdict = _verify(trial, engines[trial.engine], artifact.spec, reference, pad_id)
+        log.info("engine %s: %s", verdict.engine, verdict.says)
+        if verdict.says.startswith("serves"):
+            rows = _cycled(reference.rows if reference else [], device)
+            budget = _sweep(engines[trial.engine], rows, device, pad_id)
+            return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
+    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {trials[-1].says}")
+
+
+def _check_kept(engine: Engine, artifact: Artifact) -> None:
+    """A few rows, which warm the engine up too: a graph that was damaged since it was verified does not serve."""
+    if artifact.reference is None:
+        return
+    few = artifact.reference.rows[:TRIAL_ROWS]
+    found = _probabilities(_logits(engine, few, 1024, artifact.tokenizer.pad_token_id), artifact.spec)
+    wanted = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
+    if not np.abs(found - wanted).mean() <= MAX_MEAN_DIFFERENCE:
+        raise BadArtifact("it does not give what it gave when it was verified")
+
+
+def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference | None, pad_id: int) -> Trial:
+    """The trial with its figures on the validation rows, and in words whether it may serve."""
+    given = asdict(trial)
+    if reference is None:
+        return Trial(**given | {"says": "serves: the artifact holds no validation rows to verify another engine on"})
+    wanted = _probabilities(reference.logits, spec)
+    found = _probabilities(_logits(engine, reference.rows, 1024, pad_id), spec)
+    agreement = float((choose(found, spec.config.task) == choose(wanted, spec.config.task)).all(axis=1).mean())
+    difference = float(np.abs(found - wanted).mean())
+    figures = f"{agreement:.2%} of {len(wanted)} validation labels as float32, probabilities {difference:.4f} off"
+    if trial.engine == PLAIN:
+        says = f"serves: nothing faster agrees; {figures}"
+    elif agreement >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE:
+        says = f"serves: the fastest that agrees; {figures}"
+    else:  # a difference that is no number ends here too
+        says = f"may not serve: {figures}; at least {MIN_AGREEMENT:.1%} and at most {MAX_MEAN_DIFFERENCE} are asked"
+    return Trial(**given | {"says": says, "agreement": agreement, "mean_difference": difference})
+
+
+def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, pad_id: int) -> int:
+    """The token budget this engine is fastest with; larger ones are not tried once the device is full."""
+    if not rows:
+        return default_budget(device)
+    speeds: dict[int, float] = {}
+    for budget in CPU_BUDGETS if device.type == "cpu" else GPU_BUDGETS:
+        try:
+            speeds[budget] = _speed(engine, rows, budget, pad_id)
+        except DeviceFull:
+            break
+    if not speeds:
+        return 256  # halved further where it is needed
+    return min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * max(speeds.values()))
+
+
+def _cycled(rows: list[list[int]], device: torch.device) -> list[list[int]]:
+    wanted = CPU_SWEEP_ROWS if device.type == "cpu" else GPU_SWEEP_ROWS
+    return [rows[i % len(rows)] for i in range(wanted)] if rows else []
+
+
+def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> float:
+    """Rows a second in the best of a few rounds, after one to warm up."""
+    seconds = []
+    for _ in range(1 + SWEEP_ROUNDS):
+        began = time.perf_counter()
+        _logits(engine, rows, budget, pad_id)
+        seconds.append(time.perf_counter() - began)
+    return len(rows) / min(seconds[1:])
+
+
+def _logits(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> Logits:
+    """Logits (N, K) in the rows' order."""
+    plan = plan_batches([len(row) for row in rows], budget)
+    found = engine.run([pad_arrays([rows[i] for i in batch], pad_id) for batch in plan])
+    order = [index for batch in plan for index in batch]
+    logits: Logits = np.concatenate(found)[np.argsort(order)]
+    return logits
+
+
+def _probabilities(logits: Logits, spec: Spec) -> Floats:
+    probabilities: Floats = to_probabilities(torch.from_numpy(logits), spec.config.task, spec.temperature).numpy()
+    return probabilities
+
+
+def _keep(folder: Path, bench: Workbench, choice: Choice) -> None:
+    """Write a choice whole or not at all. A store that cannot be written only means trying again at the next start."""
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        draft.mkdir(parents=True)
+        if choice.engine.startswith("openvino"):
+            save_graph(bench.graph(choice.engine), draft / "graph.xml")
+        (draft / "choice.json").write_text(json.dumps(asdict(choice), ensure_ascii=False, indent=2), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(draft, folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        log.info("the choice of an engine is not kept beside the artifact: %s", error)
+
+
+def _said(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,144 @@
+"""A window on its way: what was read together, what became of it, and the rows it ends as. Knows no server."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from db.models import utc_now
+from worker.errors import BadRecord
+from worker.records import Tweet, parse_payload
+from worker.scorer import Model, Scores, describe
+from worker.stream import Record
+
+log = logging.getLogger(__name__)
+
+# Anybody may XADD an id of his own; a Python date ends with the year 9999.
+LAST_MS = 253_402_300_799_000
+STAGES = ("read", "tokenise", "forward", "store")
+TALLY_SECONDS = 10.0
+
+
+@dataclass
+class Window:
+    """Records scored by one model: tweets to score, records to bury, and where the milliseconds went.
+
+    `counted` when it is a suspect alone, whose attempt was counted before it began.
+    """
+
+    records: list[Record]
+    model: Model
+    counted: bool = False
+    started_at: datetime = field(default_factory=utc_now)
+    tweets: list[tuple[Record, Tweet]] = field(default_factory=list)
+    dead: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    scores: Scores | None = None
+    ms: dict[str, float] = field(default_factory=lambda: {f"{stage}_ms": 0.0 for stage in STAGES})
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.ms[f"{name}_ms"] = 1000 * (time.perf_counter() - began)
+
+    @property
+    def ids(self) -> list[str]:
+        return [record.id for record in self.records]
+
+
+def parse(window: Window) -> None:
+    """Records to tweets; what is no tweet is marked for burial and leaves the others alone."""
+    window.tweets = []
+    buried = {letter["record_id"] for letter in window.dead}
+    for record in window.records:
+        if record.id in buried:
+            continue
+        try:
+            window.tweets.append((record, parse_payload(record.payload)))
+        except BadRecord as error:
+            window.dead.append(dead_letter(record, str(error)))
+
+
+def dead_letter(record: Record, reason: str) -> dict[str, Any]:
+    return {
+        "record_id": record.id,
+        "payload": record.payload or b"",
+        "reason": reason,
+        "attempts": record.deliveries,
+        "buried_at": utc_now(),
+    }
+
+
+def tweet_rows(window: Window) -> list[dict[str, Any]]:
+    return [
+        {
+            "tweet_id": tweet.id,
+            "text": tweet.text,
+            "author_id": tweet.author_id,
+            "lang": tweet.lang,
+            "topic": tweet.topic,
+            "tweet_created_at": tweet.created_at,
+            # The first half of a stream id is the server's clock when the record came in.
+            "received_at": datetime.fromtimestamp(min(int(record.id.partition("-")[0]), LAST_MS) / 1000, UTC),
+        }
+        for record, tweet in window.tweets
+    ]
+
+
+def prediction_rows(window: Window, scores: Scores) -> list[dict[str, Any]]:
+    now, model = utc_now(), window.model
+    return [
+        {"tweet_id": tweet.id, "model_version_id": model.version_id, "scored_at": now, **said}
+        for (_, tweet), said in zip(window.tweets, describe(model.spec, scores.probabilities), strict=True)
+    ]
+
+
+def window_row(window: Window, scores: Scores, worker: str) -> dict[str, Any]:
+    return {
+        "worker": worker,
+        "model_version_id": window.model.version_id,
+        "started_at": window.started_at,
+        "tweets": len(window.tweets),
+        "buried": len(window.dead),
+        "tokens": scores.tokens,
+        "padded_tokens": scores.padded_tokens,
+        **window.ms,
+    }
+
+
+class Tally:
+    """Says in the log what became of the windows since it last did, every few seconds."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._since = time.monotonic()
+        self._windows = self._tweets = self._tokens = self._padded = 0
+        self._ms = dict.fromkeys(STAGES, 0.0)
+
+    def add(self, window: Window) -> None:
+        self._windows += 1
+        self._tweets += len(window.tweets)
+        if window.scores is not None:
+            self._tokens += window.scores.tokens
+            self._padded += window.scores.padded_tokens
+        for stage in STAGES:
+            self._ms[stage] += window.ms[f"{stage}_ms"]
+        if time.monotonic() - self._since >= TALLY_SECONDS:
+            self.say()
+
+    def say(self) -> None:
+        if self._windows:
+            log.info(
+                "scored %d tweets in %d windows, padding %.2f; ms a window: %s",
+                self._tweets,
+                self._windows,
+                self._padded / max(1, self._tokens),
+                ", ".join(f"{stage} {self._ms[stage] / self._windows:.1f}" for stage in STAGES),
+            )
+        self._clear()
