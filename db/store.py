@@ -43,4 +43,6 @@ def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str
     # Every writer takes row locks in key order: two workers that meet the same tweets wait, and never deadlock.
     keys = [str(column.key) for column in inspect(model).primary_key]
     ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
-    session.execute(insert(model).on_conflict_do_nothing(), ordered)
+    # The table, not the class: the session would look at every row for what only mapped objects have.
+    table: Any = model.__table__
+    session.execute(insert(table).on_conflict_do_nothing(), ordered)

@@ -19,7 +19,7 @@ from db.errors import LeaseLost
 from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, TestPrediction, TrainingJob, utc_now
 from db.session import Database
 from tests.conftest import wait_until
-from training.artifact import load_artifact
+from training.artifact import load_artifact, make_reference
 from training.config import make_config
 from training.data import Split
 from training.job import run_next_job
@@ -272,7 +272,16 @@ def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
     claim_again(database, job_id)
     loaded = load_artifact(tiny_artifact.folder)
     split = Split(["嬉しい"], np.array([[0, 0, 1]], dtype=np.float32), [2])
-    parts = (loaded.model, loaded.tokenizer, replace(loaded.spec), {("accuracy", ""): 1.0}, split, split.targets)
+    reference = make_reference([[2, 5, 3]], split.targets)
+    parts = (
+        loaded.model,
+        loaded.tokenizer,
+        replace(loaded.spec),
+        reference,
+        {("accuracy", ""): 1.0},
+        split,
+        split.targets,
+    )
     with pytest.raises(LeaseLost):
         register_model(database, job_id, token, workshop.model_store, *parts)
     assert left_in(workshop.model_store) == []

@@ -137,7 +137,7 @@ class Workbench:
 
         Embeddings stay float32: they are looked up, not multiplied, and rounding them costs agreement for nothing.
         """
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # its own `set_log_level` silences everybody's handlers
         ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
         mode = nncf.CompressWeightsMode.INT8_ASYM
         with redirect_stdout(io.StringIO()):  # a progress bar and tables that no setting turns off

@@ -1,0 +1,81 @@
+"""Models to measure with: as large as the real ones, without an afternoon of training.
+
+A random encoder tells texts apart by little more than rounding, so its head stays random too; the starter's is fitted.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from training.artifact import make_reference, make_spec, save_artifact
+from training.clean import clean
+from training.config import TrainConfig, make_config
+from training.data import Split, read_rows, split_rows
+from training.encoders import STARTER_FOLDER, Encoder
+from training.evaluate import predict
+from training.model import Classifier, build_model
+from training.text import TextEncoder, load_tokenizer
+
+SAMPLE_LABELLED = Path(__file__).parents[2] / "training" / "sample" / "labelled.csv"
+CPU = torch.device("cpu")
+VOCABULARY = 32_000
+# BERT base; the small form keeps the shape and drops the size.
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+def base_artifact(folder: Path, small: bool = False) -> str:
+    """A BERT of base size with random weights, saved as an artifact. Returns its sha256."""
+    torch.manual_seed(1)
+    encoder = BertModel(BertConfig(vocab_size=VOCABULARY, **(SMALL if small else BASE)))
+    config = make_config("fast", base_model="random")
+    return _save(folder, Classifier(encoder, encoder.config.hidden_size, 3, config), config, "random", fit=False)
+
+
+def starter_artifact(folder: Path) -> str:
+    """The starter encoder under a fitted head, saved as an artifact. Returns its sha256."""
+    config = make_config("fast")
+    return _save(folder, build_model(Encoder("starter", STARTER_FOLDER), 3, config), config, "starter", fit=True)
+
+
+def operations_per_token(model: Classifier) -> int:
+    """Multiplications and additions of the encoder's matrix products for one token, attention scores left out."""
+    return 2 * sum(
+        module.weight.numel()
+        for name, module in model.encoder.named_modules()
+        if isinstance(module, nn.Linear) and "pooler" not in name
+    )
+
+
+def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fit: bool) -> str:
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    encode = TextEncoder(tokenizer)
+    data = split_rows(read_rows(SAMPLE_LABELLED), config)
+
+    def rows(split: Split) -> list[list[int]]:
+        return encode([clean(text, "1") for text in split.texts], config.max_length)
+
+    model.eval()
+    if fit:
+        few = Split(data.train.texts[:600], data.train.targets[:600], data.train.row_numbers[:600])
+        _fit_head(model, rows(few), few.targets, config, tokenizer.pad_token_id)
+    valid = rows(data.valid)
+    logits = predict(model, valid, data.valid.targets, config, 64, tokenizer.pad_token_id, CPU).logits
+    spec = make_spec(data.labels, config, Encoder(name, STARTER_FOLDER), tokenizer)
+    return save_artifact(folder, model, tokenizer, spec, make_reference(valid, logits))
+
+
+def _fit_head(model: Classifier, rows: list[list[int]], targets: np.ndarray, config: TrainConfig, pad_id: int) -> None:
+    """Logistic regression over what the untouched encoder says."""
+    head = model.classifier
+    model.classifier = nn.Identity()
+    pooled = predict(model, rows, np.zeros((len(rows), head.in_features), np.float32), config, 64, pad_id, CPU).logits
+    fitted = LogisticRegression(C=1.0, max_iter=1000).fit(pooled, targets.argmax(axis=1))
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(fitted.coef_))
+        head.bias.copy_(torch.from_numpy(fitted.intercept_))
+    model.classifier = head

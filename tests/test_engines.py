@@ -1,0 +1,324 @@
+"""Engines and the choice between them: the same answers as float32 torch, or somebody else serves."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+
+from tests.conftest import LABELS
+from training.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
+from training.batches import pad, pad_arrays
+from training.config import make_config
+from training.encoders import STARTER_FOLDER, Encoder
+from training.errors import BadArtifact
+from training.evaluate import predict
+from training.model import Classifier, build_model
+from training.text import load_tokenizer
+from worker.engines import Batch, Engine, Logits, TorchEngine, Workbench
+from worker.errors import DeviceFull
+from worker.lineup import MIN_AGREEMENT, PLAIN, Choice, pick_engine, place, read_choice, try_out
+from worker.scorer import Model
+
+CPU = torch.device("cpu")
+SHA = "0" * 64
+
+
+def random_rows(n: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of 3 to 60 tokens, as a tokenizer would frame them."""
+    generator = np.random.default_rng(seed)
+    return [[2, *generator.integers(5, 3000, generator.integers(1, 59)).tolist(), 3] for _ in range(n)]
+
+
+def artifact_of(model: Classifier, folder: Path) -> Artifact:
+    """Saved and loaded again, with validation rows that a float32 forward has labelled."""
+    config = make_config("fast", pooling=model.pooling)
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    rows = random_rows(200)
+    targets = np.zeros((len(rows), len(LABELS)), np.float32)
+    logits = predict(model, rows, targets, config, 32, tokenizer.pad_token_id, CPU).logits
+    spec = make_spec(LABELS, config, Encoder("tiny", STARTER_FOLDER), tokenizer)
+    save_artifact(folder, model, tokenizer, spec, make_reference(rows, logits))
+    return load_artifact(folder)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
+    torch.nn.init.normal_(model.classifier.weight, std=2.0)  # sure of what it says, as a trained one is
+    return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
+
+
+class Counting:
+    """An engine that remembers the rows it was given, and has room for so many tokens."""
+
+    def __init__(self, inner: Engine, room: int = 10**9) -> None:
+        self.name, self.inner, self.room = inner.name, inner, room
+        self.rows = 0
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        if any(ids.size > self.room for ids, _ in batches):
+            raise DeviceFull("no room")
+        self.rows += sum(len(ids) for ids, _ in batches)
+        return self.inner.run(batches)
+
+
+def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512, repeats: int = 0) -> Model:
+    engine = Counting(TorchEngine(artifact.model, CPU, torch.float32), room)
+    return Model(1, artifact, engine, Choice(engine.name, budget, "", []), repeats)
+
+
+# --- engines
+
+
+@pytest.mark.parametrize("name", ["openvino-float32", "torch-float32", "openvino-int8", "torch-bfloat16"])
+def test_engine_gives_what_float32_torch_gives_whatever_the_shape(artifact: Artifact, name: str) -> None:
+    engine = Workbench(artifact.model, CPU).build(name)
+    assert engine.name == name
+    rows = random_rows(40, seed=5)
+    shapes = [rows[:1], rows[1:4], rows[4:40], [[2, 3]], [[2, *range(5, 203), 3]] * 2]
+    given_ = [pad_arrays(batch, 0) for batch in shapes]
+    for (ids, mask), logits in zip(given_, engine.run(given_), strict=True):
+        with torch.inference_mode():
+            expected = artifact.model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+        tolerance = 1e-4 if name.endswith("float32") else 0.05 * float(np.abs(expected).max())
+        assert logits.dtype == np.float32
+        assert np.abs(logits - expected).max() <= tolerance
+
+
+def test_engine_runs_nothing_and_runs_again(artifact: Artifact) -> None:
+    engine = Workbench(artifact.model, CPU).build("openvino-int8")
+    batch = pad_arrays(random_rows(3), 0)
+    assert engine.run([]) == []
+    first, again = engine.run([batch]), engine.run([batch, batch])
+    assert np.array_equal(first[0], again[1])
+
+
+def test_no_room_is_said_in_one_way(artifact: Artifact) -> None:
+    engine = TorchEngine(artifact.model, CPU, torch.float32)
+    engine._model = lambda ids, mask: torch.empty(10**15)  # type: ignore[assignment]
+    with pytest.raises(DeviceFull, match="torch-float32 has no memory left"):
+        engine.run([pad_arrays([[2, 3]], 0)])
+
+
+def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
+    for name in ("torch-float32", "openvino-float32"):
+        engine = Workbench(artifact.model, CPU).build(name)
+        ids = np.full((1, 4), 10**9, np.int64)
+        if name == "torch-float32":  # OpenVINO gives an id that is not there the zero vector
+            with pytest.raises(IndexError):
+                engine.run([(ids, np.ones_like(ids))])
+        with pytest.raises((RuntimeError, ValueError)) as fault:
+            engine.run([(ids[0], ids[0])])
+        assert not isinstance(fault.value, DeviceFull)
+        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "it goes on"
+
+
+def test_nothing_phones_home() -> None:
+    program = "import worker.engines, sys, openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__, *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == "openvino.tools.ovc.telemetry_stub"
+    assert "nncf" in said
+    assert not [name for name in said if name.startswith("openvino_telemetry.")]
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+def test_models_of_other_shapes_are_served_and_agree(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 3100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = {
+        "bert": lambda: BertModel(BertConfig(**sizes, intermediate_size=64)),
+        "distilbert": lambda: DistilBertModel(DistilBertConfig(vocab_size=3100, dim=32, n_layers=2, n_heads=2)),
+        "roberta": lambda: RobertaModel(RobertaConfig(**sizes, intermediate_size=64)),
+    }[kind]()
+    made = artifact_of(Classifier(encoder, 32, len(LABELS), make_config("fast", pooling="mean")).eval(), tmp_path / "m")
+    _, choice = pick_engine(made, SHA, CPU, "openvino-float32")
+    assert choice.engine == "openvino-float32", choice.trials
+    assert choice.trials[0].mean_difference < 1e-4
+
+
+# --- the choice
+
+
+def test_the_fastest_that_agrees_serves_and_the_choice_is_kept(artifact: Artifact) -> None:
+    engine, choice = pick_engine(artifact, SHA, CPU, "auto")
+    assert engine.name == choice.engine
+    assert {trial.engine for trial in choice.trials} >= {"openvino-int8", "openvino-float32", "torch-float32"}
+    speeds = [trial.tweets_per_second for trial in choice.trials]
+    assert speeds == sorted(speeds, reverse=True)
+    serving = next(trial for trial in choice.trials if trial.engine == choice.engine)
+    assert serving.agreement >= MIN_AGREEMENT
+    assert serving.says == choice.why
+    assert "the fastest that agrees" in choice.why or choice.engine == PLAIN
+    kept = place(artifact.folder, SHA, CPU, "auto")
+    assert read_choice(kept) == choice
+    written = (kept / "choice.json").stat().st_mtime_ns
+    again, same = pick_engine(artifact, SHA, CPU, "auto")
+    assert (again.name, same) == (engine.name, choice)
+    assert (kept / "choice.json").stat().st_mtime_ns == written
+    assert list(artifact.folder.parent.glob("*/.*")) == [], "a draft was left"
+
+
+def test_another_wish_or_artifact_is_another_choice(artifact: Artifact) -> None:
+    places = {place(artifact.folder, sha, CPU, wanted) for sha in (SHA, "1" * 64) for wanted in ("auto", PLAIN)}
+    assert len(places) == 4
+
+
+class Turned:
+    """An engine that is fast and wrong on some rows."""
+
+    def __init__(self, inner: Engine, share: float) -> None:
+        self.name, self.inner, self.share = inner.name, inner, share
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        found = self.inner.run(batches)
+        for logits in found:
+            wrong = np.arange(len(logits)) < self.share * len(logits)
+            logits[wrong] = logits[wrong][:, ::-1] + 5 * np.eye(len(LABELS), dtype=np.float32)[0]
+        return found
+
+
+class Dishonest(Workbench):
+    """Builds one engine wrong, and cannot build another."""
+
+    def build(self, name: str) -> Engine:
+        if name == "openvino-float32":
+            raise ValueError("no operator for this")
+        built = super().build(name)
+        return Turned(built, 0.3) if name == "openvino-int8" else built
+
+
+def test_an_engine_that_disagrees_or_cannot_be_built_is_passed_over(
+    artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    engine, choice = try_out(Dishonest(artifact.model, CPU), artifact, CPU, "auto")
+    assert engine.name == choice.engine == PLAIN
+    says = {trial.engine: trial.says for trial in choice.trials}
+    assert says["openvino-int8"].startswith("may not serve") or choice.trials[0].engine == PLAIN
+    assert says["openvino-float32"] == "cannot run here: no operator for this"
+    assert "engine openvino-float32 cannot run this model" in caplog.text
+
+
+def test_numbers_that_are_none_never_serve(artifact: Artifact) -> None:
+    class Nothing(Turned):
+        def run(self, batches: Sequence[Batch]) -> list[Logits]:
+            return [np.full_like(logits, np.nan) for logits in self.inner.run(batches)]
+
+    class Broken(Workbench):
+        def build(self, name: str) -> Engine:
+            built = super().build(name)
+            return built if name == PLAIN else Nothing(built, 0)
+
+    assert try_out(Broken(artifact.model, CPU), artifact, CPU, "auto")[1].engine == PLAIN
+
+
+def test_without_validation_rows_plain_torch_serves(tiny_artifact: Any) -> None:
+    bare = load_artifact(tiny_artifact.folder, tiny_artifact.sha256)
+    assert bare.reference is None
+    _, choice = try_out(Workbench(bare.model, CPU), bare, CPU, "auto")
+    assert choice.engine == PLAIN
+    assert "no validation rows" in choice.why
+
+
+def test_when_nothing_can_run_it_is_said(artifact: Artifact) -> None:
+    class Nothing(Workbench):
+        def build(self, name: str) -> Engine:
+            raise RuntimeError("the device is gone")
+
+    with pytest.raises(BadArtifact, match=r"no engine can run .* the device is gone"):
+        try_out(Nothing(artifact.model, CPU), artifact, CPU, "auto")
+
+
+@pytest.mark.parametrize("damage", ["choice", "graph", "weights"])
+def test_a_kept_engine_that_is_damaged_is_made_again(
+    artifact: Artifact, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sha = damage.ljust(64, "0")
+    pick_engine(artifact, sha, CPU, "openvino-float32")
+    kept = place(artifact.folder, sha, CPU, "openvino-float32")
+    if damage == "choice":
+        (kept / "choice.json").write_text("{", encoding="utf-8")
+    elif damage == "graph":
+        (kept / "graph.xml").write_text("<net>", encoding="utf-8")
+    else:
+        weights = np.fromfile(kept / "graph.bin", np.uint8)
+        weights[:] = 60
+        weights.tofile(kept / "graph.bin")
+    _, choice = pick_engine(artifact, sha, CPU, "openvino-float32")
+    assert choice.engine == "openvino-float32"
+    assert ("cannot be used" in caplog.text) == (damage != "choice")
+    assert read_choice(kept) == choice
+
+
+def test_a_store_that_cannot_be_written_still_serves(artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "tiny.engines").write_text("no folder", encoding="utf-8")
+    moved = Artifact(tmp_path / "tiny", artifact.model, artifact.tokenizer, artifact.spec, artifact.reference)
+    assert pick_engine(moved, SHA, CPU, PLAIN)[1].engine == PLAIN
+
+
+def test_the_reference_survives_saving(artifact: Artifact) -> None:
+    assert isinstance(artifact.reference, Reference)
+    assert artifact.reference.rows == random_rows(200)
+    assert artifact.reference.logits.shape == (200, len(LABELS))
+    listed = (artifact.folder / "SHA256SUMS").read_text(encoding="utf-8")
+    assert "reference.safetensors" in listed
+
+
+# --- room, repeats, padding
+
+
+def test_a_full_device_gets_smaller_batches_and_the_same_answers(
+    artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = random_rows(50, seed=9)
+    tight, roomy = model_on(artifact, room=130, budget=4096), model_on(artifact, budget=4096)
+    assert tight.forward(rows).probabilities == pytest.approx(roomy.forward(rows).probabilities, abs=1e-5)
+    assert tight.token_budget <= 130
+    assert "tokens a forward" in caplog.text
+    caplog.clear()
+    tight.forward(rows)
+    assert caplog.text == "", "it has learned"
+
+
+def test_a_row_that_fits_no_device_is_said(artifact: Artifact) -> None:
+    with pytest.raises(DeviceFull):
+        model_on(artifact, room=10).forward([[2, *range(5, 60), 3]])
+
+
+def test_repeats_are_kept_within_a_bound_and_only_when_asked(artifact: Artifact) -> None:
+    rows = random_rows(20, seed=4)
+    without, within = model_on(artifact), model_on(artifact, repeats=20)
+    for model in (without, within):
+        first = model.forward(rows).probabilities
+        second = model.forward(rows + rows[:5])
+        assert second.probabilities == pytest.approx(np.concatenate([first, first[:5]]), abs=1e-6)
+    assert (without.engine.rows, within.engine.rows) == (40, 20)  # type: ignore[attr-defined]
+    assert model_on(artifact, repeats=20).forward([]).probabilities.shape == (0, len(LABELS))
+    within.forward(random_rows(15, seed=6))
+    within.forward(rows)
+    assert within.engine.rows > 40, "the oldest have gone"  # type: ignore[attr-defined]
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=20))
+def test_padding_keeps_every_token_in_its_place(rows: list[list[int]]) -> None:
+    ids, mask = pad_arrays(rows, 7)
+    assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
+    for row, padded, real in zip(rows, ids.tolist(), mask.tolist(), strict=True):
+        assert padded == row + [7] * (len(padded) - len(row))
+        assert real == [1] * len(row) + [0] * (len(padded) - len(row))
+    assert torch.equal(pad(rows, 7)[0], torch.from_numpy(ids))
+
+
+def test_the_listing_of_a_choice_is_plain_json(artifact: Artifact) -> None:
+    pick_engine(artifact, SHA, CPU, "auto")
+    written = json.loads((place(artifact.folder, SHA, CPU, "auto") / "choice.json").read_text(encoding="utf-8"))
+    assert set(written) == {"engine", "token_budget", "hardware", "trials"}
