@@ -12,8 +12,8 @@ from db.models import Base, Prediction
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact
+from worker.choices import Choice
 from worker.engines import TorchEngine
-from worker.lineup import Choice
 from worker.pipeline import Limits, Pipeline
 from worker.scorer import Champion, Model, Serving
 from worker.stream import Depth, Stream

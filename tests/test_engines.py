@@ -23,9 +23,10 @@ from training.errors import BadArtifact
 from training.evaluate import predict
 from training.model import Classifier, build_model
 from training.text import load_tokenizer
+from worker.choices import Choice, kept_choices, read_choice
 from worker.engines import Batch, Engine, Logits, TorchEngine, Workbench
 from worker.errors import DeviceFull
-from worker.lineup import MIN_AGREEMENT, PLAIN, Choice, pick_engine, place, read_choice, try_out
+from worker.lineup import MIN_AGREEMENT, PLAIN, pick_engine, place, try_out
 from worker.scorer import Model
 
 CPU = torch.device("cpu")
@@ -143,6 +144,7 @@ def test_models_of_other_shapes_are_served_and_agree(kind: str, tmp_path: Path) 
     _, choice = pick_engine(made, SHA, CPU, "openvino-float32")
     assert choice.engine == "openvino-float32", choice.trials
     assert choice.trials[0].mean_difference < 1e-4
+    assert "the first that agrees; 100.00% of 200" in choice.why
 
 
 # --- the choice
@@ -154,12 +156,14 @@ def test_the_fastest_that_agrees_serves_and_the_choice_is_kept(artifact: Artifac
     assert {trial.engine for trial in choice.trials} >= {"openvino-int8", "openvino-float32", "torch-float32"}
     speeds = [trial.tweets_per_second for trial in choice.trials]
     assert speeds == sorted(speeds, reverse=True)
-    serving = next(trial for trial in choice.trials if trial.engine == choice.engine)
+    [serving] = [trial for trial in choice.trials if trial.serves]
+    assert serving.engine == choice.engine
     assert serving.agreement >= MIN_AGREEMENT
     assert serving.says == choice.why
-    assert "the fastest that agrees" in choice.why or choice.engine == PLAIN
+    assert "the first that agrees" in choice.why or choice.engine == PLAIN
     kept = place(artifact.folder, SHA, CPU, "auto")
     assert read_choice(kept) == choice
+    assert choice in kept_choices(artifact.folder)
     written = (kept / "choice.json").stat().st_mtime_ns
     again, same = pick_engine(artifact, SHA, CPU, "auto")
     assert (again.name, same) == (engine.name, choice)
@@ -204,6 +208,7 @@ def test_an_engine_that_disagrees_or_cannot_be_built_is_passed_over(
     assert engine.name == choice.engine == PLAIN
     says = {trial.engine: trial.says for trial in choice.trials}
     assert says["openvino-int8"].startswith("may not serve") or choice.trials[0].engine == PLAIN
+    assert [trial.engine for trial in choice.trials if trial.serves] == [PLAIN]
     assert says["openvino-float32"] == "cannot run here: no operator for this"
     assert "engine openvino-float32 cannot run this model" in caplog.text
 

@@ -83,7 +83,7 @@ def test_every_tweet_gets_one_row_that_says_what_the_model_says(bench: Bench) ->
         assert (row["label"], row["probability"]) == max(said.items(), key=lambda item: item[1])
         assert row["score_signed"] == pytest.approx(said["positive"] - said["negative"], abs=1e-6)
     assert {(row["text"], row["lang"]) for row in bench.rows(Tweet)} == {("雨" * i, "ja") for i in range(1, 10)}
-    assert [row["tweets"] for row in bench.rows(ScoringWindow)] == [100, 100, 50]
+    assert [row["tweets"] for row in bench.rows(ScoringWindow)] == [64, 100, 86]
     assert bench.stream.depth() == DRAINED
 
 
@@ -208,7 +208,7 @@ def test_locked_database_is_waited_for_and_drained_afterwards(lite: Bench, caplo
         locked_until = time.monotonic() + 2
         with draining(lite.worker(window_tweets=5)):
             wait_until(lambda: time.monotonic() > locked_until)
-            assert lite.stream.depth() == Depth(length=20, lag=5, pending=15)
+            assert lite.stream.depth() == Depth(length=20, lag=0, pending=20)
             assert lite.scored() == {}
             blocker.rollback()
     assert len(lite.scored()) == 20
@@ -245,7 +245,85 @@ def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench)
         worker.stopping.set()
         model.go.set()
     assert set(lite.scored()) == {str(i) for i in range(4 * WINDOWS_UNDER_WAY)}
-    assert lite.stream.depth() == Depth(length=8, lag=8, pending=0)
+    assert lite.stream.depth() == Depth(length=4, lag=4, pending=0)
+
+
+# --- stages side by side
+
+
+def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: Bench) -> None:
+    champion = lite.holding(Slow)
+    lite.stream.publish([wire(i) for i in range(20)])
+    with draining(lite.worker(champion, window_tweets=4)):
+        assert champion.model.begun.wait(30)
+        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_UNDER_WAY)
+        assert lite.scored() == {}
+        champion.model.go.set()
+    assert len(lite.scored()) == 20
+    assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [4] * 5, "in their order, none twice"
+    assert lite.stream.depth() == DRAINED
+
+
+@pytest.mark.parametrize("stage", ["tokenise", "forward", "store"])
+def test_a_fault_in_any_stage_reaches_the_route_and_leaves_no_thread(lite: Bench, stage: str) -> None:
+    """A signal in the first window, the third, or the last: what was committed stays, the rest waits for another."""
+    lite.promote()
+    for at in (1, 3, 5):
+        lite.stream.publish([wire(f"{stage}-{at}-{i}") for i in range(20)])
+        calls: list[Window] = []
+
+        class Dies(Pipeline):
+            pass
+
+        def step(self: Pipeline, window: Window, at: int = at, calls: list[Window] = calls) -> Any:
+            calls.append(window)
+            if len(calls) == at:
+                raise Killed
+            return getattr(Pipeline, stage)(self, window)
+
+        setattr(Dies, stage, step)
+        worker = lite.worker(kind=Dies, window_tweets=4)
+        with pytest.raises(Killed):
+            worker.drain()
+        mine = {id_ for id_ in lite.scored() if id_.startswith(f"{stage}-{at}-")}
+        assert len(mine) == 20 - lite.stream.depth().pending - (lite.stream.depth().lag or 0)
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("tokenise", "renew"))]
+        lite.recovers()
+    assert len(lite.scored()) == 60
+    assert lite.rows(DeadLetter) == []
+
+
+def test_one_bad_text_among_windows_under_way_is_buried_alone_and_none_is_scored_twice(lite: Bench) -> None:
+    class Fails(Model):
+        def forward(self, rows: Any) -> Scores:
+            if len({tuple(row) for row in self.tokenise(["毒"])} & {tuple(row) for row in rows}):
+                raise RuntimeError("not this one")
+            return super().forward(rows)
+
+    champion = lite.holding(Fails)
+    lite.stream.publish([wire(i, "毒" if i == 9 else f"雨が降る{i}") for i in range(40)])
+    assert lite.worker(champion, window_tweets=4).drain() == 39
+    assert set(lite.scored()) == {str(i) for i in range(40) if i != 9}
+    assert [row["payload"] for row in lite.rows(DeadLetter)] == [wire(9, "毒")]
+    assert sum(row["tweets"] for row in lite.rows(ScoringWindow)) == 39
+    assert lite.stream.depth() == DRAINED
+
+
+def test_first_windows_are_small_and_grow_while_there_is_more(lite: Bench) -> None:
+    lite.promote()
+    lite.stream.publish([wire(i) for i in range(500)])
+    lite.worker(window_tweets=200).drain()
+    assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [64, 128, 200, 108]
+
+
+def test_what_was_scored_is_said_in_the_log(lite: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    lite.promote()
+    lite.stream.publish([wire(i, "雨" * (i % 5 + 1)) for i in range(30)])
+    lite.worker(window_tweets=10).drain()
+    [said] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("scored")]
+    assert said.startswith("scored 30 tweets in 3 windows, padding 1.")
+    assert all(f"{stage} " in said for stage in ("read", "tokenise", "forward", "store"))
 
 
 # --- the champion

@@ -4,6 +4,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from training.errors import BadArtifact
 
 
 def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
@@ -13,6 +16,14 @@ def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
     except (ValueError, OSError, RuntimeError, TypeError):
         return None  # a NUL, a loop of links, an unknown user, no string at all
     return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
+
+
+def folder_of(url: str) -> Path:
+    """The folder behind a `file://` URL; raises `BadArtifact` for any other."""
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        raise BadArtifact(f"the model lies at {parts.scheme}://, which this machine does not read")
+    return Path(unquote(parts.path))
 
 
 def file_sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -278,19 +279,26 @@ def models_list(json: Json = False) -> None:
 
 @models_app.command("show")
 def models_show(model: int, json: Json = False) -> None:
-    """One model: where it lies, and its test figures."""
+    """One model: where it lies, which engine scores with it and why, and its test figures."""
+    from training.paths import folder_of
+    from worker.choices import kept_choices
+
     with open_sql(load_settings()).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
+    engines = kept_choices(folder_of(version.artifact_url))
     if json:
         metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
         confusion = [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())]
-        show.as_json({**show.fields(version), "metrics": metrics, "confusion": confusion})
+        written = {"metrics": metrics, "confusion": confusion, "engines": [asdict(choice) for choice in engines]}
+        show.as_json({**show.fields(version), **written})
         return
     show.console.print(
         f"model {version.id} of job {version.job_id}: {version.base_model} {version.base_revision or ''}"
     )
     show.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
+    for choice in engines:
+        show.engine_table(choice)
     show.test_table(version, figures)
     if cells:
         show.table(

@@ -7,11 +7,13 @@ import copy
 import io
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +44,10 @@ class Engine(Protocol):
     name: str
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        """Logits (B, K) float32 of every batch, in their order. Raises `DeviceFull` when one does not fit."""
+        """Logits (B, K) float32 of every batch, in their order. Raises `DeviceFull` when one does not fit.
+
+        Two threads may call it: while one waits for its last batches, those of the other are begun.
+        """
         ...
 
 
@@ -80,25 +85,38 @@ class OpenVinoEngine:
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "INFERENCE_PRECISION_HINT": precision,
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATION_GROUP,
+                "ENABLE_CPU_PINNING": False,
             },
         )
         # Twice what runs at once: a core takes its next batch without waiting for Python to hand it one.
-        self._queue = ov.AsyncInferQueue(compiled, 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        self._queue.set_callback(self._keep)
-        self._found: dict[int, Logits] = {}
+        jobs = 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        # And one queue more than is being filled: the last batches of a window leave no core idle.
+        self._queues: SimpleQueue[Any] = SimpleQueue()
+        for queue in (ov.AsyncInferQueue(compiled, jobs), ov.AsyncInferQueue(compiled, jobs)):
+            queue.set_callback(_keep)
+            self._queues.put(queue)
+        self._turn = threading.Lock()
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        with _room(self.name):
-            self._found.clear()
-            try:
-                for number, (ids, mask) in enumerate(batches):
-                    self._queue.start_async({"input_ids": ids, "attention_mask": mask}, number, share_inputs=True)
-            finally:
-                self._queue.wait_all()  # the arrays are shared: none may go while it is read
-        return [self._found.pop(number) for number in range(len(batches))]
+        found: dict[int, Logits] = {}
+        queue = self._queues.get()
+        try:
+            with _room(self.name):
+                try:
+                    with self._turn:  # the batches of one call before those of the next
+                        for number, (ids, mask) in enumerate(batches):
+                            inputs = {"input_ids": ids, "attention_mask": mask}
+                            queue.start_async(inputs, (found, number), share_inputs=True)
+                finally:
+                    queue.wait_all()  # the arrays are shared: none may go while it is read
+        finally:
+            self._queues.put(queue)
+        return [found[number] for number in range(len(batches))]
 
-    def _keep(self, request: Any, number: int) -> None:
-        self._found[number] = request.get_output_tensor(0).data.copy()
+
+def _keep(request: Any, place: tuple[dict[int, Logits], int]) -> None:
+    found, number = place
+    found[number] = request.get_output_tensor(0).data.copy()
 
 
 class Workbench:

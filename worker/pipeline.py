@@ -33,8 +33,10 @@ Result = TypeVar("Result")
 
 BLOCK_MS = 1_000  # an idle reader looks up this often to see whether it should stop
 LONGEST_BACKOFF_SECONDS = 5.0
-# One is stored, one is on the device, one is ready for it. More would only be held longer.
-WINDOWS_UNDER_WAY = 3
+# One is stored, one leaves the device and one comes to it, one is ready. More would only be held longer.
+WINDOWS_UNDER_WAY = 4
+# After a pause the first window is this small, and each next twice as large: the device starts while others are read.
+FIRST_WINDOW_TWEETS = 64
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Pipeline:
         self.tally = Tally()
         self._held: dict[str, None] = {}
         self._claimed_at = -float("inf")
+        self._on_device = threading.Lock()
+        self._device_left_at = 0.0
 
     def drain(self) -> int:
         """Score until the stream has been empty for `linger_seconds`. Returns how many tweets were scored.
@@ -91,8 +95,13 @@ class Pipeline:
             window.rows = window.model.tokenise([tweet.text for _, tweet in window.tweets])
 
     def forward(self, window: Window) -> None:
-        with window.stage("forward"):
-            window.scores = window.model.forward(window.rows)
+        began = time.perf_counter()
+        window.scores = window.model.forward(window.rows)
+        # Two windows meet on the device; each counts from when the one before has left, so that the times add up.
+        with self._on_device:
+            now = time.perf_counter()
+            window.ms["forward_ms"] = 1000 * (now - max(began, self._device_left_at))
+            self._device_left_at = now
 
     def store(self, window: Window) -> int:
         """Commit, then acknowledge. Returns how many tweets were scored."""
@@ -115,16 +124,16 @@ class Pipeline:
 
     # --- what they need
 
-    def read(self, block_ms: int) -> list[Record]:
+    def read(self, most: int, block_ms: int) -> list[Record]:
         """Records somebody dropped come before new ones."""
         now = time.monotonic()
         if now - self._claimed_at >= self.limits.min_idle_seconds / 3:
-            found = self.stream.claim_idle(round(1000 * self.limits.min_idle_seconds), self.limits.window_tweets)
+            found = self.stream.claim_idle(round(1000 * self.limits.min_idle_seconds), most)
             if found:
                 log.info("claimed %d records whose worker fell silent", len(found))
                 return found
             self._claimed_at = now
-        return self.stream.read(self.limits.window_tweets, block_ms)
+        return self.stream.read(most, block_ms)
 
     def commit(self, window: Window) -> None:
         """Everything of a window in one transaction; while the database is away, wait with the window in hand."""
@@ -222,9 +231,11 @@ class Flow:
     def run(self) -> bool:
         """Returns whether there may be more to read. All that was begun has ended by then."""
         with ExitStack() as threads:
-            # A pool of one thread is a queue with one reader: windows leave each stage in the order they came.
+            # A pool of one thread is a queue with one reader. The device has two, so that the last batches of a window
+            # and the first of the next keep it busy together; storing takes the windows in the order they came.
             self._stages = [
-                threads.enter_context(ThreadPoolExecutor(1, name)) for name in ("tokenise", "forward", "store")
+                threads.enter_context(ThreadPoolExecutor(n, name))
+                for name, n in (("tokenise", 1), ("forward", 2), ("store", 1))
             ]
             try:
                 return self._read_on()
@@ -235,7 +246,7 @@ class Flow:
     def _read_on(self) -> bool:
         limits, stopping = self.pipeline.limits, self.pipeline.stopping
         block_ms = min(BLOCK_MS, max(1, round(1000 * limits.linger_seconds)))
-        news_at = time.monotonic()
+        news_at, most = time.monotonic(), FIRST_WINDOW_TWEETS
         while True:
             while self._under_way and (len(self._under_way) >= WINDOWS_UNDER_WAY or self._under_way[0][1].done()):
                 self._reap()
@@ -245,7 +256,8 @@ class Flow:
                 return False
             self.model = model
             began = time.perf_counter()
-            records = self.pipeline.read(block_ms)
+            records = self.pipeline.read(min(most, limits.window_tweets), block_ms)
+            most = min(2 * most, limits.window_tweets) if records else FIRST_WINDOW_TWEETS
             if records:
                 self.pipeline.hold(records)
                 self.suspects = [record for record in records if record.suspect]

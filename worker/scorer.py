@@ -4,13 +4,13 @@ Between windows it looks whether the champion is still the champion, and loads t
 cannot be loaded leaves the old one scoring, and says so.
 """
 
+import gc
 import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ from training.clean import clean
 from training.errors import BadArtifact
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.model import pick_device
+from training.paths import folder_of
 from training.text import TextEncoder
 from worker.batch import plan_batches
+from worker.choices import Choice
 from worker.engines import Engine, Logits
 from worker.errors import DeviceFull
-from worker.lineup import Choice, pick_engine
+from worker.lineup import pick_engine
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Model:
         self._pad_id: int = artifact.tokenizer.pad_token_id
         # Of this version alone, so that no other model's answer is ever given; equal cleaned texts have equal ids.
         self._seen: LRUCache[tuple[int, ...], Floats] = LRUCache(repeats)
+        self._remembering = threading.Lock()
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts as they came -> token ids, cleaned as the model was trained."""
@@ -70,18 +73,30 @@ class Model:
     def forward(self, rows: Sequence[Sequence[int]]) -> Scores:
         """Token ids -> probabilities, in batches of like length. Equal rows, retweets above all, are scored once."""
         keys = list(map(tuple, rows))
-        known = {key: self._seen[key] for key in set(keys) if key in self._seen} if self._seen.maxsize else {}
-        new = [key for key in dict.fromkeys(keys) if key not in known]
+        distinct = list(dict.fromkeys(keys))
+        known = self._recall(distinct)
+        new = [key for key in distinct if key not in known] if known else distinct
         logits, padded = self._run(new)
         probabilities = to_probabilities(torch.from_numpy(logits), self.spec.config.task, self.spec.temperature).numpy()
         if not np.isfinite(probabilities).all():
             raise BadArtifact(f"model {self.version_id} gives no numbers (NaN); promote another one")
-        found = dict(zip(new, probabilities, strict=True))
-        if self._seen.maxsize:
-            self._seen.update(found)
-        found |= known
-        every: Floats = np.stack([found[key] for key in keys]) if keys else probabilities
+        self._remember(new, probabilities)
+        if known:
+            probabilities = np.concatenate([probabilities, np.stack(list(known.values()))])
+        place = {key: i for i, key in enumerate(chain(new, known))}
+        every: Floats = probabilities[[place[key] for key in keys]]
         return Scores(every, sum(map(len, new)), padded)
+
+    def _recall(self, keys: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Floats]:
+        if not self._seen.maxsize:
+            return {}
+        with self._remembering:
+            return {key: self._seen[key] for key in keys if key in self._seen}
+
+    def _remember(self, keys: Sequence[tuple[int, ...]], probabilities: Floats) -> None:
+        if self._seen.maxsize:
+            with self._remembering:
+                self._seen.update(zip(keys, probabilities, strict=True))
 
     def _run(self, rows: Sequence[tuple[int, ...]]) -> tuple[Logits, int]:
         """Logits (N, K) in the rows' order and the tokens run, padding included.
@@ -147,7 +162,7 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
 def load_model(version: ModelVersion, serving: Serving) -> Model:
     """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
     device = pick_device(serving.device)
-    artifact = load_artifact(artifact_folder(version), version.sha256)
+    artifact = load_artifact(folder_of(version.artifact_url), version.sha256)
     engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
     log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)
@@ -155,11 +170,11 @@ def load_model(version: ModelVersion, serving: Serving) -> Model:
     return model
 
 
-def artifact_folder(version: ModelVersion) -> Path:
-    url = urlsplit(version.artifact_url)
-    if url.scheme != "file":
-        raise BadArtifact(f"model {version.id} lies at {url.scheme}://, which this worker does not read")
-    return Path(unquote(url.path))
+def _settle_memory() -> None:
+    """Take what is loaded out of the garbage collector's sight: a look through all of it stops scoring for 0.2 s."""
+    gc.unfreeze()  # the model before this one among it
+    gc.collect()
+    gc.freeze()
 
 
 class Champion:
@@ -198,6 +213,7 @@ class Champion:
             version = registry.get(session, version_id)
         try:
             self._model = load_model(version, self._serving)
+            _settle_memory()
             self._refused, self._told_absent = None, False
             log.info("model %d is the champion now", version_id)
         except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it

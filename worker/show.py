@@ -13,6 +13,7 @@ from rich.table import Table
 from db import jobs, registry
 from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
 from db.session import Database
+from worker.choices import Choice
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -88,6 +89,18 @@ def epoch_table(epochs: Sequence[EpochMetric]) -> None:
             for e in epochs
         ],
     )  # fmt: skip
+
+
+def engine_table(choice: Choice) -> None:
+    """What was tried to score with a model on one machine, the engine that serves first."""
+    table(
+        f"Engines on {choice.hardware}; {choice.token_budget} tokens a forward",
+        ["engine", "tweets/s", "what was found"],
+        [
+            (trial.engine, trial.tweets_per_second and f"{trial.tweets_per_second:.0f}", trial.says or "not needed")
+            for trial in sorted(choice.trials, key=lambda trial: not trial.serves)
+        ],
+    )
 
 
 def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> None:

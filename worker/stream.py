@@ -29,7 +29,7 @@ WIRE_VERSION = 1
 TRUSTED_DELIVERIES = 2
 # A suspect that ended badly this often when scored alone is the culprit.
 MAX_ISOLATED_ATTEMPTS = 3
-PUBLISH_CHUNK = 1_000
+PUBLISH_CHUNK = 250
 CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
 # Below the client's socket timeout, past which a silent server counts as gone.

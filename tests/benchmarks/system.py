@@ -28,8 +28,10 @@ from worker.stream import Stream
 
 log = logging.getLogger(__name__)
 
-# Together these looks cost about a hundredth of a core.
-POLL_SECONDS = 0.004
+# Every look costs the worker a little of its cores: far from the end there are few.
+POLL_SECONDS = 0.003
+FAR_POLL_SECONDS = 0.05
+FAR = 0.3
 # The row of one tweet is waited for more closely, though not so closely that the wait takes a core from the worker.
 LATENCY_POLL_SECONDS = 0.0002
 DEPTH_POLL_SECONDS = 0.05
@@ -215,7 +217,7 @@ class System:
         before = self.last_window()
         began = time.perf_counter()
         self.publish(payloads)
-        self._wait(lambda: len(payloads) - self.handled(before), "tweets not scored", POLL_SECONDS)
+        self._wait(lambda: len(payloads) - self.handled(before), "tweets not scored", POLL_SECONDS, len(payloads))
         return time.perf_counter() - began
 
     def latency(self, payload: bytes) -> float:
@@ -272,7 +274,7 @@ class System:
 
     # --- waiting
 
-    def _wait(self, left: Callable[[], int], what: str, pause: float) -> None:
+    def _wait(self, left: Callable[[], int], what: str, pause: float, of: int | None = None) -> None:
         """Return when `left()` is 0 or less; raises when a worker has ended or nothing has moved for too long."""
         least, moved_at = None, time.monotonic()
         while (missing := left()) > 0:
@@ -285,7 +287,7 @@ class System:
             elif now - moved_at > STALL_SECONDS:
                 ends = "\n".join(tail(path) for path in {child.log for child in self.workers.children})
                 raise Stalled(f"{missing} {what} for {STALL_SECONDS:.0f} s:\n{ends}")
-            time.sleep(pause)
+            time.sleep(FAR_POLL_SECONDS if of and missing > FAR * of > 100 else pause)
 
 
 def tail(path: Path) -> str:
