@@ -5,6 +5,7 @@ One `up` serves the whole file; each test brings its own tweets.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,8 @@ def test_a_trained_and_promoted_model_scores_the_tweets_that_waited_for_it(
     assert row.score_signed == pytest.approx(row.probabilities["positive"] - row.probabilities["negative"], abs=1e-5)
     stream = Stream(connect(up.url), "tweets", "scorers")
     wait_until(lambda: stream.depth().idle and stream.length() == 0, 30)
+    shown = tweetscore("models", "show", str(version.id)).stdout
+    assert re.search(r"serves: .* of 6 validation labels as float32", " ".join(shown.split()))
 
 
 def test_a_bare_xadd_from_any_client_is_scored_without_a_celery_message(up: SimpleNamespace) -> None:
@@ -290,6 +293,10 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     assert json.loads(tweetscore("jobs", "list", "--json").stdout)[0]["id"] >= models[0]["job_id"]
     checks = json.loads(tweetscore("doctor", "--json").stdout)
     assert all(check["ok"] for check in checks), checks
+    (engine,) = [choice["engine"] for choice in shown["engines"]]
+    (champion,) = [check["says"] for check in checks if check["name"] == "champion"]
+    assert engine in champion
+    assert "tokens a forward" in champion
 
 
 def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: SimpleNamespace) -> None:
