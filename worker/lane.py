@@ -36,6 +36,7 @@ class Lane:
         self.database = open_sql(settings)
         self._nudge = nudge
         self._busy = threading.Lock()
+        self._nudged = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
     def start(self) -> None:
@@ -48,16 +49,22 @@ class Lane:
             self.close()
 
     def run(self) -> int:
-        """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already."""
-        if not self._busy.acquire(blocking=False):
-            return 0
-        try:
-            return self.work()
-        finally:
-            if self.stopping.is_set():
-                self.close()
-            else:
-                self._busy.release()
+        """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already.
+
+        A nudge that comes while the work is ending is not lost: whoever works looks for one after letting go.
+        """
+        done = 0
+        self._nudged.set()
+        while self._nudged.is_set() and self._busy.acquire(blocking=False):
+            try:
+                self._nudged.clear()
+                done += self.work()
+            finally:
+                if self.stopping.is_set():
+                    self.close()  # and the lane stays busy: nothing starts any more
+                else:
+                    self._busy.release()
+        return done
 
     def work(self) -> int:
         raise NotImplementedError

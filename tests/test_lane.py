@@ -1,0 +1,54 @@
+"""One route at a time in a process, and no nudge lost on the way."""
+
+import threading
+
+from tests.conftest import wait_until
+from worker.lane import Lane
+from worker.settings import Settings
+
+
+class Counting(Lane):
+    """Work that can be held up, and is counted."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, lambda: None)
+        self.calls = self.closed = 0
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def work(self) -> int:
+        self.calls += 1
+        self.begun.set()
+        assert self.go.wait(30)
+        return 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_nudge_while_the_work_is_ending_is_worked_for(settings: Settings) -> None:
+    lane = Counting(settings)
+    thread = threading.Thread(target=lane.run)
+    thread.start()
+    assert lane.begun.wait(30)
+    assert [lane.run(), lane.run()] == [0, 0], "one works, the others only leave word"
+    lane.go.set()
+    thread.join(30)
+    assert lane.calls == 2, "two nudges meanwhile are one more look"
+    assert lane.run() == 1
+
+
+def test_a_stopped_lane_is_closed_once_and_works_no_more(settings: Settings) -> None:
+    idle = Counting(settings)
+    idle.stop()
+    assert (idle.run(), idle.calls, idle.closed) == (0, 0, 1)
+
+    busy = Counting(settings)
+    thread = threading.Thread(target=busy.run)
+    thread.start()
+    assert busy.begun.wait(30)
+    busy.run()
+    busy.stop()
+    assert busy.closed == 0, "its work is not done"
+    busy.go.set()
+    wait_until(lambda: not thread.is_alive())
+    assert (busy.run(), busy.calls, busy.closed) == (0, 1, 1)
