@@ -295,8 +295,10 @@ def test_a_full_device_gets_smaller_batches_and_the_same_answers(
 
 
 def test_a_row_that_fits_no_device_is_said(artifact: Artifact) -> None:
+    model = model_on(artifact, room=20)
     with pytest.raises(DeviceFull):
-        model_on(artifact, room=10).forward([[2, *range(5, 60), 3]])
+        model.forward([[2, *range(5, 60), 3], [2, 3]])
+    assert model.token_budget == 512, "others do not pay for it"
 
 
 def test_repeats_are_kept_within_a_bound_and_only_when_asked(artifact: Artifact) -> None:

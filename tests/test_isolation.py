@@ -14,6 +14,7 @@ from db.session import Database
 from tests.bench import Bench, Killed, wire
 from tests.conftest import wait_until
 from training.artifact import Artifact
+from worker.errors import DeviceFull
 from worker.scorer import Model, Scores
 from worker.stream import Stream
 
@@ -95,6 +96,39 @@ def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time
     assert "ended the worker 3 times" in letter["reason"]
     assert letter["attempts"] == 6
     assert lite.raw.hlen(f"{lite.stream.key}:suspects") == 0
+
+
+def test_a_text_that_fits_no_memory_is_buried_and_the_others_are_scored_in_smaller_batches(lite: Bench) -> None:
+    class Cramped(Model):
+        """Its device has room for 40 tokens."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            inner = self.engine
+
+            class Small:
+                name = inner.name
+
+                def run(self, batches: Any) -> Any:
+                    if any(ids.size > 40 for ids, _ in batches):
+                        raise DeviceFull("no room")
+                    return inner.run(batches)
+
+            self.engine = Small()
+
+    champion = lite.holding(Cramped)
+    long = wire("long", "雨が降って悲しい" * 30)
+    lite.stream.publish([wire(i, f"今日は嬉しい{i}") for i in range(20)] + [long] + [wire(i) for i in range(20, 30)])
+    assert lite.worker(champion).drain() == 30
+    assert set(lite.scored()) == {str(i) for i in range(30)}
+    [letter] = lite.rows(DeadLetter)
+    assert letter["payload"] == long
+    assert "failed (DeviceFull) 3 times" in letter["reason"]
+    assert champion.model.token_budget == 512, "the others do not pay for it"
+    lite.stream.publish([wire(i, f"今日も嬉しい{i}") for i in range(30, 60)])
+    assert lite.worker(champion).drain() == 30
+    assert champion.model.token_budget <= 40
+    assert lite.stream.depth().idle
 
 
 # --- a device or a database that is to blame

@@ -101,10 +101,12 @@ class Model:
     def _run(self, rows: Sequence[tuple[int, ...]]) -> tuple[Logits, int]:
         """Logits (N, K) in the rows' order and the tokens run, padding included.
 
-        A device without room gets batches half as large from now on; raises `DeviceFull` when a lone row is too much.
+        A device without room gets batches half as large from now on. Raises `DeviceFull`, and changes nothing for the
+        rows to come, when a lone row is too much.
         """
+        budget = self.token_budget
         while True:
-            plan = plan_batches([len(row) for row in rows], self.token_budget)
+            plan = plan_batches([len(row) for row in rows], budget)
             batches = [pad_arrays([rows[i] for i in batch], self._pad_id) for batch in plan]
             logits = np.empty((len(rows), len(self.spec.labels)), np.float32)
             try:
@@ -113,9 +115,10 @@ class Model:
             except DeviceFull as error:
                 if all(len(batch) == 1 for batch in plan):
                     raise
-                self.token_budget = max(1, min(self.token_budget, max(ids.size for ids, _ in batches)) // 2)
-                log.warning("%s; going on with %d tokens a forward", error, self.token_budget)
+                budget = max(1, min(budget, max(ids.size for ids, _ in batches)) // 2)
+                log.warning("%s; trying %d tokens a forward", error, budget)
             else:
+                self.token_budget = min(self.token_budget, budget)
                 return logits, sum(ids.size for ids, _ in batches)
 
     def score(self, texts: Sequence[str]) -> list[dict[str, Any]]:
