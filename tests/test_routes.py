@@ -288,7 +288,8 @@ def test_score_answers_at_once_and_stores_nothing(up: SimpleNamespace, tweetscor
 def test_every_listing_is_also_json(tweetscore: Run) -> None:
     models = json.loads(tweetscore("models", "list", "--json").stdout)
     assert ["champion"] in [model["aliases"] for model in models]
-    shown = json.loads(tweetscore("models", "show", str(models[0]["id"]), "--json").stdout)
+    promoted = next(model for model in models if "champion" in model["aliases"])
+    shown = json.loads(tweetscore("models", "show", str(promoted["id"]), "--json").stdout)
     assert {"metric", "label", "value"} <= set(shown["metrics"][0])
     assert json.loads(tweetscore("jobs", "list", "--json").stdout)[0]["id"] >= models[0]["job_id"]
     checks = json.loads(tweetscore("doctor", "--json").stdout)
