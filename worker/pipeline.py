@@ -91,17 +91,17 @@ class Pipeline:
 
     def tokenise(self, window: Window) -> None:
         parse(window)
-        with window.stage("tokenise"):
-            window.rows = window.model.tokenise([tweet.text for _, tweet in window.tweets])
+        began = time.perf_counter()
+        window.rows = window.model.tokenise([tweet.text for _, tweet in window.tweets])
+        window.took("tokenise", began)
 
     def forward(self, window: Window) -> None:
         began = time.perf_counter()
         window.scores = window.model.forward(window.rows)
         # Two windows meet on the device; each counts from when the one before has left, so that the times add up.
         with self._on_device:
-            now = time.perf_counter()
-            window.ms["forward_ms"] = 1000 * (now - max(began, self._device_left_at))
-            self._device_left_at = now
+            window.took("forward", max(began, self._device_left_at))
+            self._device_left_at = time.perf_counter()
 
     def store(self, window: Window) -> int:
         """Commit, then acknowledge. Returns how many tweets were scored."""
@@ -147,7 +147,7 @@ class Pipeline:
                     store.add_predictions(session, prediction_rows(window, window.scores))
                     store.bury(session, window.dead)
                     # The window's own row goes with it, so `store_ms` ends before the commit.
-                    window.ms["store_ms"] = 1000 * (time.perf_counter() - began)
+                    window.took("store", began)
                     store.add_window(session, window_row(window, window.scores, self.stream.consumer))
                 return
             except (OperationalError, InterfaceError, InternalError) as error:
@@ -273,7 +273,7 @@ class Flow:
         if not records:
             return
         window = Window(records, self.model)
-        window.ms["read_ms"] = 1000 * (time.perf_counter() - began)
+        window.took("read", began)
         tokenise, forward, store = self._stages
         tokenised = tokenise.submit(self.pipeline.tokenise, window)
         forwarded = forward.submit(_after, tokenised, self.pipeline.forward, window)

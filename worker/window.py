@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -39,11 +37,9 @@ class Window:
     scores: Scores | None = None
     ms: dict[str, float] = field(default_factory=lambda: {f"{stage}_ms": 0.0 for stage in STAGES})
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.ms[f"{name}_ms"] = 1000 * (time.perf_counter() - began)
+    def took(self, stage: str, began: float) -> None:
+        """Note the time of a stage since `began`, by `time.perf_counter`."""
+        self.ms[f"{stage}_ms"] = 1000 * (time.perf_counter() - began)
 
     @property
     def ids(self) -> list[str]:
