@@ -23,6 +23,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from training import failpoint
 from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
@@ -142,6 +143,7 @@ def _load_reference(path: Path) -> Reference | None:
 
 def seal(draft: Path, folder: Path) -> str:
     """Digest every file of `draft`, push all to the disk, rename it to `folder`. Returns the digest of the digests."""
+    failpoint.passing("draft", [folder.name])
     lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir()) if path.name != SUMS]
     (draft / SUMS).write_text("".join(lines), encoding="utf-8")
     digest = file_sha256(draft / SUMS)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from training import failpoint
 from training.batches import pad, shuffled_batches
 from training.board import Board, predictions_figure
 from training.checkpoint import Progress, RunState, load_best, restore_newest, save_best, save_checkpoint
@@ -112,10 +113,12 @@ def fit(
                 at.batch += 1
                 at.step += 1
                 board.step(at.step, value)
+                failpoint.passing("stepped")
                 look_up(value)
 
             scored = predict(model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device, look_up)
             figures = metrics(valid.targets, scored.probabilities, labels, config.task)
+            failpoint.passing("validated")
             epoch = Epoch(
                 at.epoch,
                 at.loss_sum / len(train_rows),
@@ -129,8 +132,10 @@ def fit(
             if epoch.valid_f1_macro > at.best_f1_macro:
                 at.best_f1_macro, at.best_epoch = epoch.valid_f1_macro, at.epoch
                 save_best(checkpoints, model)
+                failpoint.passing("best")
             at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
             save_checkpoint(checkpoints, run)
+            failpoint.passing("checkpointed")
             board.epoch(
                 at.step,
                 {

@@ -16,6 +16,7 @@ from db import jobs
 from db.errors import LeaseLost, TweetscoreError
 from db.models import EpochMetric, TrainingJob
 from db.session import Database
+from training import failpoint
 from training.artifact import make_reference, make_spec
 from training.checkpoint import Progress
 from training.config import TrainConfig, make_config
@@ -41,6 +42,7 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
     if job is None:
         return None
     log.info("job %d: claimed by %s, start %d", job.id, owner, job.attempts)
+    failpoint.passing("claimed")
     with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
         try:
             version = _work(database, workshop, job, lease)
@@ -75,6 +77,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     data = split_rows(read_rows(dataset), config)
     with database.begin() as session:
         jobs.record_data(session, job.id, lease.token, file_sha256(dataset), data.report)
+    failpoint.passing("split")
     lease.check()
 
     encoder = resolve_encoder(config.base_model, config.base_revision, workshop.read_roots)
@@ -107,6 +110,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     scored = predict(model, rows["test"], data.test.targets, config, batch_size, pad_id, device, lease.check)
     figures = metrics(data.test.targets, scored.probabilities, data.labels, config.task)
     figures |= _baseline(data.train, data.valid, data.test, data.labels, config)
+    failpoint.passing("evaluated")
     lease.check()
 
     spec = make_spec(data.labels, config, encoder, tokenizer)
@@ -146,6 +150,7 @@ def _hooks(database: Database, lease: Lease) -> Hooks:
         )
         with database.begin() as session:
             jobs.record_epoch(session, lease.token, EpochMetric(job_id=lease.job_id, **asdict(epoch)))
+        failpoint.passing("recorded")
 
     return Hooks(on_resume, lease.step, on_epoch)
 

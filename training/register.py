@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
+from training import failpoint
 from training.artifact import Reference, Spec, save_artifact
 from training.data import Split
 from training.evaluate import Floats, certainty, choose, confusion, label_text
@@ -38,6 +39,7 @@ def register_model(
     folder = store / f"job-{job_id}-{token}"
     sha256 = save_artifact(folder, model, tokenizer, spec, reference)
     try:
+        failpoint.passing("artifact")
         with database.begin() as session:
             jobs.finish(session, job_id, token, "succeeded")
             version = ModelVersion(
@@ -60,6 +62,7 @@ def register_model(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    failpoint.passing("registered")
     return version.id
 
 

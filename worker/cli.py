@@ -10,31 +10,27 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from db import jobs, registry
 from db.errors import TweetscoreError
-from db.models import TrainingJob
-from worker import embedded, show
+from worker import cli_jobs, cli_models, embedded, show
+from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.processes import workers
 from worker.runtime import broker, open_sql
 from worker.settings import Settings, load_settings
+from worker.show import Json
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Fine-tune a Japanese BERT, score tweets as they arrive, ask in SQL.",
 )
-jobs_app = typer.Typer(no_args_is_help=True, help="Training jobs.")
-models_app = typer.Typer(no_args_is_help=True, help="Trained models.")
-app.add_typer(jobs_app, name="jobs")
-app.add_typer(models_app, name="models")
+app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_models.app, name="models")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
 ROLES = ("train", "score")
 
 
@@ -134,11 +130,11 @@ def train(
         return
     if alone:
         with _own_broker(settings), workers(settings, ["train"], show.errors.print) as running:
-            job = _follow(database, job.id, json, running.watch)
+            job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
-        job = _follow(database, job.id, json, lambda: None)
-    _report_job(database, job, json)
+        job = follow_job(database, job.id, json, lambda: None)
+    report_job(database, job, json)
 
 
 @app.command()
@@ -218,111 +214,6 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@jobs_app.command("list")
-def jobs_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
-    """The newest jobs."""
-    with open_sql(load_settings()).read() as session:
-        found = jobs.recent(session, limit)
-    if json:
-        show.as_json([show.fields(job) for job in found])
-    else:
-        show.table(
-            None,
-            ["job", "state", "step", "of", "submitted", "error"],
-            [(j.id, j.state, j.step, j.total_steps, j.submitted_at, j.error) for j in found],
-        )
-
-
-@jobs_app.command("show")
-def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = False, json: Json = False) -> None:
-    """One job: its data, epochs and test figures."""
-    database = open_sql(load_settings())
-    if follow:
-        job = _follow(database, job_id, json, lambda: None)
-    else:
-        with database.read() as session:
-            job = jobs.get(session, job_id)
-    _report_job(database, job, json)
-
-
-@jobs_app.command("cancel")
-def jobs_cancel(job_id: int, json: Json = False) -> None:
-    """Stop a job: at once when it waits, within a few steps when it runs."""
-    with open_sql(load_settings()).begin() as session:
-        job = jobs.request_cancel(session, job_id)
-    if json:
-        show.as_json(show.fields(job))
-    else:
-        show.console.print(f"job {job.id} is {job.state}" + (", asked to stop" if job.state == "running" else ""))
-
-
-@models_app.command("list")
-def models_list(json: Json = False) -> None:
-    """Every trained model with its test figures, newest first."""
-    with open_sql(load_settings()).read() as session:
-        rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session)]
-        aliases = {alias: registry.assigned(session, alias) for alias in registry.ALIASES}
-    named = {v.id: [alias for alias, version in aliases.items() if version == v.id] for v, _ in rows}
-    if json:
-        show.as_json([{**show.fields(v), "aliases": named[v.id], "f1_macro": m.get(("f1_macro", ""))} for v, m in rows])
-        return
-    show.table(
-        None,
-        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
-        [
-            (v.id, ", ".join(named[v.id]), v.job_id, v.base_model, ", ".join(v.labels), m.get(("accuracy", "")),
-             m.get(("f1_macro", "")), v.created_at)
-            for v, m in rows
-        ],
-    )  # fmt: skip
-
-
-@models_app.command("show")
-def models_show(model: int, json: Json = False) -> None:
-    """One model: where it lies, which engine scores with it and why, and its test figures."""
-    from training.paths import folder_of
-    from worker.choices import kept_choices
-
-    with open_sql(load_settings()).read() as session:
-        version, figures = registry.get(session, model), registry.metrics(session, model)
-        cells = registry.confusion(session, model)
-    engines = kept_choices(folder_of(version.artifact_url))
-    if json:
-        metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
-        confusion = [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())]
-        written = {"metrics": metrics, "confusion": confusion, "engines": [asdict(choice) for choice in engines]}
-        show.as_json({**show.fields(version), **written})
-        return
-    show.console.print(
-        f"model {version.id} of job {version.job_id}: {version.base_model} {version.base_revision or ''}"
-    )
-    show.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
-    for choice in engines:
-        show.engine_table(choice)
-    show.test_table(version, figures)
-    if cells:
-        show.table(
-            "Confusion on the test rows",
-            ["actual \\ predicted", *version.labels],
-            [(actual, *(cells[actual, predicted] for predicted in version.labels)) for actual in version.labels],
-        )
-
-
-@models_app.command("promote")
-def models_promote(
-    model: int,
-    alias: Annotated[str, typer.Option(help="champion or challenger.")] = registry.CHAMPION,
-    json: Json = False,
-) -> None:
-    """Let a model score the stream from the next window on."""
-    with open_sql(load_settings()).begin() as session:
-        registry.assign(session, alias, model)
-    if json:
-        show.as_json({"alias": alias, "model_version_id": model})
-    else:
-        show.console.print(f"model {model} is the {alias} now")
-
-
 @contextmanager
 def _own_broker(settings: Settings) -> Iterator[str]:
     if settings.redis_url:
@@ -334,39 +225,6 @@ def _own_broker(settings: Settings) -> Iterator[str]:
 
 def _place(settings: Settings) -> str:
     return (settings.database_url or str(settings.home / "tweetscore.db")).rpartition("@")[2]
-
-
-def _follow(database: Any, job_id: int, json: bool, watch: Any) -> TrainingJob:
-    """With --json the bar goes to standard error's silence: only the document is printed."""
-    if json:
-        show.console.quiet = True
-    try:
-        return show.follow(database, job_id, watch)
-    finally:
-        show.console.quiet = False
-
-
-def _report_job(database: Any, job: TrainingJob, json: bool) -> None:
-    with database.read() as session:
-        version = registry.of_job(session, job.id)
-        done = jobs.epochs(session, job.id)
-        figures = registry.metrics(session, version.id) if version else {}
-    if json:
-        metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
-        show.as_json(
-            {
-                **show.fields(job),
-                "epochs": [show.fields(epoch) for epoch in done],
-                "model_version_id": version.id if version else None,
-                "metrics": metrics,
-            }
-        )
-    else:
-        show.job_summary(database, job)
-        if version:
-            show.console.print(f"next: tweetscore models promote {version.id}")
-    if job.state in ("failed", "cancelled"):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from training import failpoint
 from training.batches import Ids
 from training.model import Classifier
 from worker.errors import DeviceFull
@@ -192,6 +193,7 @@ def _cpu_has_bf16() -> bool:
 def _room(name: str) -> Iterator[None]:
     """Out of memory, however a library says it, becomes `DeviceFull`."""
     try:
+        failpoint.passing("device")
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in NO_ROOM):

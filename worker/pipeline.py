@@ -22,6 +22,7 @@ from sqlalchemy.exc import DataError, InterfaceError, InternalError, Operational
 
 from db import store
 from db.session import Database
+from training import failpoint
 from worker.errors import StreamError
 from worker.scorer import PROBE, Champion, Model
 from worker.stream import MAX_ISOLATED_ATTEMPTS, Record, Stream
@@ -92,8 +93,9 @@ class Pipeline:
     def tokenise(self, window: Window) -> None:
         parse(window)
         began = time.perf_counter()
-        window.rows = window.model.tokenise([tweet.text for _, tweet in window.tweets])
+        window.rows = window.model.tokenise(window.texts)
         window.took("tokenise", began)
+        failpoint.passing("tokenised", window.texts)
 
     def forward(self, window: Window) -> None:
         began = time.perf_counter()
@@ -102,14 +104,18 @@ class Pipeline:
         with self._on_device:
             window.took("forward", max(began, self._device_left_at))
             self._device_left_at = time.perf_counter()
+        failpoint.passing("forwarded", window.texts)
 
     def store(self, window: Window) -> int:
         """Commit, then acknowledge. Returns how many tweets were scored."""
         self.commit(window)
+        failpoint.passing("committed", window.texts)
         # Ack after commit: a crash between the two replays, and the key absorbs it.
         self.stream.ack(window.ids)
         self.release(window)
+        failpoint.passing("acked", window.texts)
         self.stream.trim()
+        failpoint.passing("trimmed", window.texts)
         self.tally.add(window)
         return len(window.tweets)
 
@@ -149,6 +155,7 @@ class Pipeline:
                     # The window's own row goes with it, so `store_ms` ends before the commit.
                     window.took("store", began)
                     store.add_window(session, window_row(window, window.scores, self.stream.consumer))
+                    failpoint.passing("stored", window.texts)
                 return
             except (OperationalError, InterfaceError, InternalError) as error:
                 if self.stopping.wait(pause):
@@ -164,6 +171,7 @@ class Pipeline:
         attempt = self.stream.count_isolated(record.id)
         if attempt > MAX_ISOLATED_ATTEMPTS:
             window.dead.append(dead_letter(record, f"{why} {MAX_ISOLATED_ATTEMPTS} times"))
+        failpoint.passing("counted")
         return self.route(window)
 
     def isolate(self, window: Window, error: BaseException) -> int:
@@ -260,6 +268,7 @@ class Flow:
             most = min(2 * most, limits.window_tweets) if records else FIRST_WINDOW_TWEETS
             if records:
                 self.pipeline.hold(records)
+                failpoint.passing("read")
                 self.suspects = [record for record in records if record.suspect]
                 self._send([record for record in records if not record.suspect], began)
                 if self.suspects:

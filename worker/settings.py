@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from training import failpoint
 from training.config import PRESETS
+from training.errors import BadConfig
 from training.workshop import Workshop
 from worker.errors import BadSettings
 
@@ -72,6 +74,8 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
     max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")
 
+    failpoints: str = Field("", description="where a worker is made to die, sleep or fail, to rehearse faults")
+
     @field_validator("home", "model_store")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
@@ -122,6 +126,15 @@ class Settings(BaseSettings):
     def _known_preset(cls, value: str) -> str:
         if value not in PRESETS:
             raise ValueError(f"it must be one of {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("failpoints")
+    @classmethod
+    def _known_failpoints(cls, value: str) -> str:
+        try:
+            failpoint.parse(value)
+        except BadConfig as error:
+            raise ValueError(str(error)) from error
         return value
 
     @property

@@ -4,8 +4,9 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -14,6 +15,8 @@ from db import jobs, registry
 from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
 from db.session import Database
 from worker.choices import Choice
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)

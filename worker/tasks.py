@@ -8,6 +8,7 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from celery.utils.nodenames import worker_direct
 
 from db.errors import TweetscoreError
+from training import failpoint
 from worker.app import SCORING, TRAINING, app
 from worker.intake import record_refusal, submit_job
 from worker.lane import Lane, ScoringLane, TrainingLane
@@ -47,6 +48,8 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
 def _open_lanes(sender: Any, **_: Any) -> None:
     """A worker serves the queues it was told to consume."""
     settings = load_settings()
+    failpoint.arm(settings.failpoints)
+    failpoint.passing("starting")
     # A worker that found work nudges itself: on the shared queue a busy neighbour might take the nudge and drop it.
     own = worker_direct(sender.hostname)
     queues = sender.app.amqp.queues.consume_from

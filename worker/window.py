@@ -42,6 +42,10 @@ class Window:
         self.ms[f"{stage}_ms"] = 1000 * (time.perf_counter() - began)
 
     @property
+    def texts(self) -> list[str]:
+        return [tweet.text for _, tweet in self.tweets]
+
+    @property
     def ids(self) -> list[str]:
         return [record.id for record in self.records]
 

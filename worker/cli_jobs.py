@@ -1,0 +1,85 @@
+"""`tweetscore jobs`: what became of the requests to train."""
+
+from typing import Annotated, Any
+
+import typer
+
+from db import jobs, registry
+from db.models import TrainingJob
+from worker import show
+from worker.runtime import open_sql
+from worker.settings import load_settings
+from worker.show import Json
+
+app = typer.Typer(no_args_is_help=True, help="Training jobs.")
+
+
+@app.command("list")
+def jobs_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
+    """The newest jobs."""
+    with open_sql(load_settings()).read() as session:
+        found = jobs.recent(session, limit)
+    if json:
+        show.as_json([show.fields(job) for job in found])
+    else:
+        show.table(
+            None,
+            ["job", "state", "step", "of", "submitted", "error"],
+            [(j.id, j.state, j.step, j.total_steps, j.submitted_at, j.error) for j in found],
+        )
+
+
+@app.command("show")
+def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = False, json: Json = False) -> None:
+    """One job: its data, epochs and test figures."""
+    database = open_sql(load_settings())
+    if follow:
+        job = follow_job(database, job_id, json, lambda: None)
+    else:
+        with database.read() as session:
+            job = jobs.get(session, job_id)
+    report_job(database, job, json)
+
+
+@app.command("cancel")
+def jobs_cancel(job_id: int, json: Json = False) -> None:
+    """Stop a job: at once when it waits, within a few steps when it runs."""
+    with open_sql(load_settings()).begin() as session:
+        job = jobs.request_cancel(session, job_id)
+    if json:
+        show.as_json(show.fields(job))
+    else:
+        show.console.print(f"job {job.id} is {job.state}" + (", asked to stop" if job.state == "running" else ""))
+
+
+def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> TrainingJob:
+    """With --json the bar goes to standard error's silence: only the document is printed."""
+    if json:
+        show.console.quiet = True
+    try:
+        return show.follow(database, job_id, watch)
+    finally:
+        show.console.quiet = False
+
+
+def report_job(database: Any, job: TrainingJob, json: bool) -> None:
+    with database.read() as session:
+        version = registry.of_job(session, job.id)
+        done = jobs.epochs(session, job.id)
+        figures = registry.metrics(session, version.id) if version else {}
+    if json:
+        metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
+        show.as_json(
+            {
+                **show.fields(job),
+                "epochs": [show.fields(epoch) for epoch in done],
+                "model_version_id": version.id if version else None,
+                "metrics": metrics,
+            }
+        )
+    else:
+        show.job_summary(database, job)
+        if version:
+            show.console.print(f"next: tweetscore models promote {version.id}")
+    if job.state in ("failed", "cancelled"):
+        raise typer.Exit(1)
