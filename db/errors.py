@@ -13,5 +13,9 @@ class NotFound(TweetscoreError):
     """Raised when a job or a model version is named that does not exist."""
 
 
+class NotFailed(TweetscoreError):
+    """Raised when a job is to be tried again that has not failed."""
+
+
 class LeaseLost(TweetscoreError):
     """Raised when a job is written to by someone who no longer holds its newest fencing token."""

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from db.errors import LeaseLost, NotFound
+from db.errors import LeaseLost, NotFailed, NotFound
 from db.models import FINISHED_STATES, EpochMetric, TrainingJob, utc_now
 
 
@@ -157,6 +157,16 @@ def release(session: Session, job_id: int, token: int) -> None:
             "lease_expires_at": None,
         },
     )
+
+
+def retry(session: Session, job_id: int) -> TrainingJob:
+    """Queue a job that failed once more, with all its starts before it; raises `NotFailed` for any other."""
+    job = get(session, job_id)
+    if job.state != "failed":
+        raise NotFailed(f"job {job_id} is {job.state}; only a job that failed can be tried again")
+    job.state, job.attempts, job.error, job.finished_at, job.cancel_requested = "queued", 0, None, None, False
+    session.flush()
+    return job
 
 
 def request_cancel(session: Session, job_id: int) -> TrainingJob:

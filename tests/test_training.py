@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from training.artifact import load_artifact, make_spec, save_artifact
 from training.batches import pad, shuffled_batches
+from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
 from training.data import Dataset, Split, read_rows, split_rows
 from training.encoders import Encoder
@@ -49,8 +50,8 @@ class Bench:
     ) -> list[Epoch]:
         return fit(
             model, self.data.train, valid or self.data.valid, self.rows["train"], self.rows["valid"], self.data.labels,
-            self.config, pad_id=self.tokenizer.pad_token_id, device=CPU, checkpoints=folder / "checkpoints",
-            board_folder=folder / "board", hooks=hooks or Hooks(),
+            self.config, pad_id=self.tokenizer.pad_token_id, device=CPU, board_folder=folder / "board",
+            checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
         )  # fmt: skip
 
     def predict(self, model: Classifier, part: str = "valid", batch_size: int = 4) -> Any:
@@ -208,8 +209,43 @@ def test_a_torn_checkpoint_is_passed_over_aloud_for_the_one_before(
             made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
         )
     assert seen == [6]
-    assert f"checkpoint {newest.name} is damaged" in caplog.text
+    assert f"checkpoint {newest.name} cannot be used" in caplog.text
     assert [e.valid_loss for e in resumed] == pytest.approx([e.valid_loss for e in unbroken], abs=1e-4)
+
+
+def test_a_checkpoint_whose_best_weights_are_torn_is_passed_over_too(
+    bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validation labels turned round, so that the first epoch stays the best; then its weights are damaged."""
+    made = bench(pooling="mean", learning_rate=1e-2)
+    turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
+    with pytest.raises(StopRequested):
+        made.fit(made.model(), tmp_path, valid=turned, hooks=stop_at(9, validating=False))
+    (best,) = (tmp_path / "checkpoints").glob("best-*")
+    (best / "model.safetensors").write_bytes(b"torn")
+    with caplog.at_level(logging.WARNING):
+        resumed = made.fit(made.model(), tmp_path, valid=turned)
+    assert caplog.text.count("cannot be used") == 2
+    assert [epoch.epoch for epoch in resumed] == [1, 2, 3]
+
+
+def test_checkpoints_keep_the_newest_two_and_the_best_weights_they_name(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    made = bench(pooling="mean", learning_rate=2e-3, epochs=8)
+    kept = tmp_path / "checkpoints"
+    named: list[set[str]] = []
+
+    def look(_: object) -> None:
+        saved = [torch.load(path / "state.pt", weights_only=True) for path in kept.glob("step-*")]
+        named.append({state["progress"]["best"] for state in saved})
+        assert named[-1] <= {path.name for path in kept.glob("best-*")}
+        assert len(saved) <= 2
+        assert len(list(kept.glob("best-*"))) <= 2
+
+    made.fit(made.model(), tmp_path, hooks=Hooks(on_epoch=look))
+    assert len(named) == 8
+    assert len(set.union(*named)) > 1, "more than one epoch was the best in its turn"
 
 
 def test_the_guides_learning_rate_falls_by_a_quarter_each_epoch(bench: Callable[..., Bench], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ SHA256SUMS                       the digest of every file above; its own digest 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from training import failpoint
 from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
-from training.errors import BadArtifact
+from training.errors import BadArtifact, CannotSave
 from training.model import Classifier, empty_model, load_encoder_config
 from training.paths import file_sha256, sync_folder
 from training.text import load_tokenizer, mecab_dictionary
@@ -101,22 +103,24 @@ def save_artifact(
     spec: Spec,
     reference: Reference | None = None,
 ) -> str:
-    """Write the artifact beside its place, then rename it there. Returns its sha256."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    """Write the artifact beside its place, then rename it there. Returns its sha256; raises `CannotSave`."""
     encoder_config: Any = model.encoder.config
     encoder_config.id2label = dict(enumerate(spec.labels))
     encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
-    encoder_config.save_pretrained(str(draft))
-    tokenizer.save_pretrained(str(draft))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, str(draft / WEIGHTS), metadata={"format": "pt"})
     written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
-    (draft / SPEC).write_text(json.dumps(written, ensure_ascii=False, indent=2), encoding="utf-8")
-    if reference is not None:
-        save_arrays(_pack(reference), str(draft / REFERENCE))
-    return seal(draft, folder)
+    with drafted(folder) as draft:
+        encoder_config.save_pretrained(str(draft))
+        tokenizer.save_pretrained(str(draft))
+        save_weights(draft / WEIGHTS, model)
+        (draft / SPEC).write_text(json.dumps(written, ensure_ascii=False, indent=2), encoding="utf-8")
+        if reference is not None:
+            save_arrays(_pack(reference), str(draft / REFERENCE))
+    return file_sha256(folder / SUMS)
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, str(path), metadata={"format": "pt"})
 
 
 def make_reference(rows: Sequence[Sequence[int]], logits: NDArray[np.float32]) -> Reference:
@@ -141,6 +145,26 @@ def _load_reference(path: Path) -> Reference | None:
     return Reference(rows, arrays["logits"])
 
 
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` when all went well and is gone when not.
+
+    Raises `CannotSave` when something could not be written.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        seal(draft, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CannotSave(
+            f"{folder} could not be written ({str(error).splitlines()[0]}); make room for it, then "
+            "`tweetscore jobs retry` goes on from the newest checkpoint"
+        ) from error
+
+
 def seal(draft: Path, folder: Path) -> str:
     """Digest every file of `draft`, push all to the disk, rename it to `folder`. Returns the digest of the digests."""
     failpoint.passing("draft", [folder.name])
@@ -150,11 +174,11 @@ def seal(draft: Path, folder: Path) -> str:
     sync_folder(draft)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
-    sync_folder_entry(folder.parent)
+    _sync_entry(folder.parent)
     return digest
 
 
-def sync_folder_entry(folder: Path) -> None:
+def _sync_entry(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,10 @@
 """The whole state of a training run in a folder, so that another process goes on as if nothing had happened.
 
-A checkpoint is sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one
-before it.
+step-STEP-WRITER     everything that decides the next step; names the best weights so far
+best-EPOCH-WRITER    weights of an epoch that was the best when it ended
+
+Both are sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one before it.
+WRITER keeps processes apart: one that was given up for dead and wakes writes beside its successor, never over it.
 """
 
 import logging
@@ -11,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
-from training.artifact import seal, verify
+from training.artifact import WEIGHTS, drafted, save_weights, verify
 from training.errors import BadArtifact
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Progress:
     step: int = 0
     learning_rate: float = 0.0
     loss_sum: float = 0.0
-    best_epoch: int = 0
+    best: str | None = None
     best_f1_macro: float = -1.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -46,64 +49,72 @@ class RunState:
     progress: Progress
 
 
-def save_checkpoint(folder: Path, state: RunState) -> Path:
-    """Write `step-N` below `folder`; older ones go, except the newest two. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"step-{state.progress.step:08d}"
-    draft = folder / f".{place.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    save_weights(draft / "model.safetensors", state.model)
-    torch.save(
-        {
-            "optimizer": state.optimizer.state_dict(),
-            "scheduler": state.scheduler.state_dict(),
-            "progress": asdict(state.progress),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        draft / "state.pt",
-    )
-    seal(draft, place)
-    for old in sorted(folder.glob("step-*"))[:-NEWEST_KEPT]:
-        shutil.rmtree(old)
-    return place
+class Checkpoints:
+    """The checkpoints of one run in `folder`; `writer` is a number no other process that writes there has."""
 
+    def __init__(self, folder: Path, writer: int = 0) -> None:
+        self.folder = folder
+        self._writer = writer
 
-def restore_newest(folder: Path, state: RunState) -> bool:
-    """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
-    for place in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            verify(place)
-        except BadArtifact as error:
-            log.warning("checkpoint %s is damaged, trying the one before: %s", place.name, error)
-            continue
-        saved: dict[str, Any] = torch.load(place / "state.pt", weights_only=True)
-        state.model.load_state_dict(load_file(str(place / "model.safetensors")))
-        state.optimizer.load_state_dict(saved["optimizer"])
-        state.scheduler.load_state_dict(saved["scheduler"])
-        state.progress = Progress(**saved["progress"])
-        torch.set_rng_state(saved["cpu_rng"])
-        if saved["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        return True
-    return False
+    def save(self, state: RunState) -> Path:
+        """Keep the state as it is now. Raises `CannotSave`, with the earlier ones as they were."""
+        place = self.folder / f"step-{state.progress.step:08d}-{self._writer:04d}"
+        with drafted(place) as draft:
+            save_weights(draft / WEIGHTS, state.model)
+            torch.save(
+                {
+                    "optimizer": state.optimizer.state_dict(),
+                    "scheduler": state.scheduler.state_dict(),
+                    "progress": asdict(state.progress),
+                    "cpu_rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                },
+                draft / "state.pt",
+            )
+        self._prune()
+        return place
 
+    def save_best(self, epoch: int, model: nn.Module) -> str:
+        """Keep an epoch's weights; returns the name a checkpoint refers to them by. Raises `CannotSave`."""
+        place = self.folder / f"best-{epoch:04d}-{self._writer:04d}"
+        with drafted(place) as draft:
+            save_weights(draft / WEIGHTS, model)
+        return place.name
 
-def save_best(folder: Path, model: nn.Module) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / ".best.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    save_weights(draft / "model.safetensors", model)
-    seal(draft, folder / "best")
+    def restore(self, state: RunState) -> bool:
+        """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
+        for place in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                verify(place)
+                saved: dict[str, Any] = torch.load(place / "state.pt", weights_only=True)
+                progress = Progress(**saved["progress"])
+                if progress.best is not None:
+                    verify(self.folder / progress.best)
+            except (BadArtifact, TypeError) as error:  # the latter of fields that another version wrote
+                log.warning("checkpoint %s cannot be used, trying the one before: %s", place.name, error)
+                continue
+            state.model.load_state_dict(load_file(str(place / WEIGHTS)))
+            state.optimizer.load_state_dict(saved["optimizer"])
+            state.scheduler.load_state_dict(saved["scheduler"])
+            state.progress = progress
+            torch.set_rng_state(saved["cpu_rng"])
+            if saved["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            return True
+        return False
 
+    def load_best(self, name: str, model: nn.Module) -> None:
+        """Raises `BadArtifact` when the weights are not as they were saved."""
+        verify(self.folder / name)
+        model.load_state_dict(load_file(str(self.folder / name / WEIGHTS)))
 
-def load_best(folder: Path, model: nn.Module) -> None:
-    verify(folder / "best")
-    model.load_state_dict(load_file(str(folder / "best" / "model.safetensors")))
-
-
-def save_weights(path: Path, model: nn.Module) -> None:
-    state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, str(path), metadata={"format": "pt"})
+    def _prune(self) -> None:
+        """Keep the newest two checkpoints, and the best weights that they can name: those of the last two epochs that
+        were best in their turn."""
+        for old in sorted(self.folder.glob("step-*"))[:-NEWEST_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        best = sorted(self.folder.glob("best-*"))
+        epochs = sorted({path.name.split("-")[1] for path in best})[-NEWEST_KEPT:]
+        for old in best:
+            if old.name.split("-")[1] not in epochs:
+                shutil.rmtree(old, ignore_errors=True)

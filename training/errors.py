@@ -19,6 +19,10 @@ class BadArtifact(TweetscoreError):
     """Raised when a stored model or checkpoint is missing a part or does not match its digest."""
 
 
+class CannotSave(TweetscoreError):
+    """Raised when a checkpoint or a model cannot be written, for want of space above all."""
+
+
 class Cancelled(Exception):
     """Raised inside the loop when the job was asked to stop for good."""
 

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from training import failpoint
 from training.batches import pad, shuffled_batches
 from training.board import Board, predictions_figure
-from training.checkpoint import Progress, RunState, load_best, restore_newest, save_best, save_checkpoint
+from training.checkpoint import Checkpoints, Progress, RunState
 from training.config import TrainConfig
 from training.data import Split
 from training.errors import StopRequested
@@ -55,7 +55,7 @@ def fit(
     *,
     pad_id: int,
     device: torch.device,
-    checkpoints: Path,
+    checkpoints: Checkpoints,
     board_folder: Path,
     hooks: Hooks,
 ) -> list[Epoch]:
@@ -77,7 +77,7 @@ def fit(
     total_steps = steps_per_epoch * config.epochs
     optimizer = build_optimizer(model, config)
     run = RunState(model, optimizer, build_scheduler(optimizer, config, steps_per_epoch), Progress())
-    restore_newest(checkpoints, run)
+    checkpoints.restore(run)
     at = run.progress
     hooks.on_resume(at)
     loss_of = loss_function(config)
@@ -87,7 +87,7 @@ def fit(
         try:
             hooks.on_step(at.step, total_steps, loss)
         except StopRequested:
-            save_checkpoint(checkpoints, run)
+            checkpoints.save(run)
             raise
 
     with Board(board_folder, at.step) as board:
@@ -130,11 +130,10 @@ def fit(
             )
             at.history.append(asdict(epoch))
             if epoch.valid_f1_macro > at.best_f1_macro:
-                at.best_f1_macro, at.best_epoch = epoch.valid_f1_macro, at.epoch
-                save_best(checkpoints, model)
+                at.best_f1_macro, at.best = epoch.valid_f1_macro, checkpoints.save_best(at.epoch, model)
                 failpoint.passing("best")
             at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
-            save_checkpoint(checkpoints, run)
+            checkpoints.save(run)
             failpoint.passing("checkpointed")
             board.epoch(
                 at.step,
@@ -148,7 +147,8 @@ def fit(
                 predictions_figure(valid.texts, valid.targets, scored.probabilities, labels, config.task),
             )
             hooks.on_epoch(epoch)
-        load_best(checkpoints, model)
+        assert at.best is not None  # noqa: S101 - the first epoch is better than none
+        checkpoints.load_best(at.best, model)
         model.eval()
         board.graph(model, train_rows[0], pad_id, device)
     return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]

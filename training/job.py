@@ -18,7 +18,7 @@ from db.models import EpochMetric, TrainingJob
 from db.session import Database
 from training import failpoint
 from training.artifact import make_reference, make_spec
-from training.checkpoint import Progress
+from training.checkpoint import Checkpoints, Progress
 from training.config import TrainConfig, make_config
 from training.data import Split, find_dataset, read_rows, split_rows
 from training.encoders import resolve_encoder
@@ -43,10 +43,12 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
         return None
     log.info("job %d: claimed by %s, start %d", job.id, owner, job.attempts)
     failpoint.passing("claimed")
+    ended: str | None = None
     with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
         try:
             version = _work(database, workshop, job, lease)
             log.info("job %d: succeeded, model %d", job.id, version)
+            ended = "succeeded"
         except StopRequested:
             with database.begin() as session:
                 jobs.release(session, job.id, lease.token)
@@ -60,13 +62,14 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
             log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
             return job.id
         except Cancelled:
-            _finish(database, lease, "cancelled", None)
+            ended = _finish(database, lease, "cancelled", None)
         except TweetscoreError as error:
-            _finish(database, lease, "failed", str(error))
+            ended = _finish(database, lease, "failed", str(error))
         except Exception as error:
             log.exception("job %d failed", job.id)
-            _finish(database, lease, "failed", f"{type(error).__name__}: {error}")
-    shutil.rmtree(workshop.jobs_folder / str(job.id), ignore_errors=True)
+            ended = _finish(database, lease, "failed", f"{type(error).__name__}: {error}")
+    if ended in ("succeeded", "cancelled"):  # one that failed may be retried, and goes on from its checkpoint
+        shutil.rmtree(workshop.jobs_folder / str(job.id), ignore_errors=True)
     return job.id
 
 
@@ -101,7 +104,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         config,
         pad_id=tokenizer.pad_token_id,
         device=device,
-        checkpoints=workshop.jobs_folder / str(job.id),
+        checkpoints=Checkpoints(workshop.jobs_folder / str(job.id), lease.token),
         board_folder=workshop.boards_folder / f"job-{job.id}",
         hooks=_hooks(database, lease),
     )
@@ -162,10 +165,13 @@ def _baseline(train: Split, valid: Split, test: Split, labels: list[str], config
     return {(f"tfidf_{metric}", label): value for (metric, label), value in figures.items() if metric != "support"}
 
 
-def _finish(database: Database, lease: Lease, state: str, error: str | None) -> None:
+def _finish(database: Database, lease: Lease, state: str, error: str | None) -> str | None:
+    """Returns the state the job is in now, None when it is somebody else's by now."""
     try:
         with database.begin() as session:
             jobs.finish(session, lease.job_id, lease.token, state, error)
         log.info("job %d: %s%s", lease.job_id, state, f": {error}" if error else "")
     except LeaseLost as lost:
         log.warning("%s", lost)
+        return None
+    return state

@@ -63,6 +63,10 @@ def register_model(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     failpoint.passing("registered")
+    # What a trainer that was killed here left behind; no row names it, and its token can register nothing any more.
+    for orphan in [*store.glob(f"job-{job_id}-*"), *store.glob(f".job-{job_id}-*.draft")]:
+        if orphan != folder and orphan.name.removesuffix(".engines") != folder.name:
+            shutil.rmtree(orphan, ignore_errors=True)
     return version.id
 
 

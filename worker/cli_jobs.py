@@ -41,6 +41,17 @@ def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = F
     report_job(database, job, json)
 
 
+@app.command("retry")
+def jobs_retry(job_id: int, json: Json = False) -> None:
+    """Queue a job that failed once more: it goes on from its newest checkpoint, if it has one."""
+    with open_sql(load_settings()).begin() as session:
+        job = jobs.retry(session, job_id)
+    if json:
+        show.as_json(show.fields(job))
+    else:
+        show.console.print(f"job {job.id} is queued again")
+
+
 @app.command("cancel")
 def jobs_cancel(job_id: int, json: Json = False) -> None:
     """Stop a job: at once when it waits, within a few steps when it runs."""
