@@ -287,6 +287,27 @@ def test_leaving_keeps_a_consumer_that_still_holds_records(stream: Stream, secon
     assert [row["name"].decode() for row in raw.xinfo_consumers(stream.key, stream.group)] == [second.consumer]
 
 
+def test_only_consumers_that_hold_nothing_and_are_silent_are_swept(
+    stream: Stream, second: Stream, raw: "redis.Redis"
+) -> None:
+    held = publish_and_read(stream, 2)
+    assert second.read(10, None) == []
+
+    def names() -> set[str]:
+        return {row["name"].decode() for row in raw.xinfo_consumers(stream.key, stream.group)}
+
+    assert stream.sweep(60_000) == 0, "nobody has been silent for a minute"
+    assert names() == {stream.consumer, second.consumer}
+    assert stream.sweep(0) == 1
+    assert names() == {stream.consumer}, "what it holds would be lost with it"
+    stream.ack([record.id for record in held])
+    assert stream.sweep(0) == 1
+    assert second.read(10, None) == [], "a swept consumer is made again by its next read"
+    assert names() == {second.consumer}
+    raw.delete(stream.key)
+    assert stream.sweep(0) == 0
+
+
 # --- a stream that is full, a server that is not there
 
 

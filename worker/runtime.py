@@ -32,5 +32,5 @@ def broker(settings: Settings) -> Iterator[str]:
     if settings.redis_url:
         yield settings.redis_url
         return
-    with embedded.running(settings.home) as server:
+    with embedded.running(settings.home, settings.server_memory_mb) as server:
         yield server.url

@@ -70,6 +70,9 @@ class Settings(BaseSettings):
         1, gt=0, le=3600, description="how often an idle worker looks for work nobody announced"
     )
     high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
+    server_memory_mb: int = Field(
+        1024, ge=4, le=10_000_000, description="memory of the embedded server in MiB; full, publishers wait"
+    )
 
     lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
     max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")

@@ -84,6 +84,7 @@ class Stream:
         self._renew = client.register_script((scripts / "renew.lua").read_text(encoding="utf-8"))
         self._count = client.register_script((scripts / "count.lua").read_text(encoding="utf-8"))
         self._trim = client.register_script((scripts / "trim.lua").read_text(encoding="utf-8"))
+        self._sweep = client.register_script((scripts / "sweep.lua").read_text(encoding="utf-8"))
 
     # --- publishing
 
@@ -206,10 +207,12 @@ class Stream:
     def leave(self) -> None:
         """Take this consumer off the group's list, unless it still holds something somebody must claim."""
         with _converted():
-            consumers = self._redis.xinfo_consumers(self.key, self.group)
-            mine = next((c for c in consumers if _text(c["name"]) == self.consumer), None)
-            if mine is not None and mine["pending"] == 0:
-                self._redis.xgroup_delconsumer(self.key, self.group, self.consumer)
+            self._sweep(keys=[self.key], args=[self.group, 0, self.consumer])
+
+    def sweep(self, idle_ms: int) -> int:
+        """Take consumers off the list that hold nothing and have not asked for `idle_ms`; returns how many."""
+        with _converted():
+            return int(self._sweep(keys=[self.key], args=[self.group, idle_ms]))
 
     # --- looking
 
