@@ -196,7 +196,10 @@ def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: An
 @pytest.fixture
 def labelled_csv(tmp_path: Path) -> Path:
     """60 easy rows of two labels."""
-    path = tmp_path / "labelled.csv"
+    return write_labelled(tmp_path / "labelled.csv")
+
+
+def write_labelled(path: Path) -> Path:
     rows = [f"positive,とても嬉しい日だった{i}" if i % 2 else f"negative,とても悲しい日だった{i}" for i in range(60)]
     path.write_text("label,text\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path

@@ -115,6 +115,8 @@ class ScoringLane(Lane):
         depth = self.stream.depth()
         if not depth.idle:
             return True
+        if depth.length:
+            self.stream.trim()  # whoever scored these was ended before it could, or another group was behind
         self.stream.wait_for_news(max(1, round(1000 * self.settings.watch_seconds)))
         return not self.stream.depth().idle
 

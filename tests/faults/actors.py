@@ -1,0 +1,106 @@
+"""Processes to be killed: the real lanes of a worker, forked from a server that has imported everything already.
+
+What Celery would do, hand over the nudges, is one loop here, so that a worker is there in a fraction of a second and can
+be killed by the dozen. The tests of the real command are in `test_workers.py` and `test_storm.py`.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tests.conftest import wait_until
+from training import failpoint
+from worker.lane import Lane, ScoringLane, TrainingLane
+from worker.settings import load_settings
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.faults.actors"])
+LANES: dict[str, type[Lane]] = {"score": ScoringLane, "train": TrainingLane}
+
+
+class Actor:
+    """One process: a worker of a role on the settings `given`, its log in the home's folder of logs."""
+
+    def __init__(self, role: str, given: dict[str, Any], failpoints: str = "") -> None:
+        self._process = FORKS.Process(target=_act, args=(role, {**given, "failpoints": failpoints}), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+        self.log = log_file(Path(given["home"]), role, self.pid)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def ended(self, seconds: float = 60) -> int:
+        """The exit code, -9 for SIGKILL; fails when it does not end in time."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"process {self.pid} did not end within {seconds} s"
+        return self._process.exitcode
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+
+@contextmanager
+def acting(role: str, given: dict[str, Any], failpoints: str = "") -> Iterator[Actor]:
+    """A worker for the time of the block; gone afterwards, whatever became of it."""
+    actor = Actor(role, given, failpoints)
+    try:
+        yield actor
+    finally:
+        actor.kill()
+
+
+def killed_at(role: str, given: dict[str, Any], failpoints: str) -> None:
+    """A worker that runs until its failpoint ends it."""
+    with acting(role, given, failpoints) as actor:
+        assert actor.ended() == -signal.SIGKILL, actor.said()
+
+
+def log_file(home: Path, role: str, pid: int) -> Path:
+    return home / "logs" / f"{role}-{pid}.log"
+
+
+def _act(role: str, given: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    settings = load_settings(**given)
+    path = log_file(settings.home, role, os.getpid())
+    path.parent.mkdir(exist_ok=True)
+    logging.basicConfig(filename=path, level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    failpoint.arm(settings.failpoints)
+    nudged = threading.Event()
+    lane = LANES[role](settings, nudged.set)
+    signal.signal(signal.SIGTERM, lambda *_: lane.stop())
+    lane.start()
+    while not lane.stopping.is_set():
+        if nudged.wait(0.05):
+            nudged.clear()
+            try:
+                lane.run()
+            except Exception:  # as Celery does with a task: said, and the next nudge is worked for
+                logging.exception("the run failed")
+
+
+def wait_for_log(actor: Actor, text: str, seconds: float = 60) -> None:
+    wait_until(lambda: text in actor.said(), seconds)
