@@ -8,7 +8,7 @@ import redis
 import torch
 from sqlalchemy import select
 
-from db.models import Base, Prediction
+from db.models import Base, DeadLetter, Prediction
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact
@@ -68,6 +68,9 @@ class Bench:
     def scored(self) -> dict[str, int]:
         """Tweet id -> the version that scored it."""
         return {row["tweet_id"]: row["model_version_id"] for row in self.rows(Prediction)}
+
+    def dead(self) -> list[dict[str, Any]]:
+        return self.rows(DeadLetter)
 
     def deliveries(self) -> list[int]:
         """How often each pending record was delivered, in their order."""

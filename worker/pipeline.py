@@ -103,6 +103,7 @@ class Pipeline:
 
     def forward(self, window: Window) -> None:
         began = time.perf_counter()
+        failpoint.passing("forwarding", window.texts)
         window.scores = window.model.forward(window.rows)
         # Two windows meet on the device; each counts from when the one before has left, so that the times add up.
         with self._on_device:

@@ -1,12 +1,13 @@
 """Processes to be killed: the real lanes of a worker, forked from a server that has imported everything already.
 
-What Celery would do, hand over the nudges, is one loop here, so that a worker is there in a fraction of a second and can
-be killed by the dozen. The tests of the real command are in `test_workers.py` and `test_storm.py`.
+What Celery would do, hand over the nudges, is one loop here, so that a worker is there in a fraction of a second and
+can be killed by the dozen. The tests of the real command are in `test_workers.py` and `test_storm.py`.
 """
 
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -84,6 +85,9 @@ def log_file(home: Path, role: str, pid: int) -> Path:
 
 def _act(role: str, given: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    if file_bytes := given.pop("file_bytes", None):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     settings = load_settings(**given)
     path = log_file(settings.home, role, os.getpid())
     path.parent.mkdir(exist_ok=True)

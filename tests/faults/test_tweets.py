@@ -1,0 +1,231 @@
+"""Faults on the route of a tweet: workers that die, sleep and repeat, records that are none, producers that repeat."""
+
+import shutil
+import signal
+import time
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from db import registry
+from db.models import ModelVersion, Prediction, Tweet
+from tests.bench import DRAINED, Bench, wire
+from tests.conftest import LABELS, wait_until
+from tests.faults.actors import wait_for_log
+from tests.faults.conftest import World
+from worker.pipeline import SWEEP_IDLES
+from worker.stream import Depth, Record, Stream
+
+POISON = "毒"
+CALM = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20).filter(str.strip)
+
+
+def test_02_records_of_a_worker_killed_between_read_and_commit_are_claimed_after_min_idle(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(20)])
+    world.killed_at("forwarded=kill")
+    assert world.predictions() == 0
+    assert world.stream.depth().pending == 20
+    began = time.monotonic()
+    world.recovers()
+    assert time.monotonic() - began > world.given["min_idle_seconds"] / 2, "nobody takes what may be in good hands"
+    assert world.predictions() == 20
+    assert world.scored() == {str(i) for i in range(20)}
+
+
+def test_03_the_replay_after_a_kill_between_commit_and_ack_changes_nothing(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(20)])
+    world.killed_at("committed=kill")
+    before = sorted(map(repr, world.rows(Prediction) + world.rows(Tweet)))
+    assert world.predictions() == 20
+    assert world.stream.depth() == Depth(length=20, lag=0, pending=20)
+    world.recovers()
+    assert sorted(map(repr, world.rows(Prediction) + world.rows(Tweet))) == before
+    assert world.passes() == 40, "they were scored again, and that left no trace"
+
+
+def test_04_only_the_record_whose_scoring_kills_its_process_is_dead_lettered(world: World) -> None:
+    world.stream.publish([wire(i, POISON if i == 7 else f"雨{i}") for i in range(20)])
+    deaths = 0
+    while world.stream.depth() != DRAINED:
+        with world.worker(failpoints=f"tokenised=kill~{POISON}", min_idle_seconds=0.3) as worker:
+            wait_until(lambda worker=worker: not worker.alive or world.stream.depth() == DRAINED, 60)
+            deaths += not worker.alive
+        assert deaths <= 5
+    assert deaths == 5, "twice with its window-mates, three times alone"
+    (letter,) = world.dead()
+    assert letter["payload"] == wire(7, POISON)
+    assert "ended the worker 3 times" in letter["reason"]
+    assert world.scored() == {str(i) for i in range(20) if i != 7}
+
+
+MALFORMED = st.one_of(
+    st.binary(max_size=40),
+    st.just(b'{"v":1,"text":"no id"}'),
+    st.just(b'{"v":1,"id":"1"}'),
+    st.just(b'{"v":1,"id":{"a":1},"text":"x"}'),
+    st.just(b'{"v":1,"id":"1","text":["x"]}'),
+    st.just(wire("big", "雨" * 350_000)),
+    st.just(b'{"v":1,"id":"1","text":"half \\ud83d"}'),
+    st.just(b'{"v":1,"id":"1","text":"nul \\u0000"}'),
+    st.just(b'{"v":9,"id":"1","text":"later"}'),
+    st.just(b'{"v":1,"id":"1","text":"x","created_at":"yesterday"}'),
+)
+
+
+def test_05_a_malformed_record_is_dead_lettered_with_a_reason_and_its_window_mates_are_scored(bench: Bench) -> None:
+    bench.promote()
+    sent: dict[str, str] = {}
+    worker = bench.worker()
+
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], database=None)
+    @given(st.lists(st.one_of(MALFORMED, CALM), min_size=2, max_size=12))
+    def through_the_route(records: list[bytes | str]) -> None:
+        payloads = []
+        for record in records:
+            if isinstance(record, str):
+                sent[f"good-{len(sent)}"] = record
+                payloads.append(wire(f"good-{len(sent) - 1}", record))
+            else:
+                payloads.append(record)
+        before = len(bench.dead())
+        bench.stream.publish(payloads)
+        worker.drain()
+        assert bench.stream.depth() == DRAINED
+        assert len(bench.dead()) - before == sum(isinstance(record, bytes) for record in records)
+
+    through_the_route()
+    assert sent
+    assert set(bench.scored()) == set(sent)
+    for letter in bench.dead():
+        assert letter["reason"]
+        assert "\n" not in letter["reason"]
+
+
+def test_06_a_slow_but_live_worker_keeps_its_records(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(10)])
+    with world.worker(failpoints="forwarded=pause:4@1", min_idle_seconds=0.6) as slow:
+        wait_for_log(slow, "failpoint forwarded")
+        with world.worker(min_idle_seconds=0.6) as thief:
+            world.drained()
+            assert "claimed" not in thief.said()
+    assert world.passes() == 10
+
+
+def test_07_a_worker_that_wakes_late_takes_nothing_back(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(10)])
+    with world.worker(failpoints="forwarded=stop@1") as sleeper:
+        wait_until(lambda: sleeper.stopped)
+        old = world.stream
+        (holder,) = {row["consumer"].decode() for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)}
+        asleep = Stream(world.raw, old.key, old.group, holder)
+        held = [row["message_id"].decode() for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)]
+        with world.worker(failpoints="forwarded=pause:3@1") as heir:
+            wait_for_log(heir, "claimed 10 records")
+            sleeper.send(signal.SIGCONT)
+            assert asleep.renew(held) == 0, "the guarded renewal says whose they are"
+            assert {row["consumer"] for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)} != {
+                holder.encode()
+            }
+            world.drained()
+    assert world.predictions() == 10
+    assert world.dead() == []
+
+
+def test_08_a_producer_that_repeats_itself_gets_one_prediction(world: World) -> None:
+    world.stream.publish([wire("same", "初めて"), wire("other")])
+    world.recovers()
+    world.stream.publish([wire("same", "二度目"), wire("same", "三度目")])
+    world.recovers()
+    assert sorted(row["tweet_id"] for row in world.rows(Prediction)) == ["other", "same"]
+    assert {row["text"] for row in world.rows(Tweet) if row["tweet_id"] == "same"} == {"初めて"}
+
+
+def test_15_after_flushall_the_group_is_made_again_and_new_tweets_are_scored(world: World) -> None:
+    with world.worker():
+        world.stream.publish([wire("before")])
+        wait_until(lambda: world.scored() == {"before"})
+        # On the shared server only this stream may go; for its workers the loss is the same.
+        world.raw.delete(world.stream.key, f"{world.stream.key}:suspects")
+        world.raw.xadd(world.stream.key, {"tweet": wire("after")})
+        wait_until(lambda: world.scored() == {"before", "after"})
+        world.drained()
+
+
+def test_16_trimming_loses_no_record_that_anybody_still_needs(world: World) -> None:
+    stream = world.stream
+    stream.ensure_group()
+    stream.publish([wire(i) for i in range(40)])
+    keeper = Stream(world.raw, stream.key, stream.group)
+    held = keeper.read(5, None)
+    other = Stream(world.raw, stream.key, "archivists")
+    other.ensure_group()
+    archived = other.read(20, None)
+    with world.worker(min_idle_seconds=60):
+        wait_until(lambda: world.predictions() == 35)
+        wait_until(lambda: stream.depth().pending == 5)
+    assert stream.length() == 40, "the first records are pending with one group"
+    keeper.ack([record.id for record in held])
+    other.ack([record.id for record in archived])
+    keeper.trim()
+    assert stream.length() == 20, "the other group has not read the rest"
+    assert [record.payload for record in other.read(40, None)] == [wire(i) for i in range(20, 40)]
+
+
+def test_29_a_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_and_is_seen(
+    world: World, tiny_artifact: Record
+) -> None:
+    broken = world.settings.store / "job-77-1"
+    shutil.copytree(tiny_artifact.folder, broken)
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with world.worker() as worker:
+        world.stream.publish([wire("before")])
+        wait_until(lambda: world.scored() == {"before"})
+        with world.database.begin() as session:
+            version = ModelVersion(
+                base_model="tiny", artifact_url=broken.as_uri(), sha256=tiny_artifact.sha256, labels=LABELS,
+                cleaner_version="1",
+            )  # fmt: skip
+            registry.add_version(session, version, [], [], [])
+            registry.assign(session, registry.CHAMPION, version.id)
+        world.stream.publish([wire("after")])
+        wait_until(lambda: world.scored() == {"before", "after"})
+        assert f"the champion, model {version.id}, cannot be loaded, model {world.champion} goes on" in worker.said()
+        assert "sha256 differs" in worker.said()
+    assert {row["model_version_id"] for row in world.rows(Prediction)} == {world.champion}
+
+
+def test_30_out_of_memory_halves_the_budget_and_a_lone_culprit_is_buried(world: World) -> None:
+    world.stream.publish([wire(i, f"雨が降る{i}") for i in range(20)])
+    with world.worker(failpoints="device=full@1") as worker:
+        world.drained()
+        assert "no memory left for a batch this large; trying" in worker.said()
+    assert world.predictions() == 20
+    assert world.dead() == []
+
+    world.stream.publish([wire("huge", POISON), *(wire(f"more {i}", f"雪が降る{i}") for i in range(5))])
+    with world.worker(failpoints=f"forwarding=full~{POISON}"):
+        world.drained()
+    assert [letter["payload"] for letter in world.dead()] == [wire("huge", POISON)]
+    assert "failed (MemoryError) 3 times" in world.dead()[0]["reason"]
+    assert world.predictions() == 25
+
+
+def test_31_dead_consumers_are_taken_off_the_list_only_when_they_hold_nothing(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(12)])
+    for _ in range(3):
+        world.killed_at("read=kill", min_idle_seconds=0.1)
+    stream = world.stream
+    assert len(world.raw.xinfo_consumers(stream.key, stream.group)) == 3
+    assert stream.sweep(0) <= 2
+    assert stream.depth().pending == 12, "whoever still holds them stays on the list"
+    with world.worker(min_idle_seconds=0.1):
+        world.drained()
+        assert world.predictions() == 12
+
+        def only_the_living_is_listed() -> bool:
+            world.stream.publish([wire("later")])  # a worker looks around while it has work
+            return len(world.raw.xinfo_consumers(stream.key, stream.group)) == 1
+
+        wait_until(only_the_living_is_listed, 10 * 0.1 * SWEEP_IDLES, every=0.2)
