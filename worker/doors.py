@@ -1,20 +1,24 @@
 """Publishing and submitting with a nudge: what `import worker` and the command line share."""
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
 
 from worker.app import SCORING, TRAINING, make_app
+from worker.errors import StreamFull
 from worker.intake import submit_training as queue_job
 from worker.records import parse_object
 from worker.runtime import broker, open_sql, open_stream
-from worker.settings import load_settings
+from worker.settings import Settings, load_settings
+from worker.stream import FULL_WAIT_SECONDS, Stream
 
 log = logging.getLogger(__name__)
 
+FLUSH_TWEETS = 1_000
 TASKS = {SCORING: "worker.tasks.score", TRAINING: "worker.tasks.train"}
 
 
@@ -43,10 +47,21 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     settings = load_settings()
     payloads = [parse_object(dict(tweet)).payload() for tweet in tweets]
     with broker(settings) as url:
-        stream = open_stream(settings, url)
-        stream.wait_for_room(
-            settings.high_water, lambda length: log.warning("the stream holds %d records, waiting", length)
-        )
-        stream.publish(payloads)
-        nudge(make_app(settings), SCORING)
+        stream, app = open_stream(settings, url), make_app(settings)
+        for start in range(0, len(payloads), FLUSH_TWEETS):
+            send(stream, payloads[start : start + FLUSH_TWEETS], settings, log.warning)
+            nudge(app, SCORING)
     return len(payloads)
+
+
+def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, say: Callable[[str], None]) -> None:
+    """Append records when there is room: past the high-water mark, or with the server full, wait and `say` so."""
+    while True:
+        stream.wait_for_room(settings.high_water, lambda length: say(f"waiting, the stream holds {length:,} records"))
+        try:
+            stream.publish(payloads)
+            return
+        except StreamFull as error:
+            say(f"waiting: {error}")
+            payloads = error.rest
+            time.sleep(FULL_WAIT_SECONDS)

@@ -1,5 +1,7 @@
 """What can go wrong around the stream and its server, each with a message a user can act on."""
 
+from collections.abc import Sequence
+
 from db.errors import TweetscoreError
 
 
@@ -16,7 +18,11 @@ class StreamError(TweetscoreError):
 
 
 class StreamFull(StreamError):
-    """Raised when the stream's server has no memory left for another record."""
+    """Raised when the stream's server has no memory left for another record; `rest` are those it did not take."""
+
+    def __init__(self, message: str, rest: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.rest = rest
 
 
 class ServerRunning(TweetscoreError):

@@ -3,28 +3,26 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from rich.progress import TextColumn
+from rich.progress import Progress, TaskID, TextColumn
 
 from db import registry
 from db.errors import NotFound
 from db.session import Database
 from worker import show
 from worker.app import SCORING, make_app
-from worker.doors import nudge
-from worker.errors import BadRecord, StreamFull
+from worker.doors import FLUSH_TWEETS, nudge, send
+from worker.errors import BadRecord
 from worker.records import Tweet, open_text, read_tweets
 from worker.runtime import open_stream
 from worker.settings import Settings
-from worker.stream import FULL_WAIT_SECONDS, Stream
 
-FLUSH_TWEETS = 1_000
 FAULTS_NAMED = 20
 
 
@@ -48,7 +46,8 @@ def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed
         progress.disable = quiet
         shown = progress.add_task("publishing", total=size, rate="")
         for flush in batched(_good(source, name, pushed), FLUSH_TWEETS):
-            _send(stream, flush, settings, lambda said: progress.update(shown, description=said))
+            payloads = [tweet.payload() for tweet in flush]
+            send(stream, payloads, settings, lambda said: tell(progress, shown, said))
             nudge(app, SCORING)
             pushed.published += len(flush)
             rate = pushed.published / max(time.monotonic() - began, 1e-9)
@@ -59,6 +58,14 @@ def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed
         progress.update(shown, completed=size or pushed.published, total=size or pushed.published)
     pushed.seconds = time.monotonic() - began
     return pushed
+
+
+def tell(progress: Progress, shown: TaskID, said: str) -> None:
+    """On a terminal beside the bar; elsewhere as a line, when it is another one than the last."""
+    known = progress.tasks[shown].description
+    progress.update(shown, description=said)
+    if not progress.console.is_terminal and not progress.disable and said != known:
+        progress.console.print(said, markup=False)
 
 
 def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
@@ -98,19 +105,6 @@ def _good(source: TextIO, name: str, pushed: Pushed, *, need_id: bool = True) ->
             pushed.note(name, number, tweet)
         else:
             yield tweet
-
-
-def _send(stream: Stream, tweets: list[Tweet], settings: Settings, say: Callable[[str], None]) -> None:
-    payloads = [tweet.payload() for tweet in tweets]
-    while True:
-        stream.wait_for_room(settings.high_water, lambda length: say(f"waiting, the stream holds {length:,}"))
-        try:
-            stream.publish(payloads)
-            return
-        except StreamFull as error:
-            # A part may have gone in; sent again it is a repeat, which the tweet's id absorbs.
-            say(f"waiting: {error}")
-            time.sleep(FULL_WAIT_SECONDS)
 
 
 @contextmanager

