@@ -18,7 +18,7 @@ from db.errors import TweetscoreError
 from worker import cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
-from worker.processes import workers
+from worker.processes import Workers, workers
 from worker.runtime import broker, open_sql
 from worker.settings import Settings, load_settings
 from worker.show import Json
@@ -56,14 +56,23 @@ def up() -> None:
     settings = load_settings()
     open_sql(settings).close()
     stopping = threading.Event()
+    started: list[Workers] = []
+
+    def stop(*_: object) -> None:
+        if stopping.is_set():  # told a second time; the server still ends in order
+            for children in started:
+                children.kill()
+        stopping.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     with _own_broker(settings) as url, workers(settings, ROLES, show.console.print) as running:
+        started.append(running)
         show.console.print(f"stream    {url}", f"database  {_place(settings)}", f"models    {settings.store}", sep="\n")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
         while not stopping.wait(1):
             running.watch()
-        show.console.print("ending: workers finish their window or checkpoint their job")
+        show.console.print("ending: workers finish their window or checkpoint their job; a second Ctrl-C ends them now")
 
 
 @app.command()
@@ -76,7 +85,10 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
         raise ServerFailed(f"no server runs on {settings.home}; start `tweetscore up`, or set REDIS_URL")
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
+    from worker.lane import drain_full_server
 
+    if role == "score":
+        drain_full_server(settings)
     # A plain Celery client that names no queue sends to `celery`; without a reader there its job would wait forever.
     queues = f"{TRAINING},celery" if role == "train" else SCORING
     # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.
@@ -198,6 +210,28 @@ def query(
             show.table(None, columns, rows)
         else:
             raise typer.BadParameter(f"{format!r} is no format; use table, csv or json")
+
+
+@app.command()
+def health(
+    of: Annotated[str, typer.Argument(help="scoring or training (a worker of this host), broker or db.")],
+    json: Json = False,
+) -> None:
+    """For orchestrators: exit code 0 when it is well, 1 and one sentence when not."""
+    from worker.health import KINDS, ask_health
+
+    if of not in KINDS:
+        raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
+    try:
+        ok, says = True, ask_health(load_settings(), of)
+    except TweetscoreError as error:
+        ok, says = False, str(error)
+    if json:
+        show.as_json({"of": of, "ok": ok, "says": says})
+    else:
+        (show.console if ok else show.errors).print(says, markup=False, soft_wrap=True)
+    if not ok:
+        raise typer.Exit(1)
 
 
 @app.command()

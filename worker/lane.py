@@ -20,6 +20,7 @@ from training.job import run_next_job
 from worker.errors import StreamError
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
+from worker.pulse import STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall
 from worker.runtime import open_sql, open_stream, stream_url
 from worker.scorer import Champion, serving
 from worker.settings import Settings
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 class Lane:
     """One route at a time in this process. A nudge while it runs is absorbed: the route sees new work by itself."""
 
+    kind: str
+
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         self.settings = settings
         self.stopping = threading.Event()
@@ -38,15 +41,17 @@ class Lane:
         self._busy = threading.Lock()
         self._nudged = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+        self._pulse = Pulse(settings.run, self.kind, self._ailing)
 
     def start(self) -> None:
         self._watcher.start()
+        self._pulse.start()
 
     def stop(self) -> None:
         """End after the step at hand; a lane that is idle is closed here, a busy one when its work returns."""
         self.stopping.set()
         if self._busy.acquire(blocking=False):  # and never released: nothing starts any more
-            self.close()
+            self._close()
 
     def run(self) -> int:
         """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already.
@@ -61,7 +66,7 @@ class Lane:
                 done += self.work()
             finally:
                 if self.stopping.is_set():
-                    self.close()  # and the lane stays busy: nothing starts any more
+                    self._close()  # and the lane stays busy: nothing starts any more
                 else:
                     self._busy.release()
         return done
@@ -71,6 +76,20 @@ class Lane:
 
     def close(self) -> None:
         """Called once, when the lane will not work again."""
+
+    def _close(self) -> None:
+        self._pulse.stop()
+        self.close()
+
+    def stalled(self) -> str | None:
+        """Why the work at hand is taken to hang; None while it does not."""
+        return None
+
+    def _ailing(self) -> tuple[int, str] | None:
+        if not self._watcher.is_alive() and not self.stopping.is_set():
+            return WATCHER_DIED_EXIT, "the thread that looks for work died; its error stands above"
+        why = self.stalled()
+        return (STALLED_EXIT, why) if why else None
 
     def has_work(self) -> bool:
         """Look for work nobody announced, waiting for some up to `watch_seconds`."""
@@ -96,15 +115,28 @@ class Lane:
 
 
 class ScoringLane(Lane):
+    kind = "scoring"
+
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         self.champion = Champion(self.database, serving(settings))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
+        self._stall = Stall(settings.stall_seconds)
 
     def work(self) -> int:
         return self.pipeline.drain()
+
+    def stalled(self) -> str | None:
+        return self._stall.found(self.pipeline.holds, self.pipeline.alive_at, self._waiting)
+
+    def _waiting(self) -> int | None:
+        try:
+            depth = self.stream.depth()
+        except StreamError:
+            return None  # a broker that is away lets nothing grow
+        return depth.length if depth.lag is None else depth.lag
 
     def has_work(self) -> bool:
         # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.
@@ -127,7 +159,24 @@ class ScoringLane(Lane):
             log.warning("the consumer could not be taken off the list: %s", error)
 
 
+def drain_full_server(settings: Settings) -> None:
+    """Score what fills the server before Celery starts: it cannot start beside a server that takes nothing any more."""
+    try:
+        if not open_stream(settings, stream_url(settings)).full():
+            return
+    except StreamError:
+        return  # it is away, and Celery waits for it
+    log.warning("the stream's server is full: scoring what it holds before anything else")
+    lane = ScoringLane(settings, lambda: None)
+    signal.signal(signal.SIGTERM, lambda *_: lane.stop())
+    lane.run()
+    lane.stop()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class TrainingLane(Lane):
+    kind = "training"
+
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"

@@ -63,6 +63,8 @@ class Pipeline:
         self.limits = limits
         self.stopping = stopping
         self.tally = Tally()
+        # The last sign of life: records came where none were held, a window was committed, or waits for the database.
+        self.alive_at = time.monotonic()
         self._held: dict[str, None] = {}
         self._claimed_at = -float("inf")
         self._on_device = threading.Lock()
@@ -114,6 +116,7 @@ class Pipeline:
     def store(self, window: Window) -> int:
         """Commit, then acknowledge. Returns how many tweets were scored."""
         self.commit(window)
+        self.alive_at = time.monotonic()
         failpoint.passing("committed", window.texts)
         # Ack after commit: a crash between the two replays, and the key absorbs it.
         self.stream.ack(window.ids)
@@ -165,6 +168,7 @@ class Pipeline:
                     failpoint.passing("stored", window.texts)
                 return
             except (OperationalError, InterfaceError, InternalError) as error:
+                self.alive_at = time.monotonic()  # not hanging: what it waits for is said
                 if self.stopping.wait(pause):
                     raise
                 log.warning("the database does not answer, trying again in %.1f s: %s", pause, error.orig)
@@ -205,7 +209,13 @@ class Pipeline:
 
     # --- holding records
 
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
     def hold(self, records: list[Record]) -> None:
+        if not self._held:
+            self.alive_at = time.monotonic()
         self._held.update(dict.fromkeys(record.id for record in records))
 
     def release(self, window: Window) -> None:

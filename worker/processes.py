@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from worker.pulse import ENDINGS
 from worker.settings import Settings, environment_name
 
 # Names the process a worker belongs to: it ends when that process is gone.
 PARENT_VARIABLE = "TWEETSCORE_PARENT"
-GRACE_SECONDS = 60.0
+# What a child may take beyond its own grace period before it is killed from outside.
+KILL_AFTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 # A worker that lived this long was not killed by its own start.
@@ -68,14 +70,21 @@ class Workers:
         for child in self.children:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
+        patience = self.settings.grace_seconds + KILL_AFTER_SECONDS
+        deadline = time.monotonic() + patience
         for child in self.children:
             try:
                 child.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.say(f"the {child.role} worker did not end within {GRACE_SECONDS:.0f} s and was killed")
+                self.say(f"the {child.role} worker did not end within {patience:.0f} s and was killed")
                 child.process.kill()
                 child.process.wait()
+
+    def kill(self) -> None:
+        """End every child at once: nothing is lost, and what they held waits for others."""
+        for child in self.children:
+            if child.process.poll() is None:
+                child.process.kill()
 
     def _spawn(self, role: str, log: Path) -> subprocess.Popen[bytes]:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +122,7 @@ def workers(settings: Settings, roles: Sequence[str], say: Callable[[str], None]
 
 def _ending(code: int) -> str:
     if code >= 0:
-        return f"exit {code}"
+        return f"exit {code}: {ENDINGS[code]}" if code in ENDINGS else f"exit {code}"
     try:
         return signal.Signals(-code).name
     except ValueError:

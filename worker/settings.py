@@ -74,6 +74,13 @@ class Settings(BaseSettings):
         1024, ge=4, le=10_000_000, description="memory of the embedded server in MiB; full, publishers wait"
     )
 
+    stall_seconds: float = Field(
+        300,
+        gt=0,
+        le=86_400,
+        description="a worker that holds tweets and commits none for so long, while more wait, is ended",
+    )
+    grace_seconds: float = Field(30, gt=0, le=3600, description="what a worker told to end may take for it")
     lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
     max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")
 
@@ -164,6 +171,11 @@ class Settings(BaseSettings):
     @property
     def encoders(self) -> Path:
         return self.home / "encoders"
+
+    @property
+    def run(self) -> Path:
+        """Where running workers leave their pulse."""
+        return self.home / "run"
 
     @property
     def logs(self) -> Path:

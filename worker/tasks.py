@@ -1,6 +1,8 @@
 """The Celery tasks: nudges of a few lines. What they are about lies in the stream and in SQL."""
 
 import logging
+import signal
+import threading
 from typing import Any
 
 from celery import Task
@@ -12,6 +14,7 @@ from training import failpoint
 from worker.app import SCORING, TRAINING, app
 from worker.intake import record_refusal, submit_job
 from worker.lane import Lane, ScoringLane, TrainingLane
+from worker.pulse import GRACE_EXIT, end_at_once
 from worker.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -63,8 +66,18 @@ def _open_lanes(sender: Any, **_: Any) -> None:
 
 @worker_shutting_down.connect
 def _stop_lanes(**_: Any) -> None:
+    """The first signal to end, in the main thread: what is at hand is finished within the grace period.
+
+    A second signal ends the process at once.
+    """
     for lane in lanes.values():
         lane.stop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: end_at_once(128 + signal.SIGTERM, "told to end a second time"))
+    grace = load_settings().grace_seconds
+    timer = threading.Timer(grace, end_at_once, (GRACE_EXIT, f"the work at hand took longer than {grace:g} s to end"))
+    timer.daemon = True
+    timer.start()
 
 
 @setup_logging.connect

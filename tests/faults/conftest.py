@@ -116,11 +116,10 @@ class World:
 
 
 @pytest.fixture
-def given(tmp_path: Path, database_url: str, tiny_encoder: Path) -> dict[str, Any]:
-    """Settings of a quick and impatient worker."""
+def quick(tmp_path: Path, tiny_encoder: Path) -> dict[str, Any]:
+    """Settings of a quick and impatient worker, its database still to be named."""
     return {
         "home": tmp_path / "home",
-        "database_url": database_url,
         "base_model": str(tiny_encoder),
         "read_roots": (tmp_path, tiny_encoder.parent),
         "engine": "torch-float32",
@@ -143,6 +142,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> di
     assert run_next_job(database, settings.workshop(), "here", threading.Event()) == job.id
     assert world.job(job.id).state == "succeeded"
     return world.epochs(job.id)
+
+
+@pytest.fixture
+def given(quick: dict[str, Any], database_url: str) -> dict[str, Any]:
+    return {**quick, "database_url": database_url}
 
 
 @pytest.fixture

@@ -1,0 +1,70 @@
+"""The real command in processes of its own: `tweetscore worker ROLE`, `tweetscore up`."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.conftest import wait_until
+from worker.processes import child_environment
+from worker.settings import load_settings
+
+
+class Command:
+    """One process of ours, its output in a file."""
+
+    def __init__(self, output: Path, given: dict[str, Any], *arguments: str) -> None:
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **child_environment(load_settings(**given)), "OMP_NUM_THREADS": "1"}
+        with output.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "worker.cli", *arguments],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**environment, "COLUMNS": "200"},
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def says(self, text: str, seconds: float = 90) -> None:
+        wait_until(lambda: text in self.said() or self.process.poll() is not None, seconds)
+        assert text in self.said(), self.said()[-2000:]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def ended(self, seconds: float = 60) -> int:
+        return self.process.wait(seconds)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def command(output: Path, given: dict[str, Any], *arguments: str) -> Iterator[Command]:
+    running = Command(output, given, *arguments)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@contextmanager
+def worker(given: dict[str, Any], role: str, failpoints: str = "", **more: Any) -> Iterator[Command]:
+    """`tweetscore worker ROLE`, ready."""
+    output = Path(given["home"]) / "logs" / f"{role}-{uuid.uuid4().hex}.log"
+    with command(output, {**given, "failpoints": failpoints, **more}, "worker", role) as running:
+        wait_until(lambda: " ready." in running.said() or running.process.poll() is not None, 120)
+        yield running

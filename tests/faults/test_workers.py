@@ -1,0 +1,204 @@
+"""The real workers: told to end, told twice, hung, dying at every start, starting beside a full server."""
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from celery import Celery
+
+from tests.bench import wire
+from tests.conftest import wait_until
+from tests.faults.commands import command, worker
+from tests.faults.conftest import World
+from worker import embedded
+from worker.app import broker_url
+from worker.errors import StreamFull
+from worker.processes import child_environment
+from worker.pulse import FRESH_SECONDS, GRACE_EXIT, PULSE_SECONDS, STALLED_EXIT
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(world: World, labelled_csv: Path) -> None:
+    world.stream.publish([wire(i) for i in range(20)])
+    with worker(world.given, "score", "forwarded=pause:2@1") as scorer:
+        scorer.says("failpoint forwarded")
+        scorer.send(signal.SIGTERM)
+        assert scorer.ended(30) == 0
+    assert world.predictions() == 20
+    assert world.stream.depth().idle
+
+    job_id = world.submit(labelled_csv, epochs=1000)
+    with worker(world.given, "train") as trainer:
+        wait_until(lambda: len(world.epochs(job_id)) > 1, 60)
+        trainer.send(signal.SIGTERM)
+        assert trainer.ended(30) == 0
+    job = world.job(job_id)
+    assert (job.state, job.attempts, job.lease_owner) == ("queued", 0, None)
+    assert list((world.settings.home / "jobs" / str(job_id)).glob("step-*"))
+
+
+def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) -> None:
+    client = Celery(broker=broker_url(world.url))
+    client.conf.update(task_serializer="pickle", accept_content=["pickle"])
+    with worker(world.given, "score") as scorer:
+        client.send_task("worker.tasks.score", queue="scoring")
+        scorer.says("Refusing to deserialize")
+        world.stream.publish([wire(1)])
+        wait_until(lambda: world.predictions() == 1)
+        assert scorer.process.poll() is None
+
+
+def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_signal_ends_it_at_once(
+    world: World,
+) -> None:
+    world.stream.publish([wire(i) for i in range(5)])
+    with worker(world.given, "score", "forwarded=pause:600", grace_seconds=2.0) as scorer:
+        scorer.says("failpoint forwarded")
+        scorer.send(signal.SIGTERM)
+        assert scorer.ended(15) == GRACE_EXIT
+        assert "took longer than 2 s to end" in scorer.said()
+    with worker(world.given, "score", "forwarded=pause:600", grace_seconds=60) as scorer:
+        scorer.says("claimed 5 records")
+        began = time.monotonic()
+        scorer.send(signal.SIGTERM)
+        scorer.says("Warm shutdown")
+        scorer.send(signal.SIGTERM)
+        scorer.ended(10)
+        assert time.monotonic() - began < 10
+    assert world.predictions() == 0
+    world.recovers()
+    assert world.predictions() == 5
+
+
+def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) -> None:
+    given = {
+        **own.given,
+        "stall_seconds": 2.0,
+        "min_idle_seconds": 3.0,
+        "failpoints": "device=pause:600~",
+        "home": own.given["home"],
+    }
+    given["failpoints"] = "forwarding=pause:600~毒"
+    with command(own.settings.home / "up.log", given, "up") as up:
+        wait_until(lambda: embedded.find(own.settings.home), 60)
+        own.stream.publish([wire("bad", "毒"), *(wire(i) for i in range(3))])
+        wait_until(lambda: own.stream.depth().pending > 0, 90)
+
+        def hung() -> bool:
+            own.stream.publish([wire(f"later {uuid.uuid4()}")])
+            return "it hung" in up.said()
+
+        wait_until(hung, 60, every=0.1)
+        up.says(f"exit {STALLED_EXIT}: it hung), starting it again in 1 s")
+        log = (own.settings.logs / "score.log").read_text()
+        assert "nothing was committed for" in log
+        assert "more than then" in log
+        up.send(signal.SIGTERM)
+        wait_until(lambda: "ending:" in up.said())
+        up.send(signal.SIGTERM)
+        assert up.ended(30) == 0
+    with embedded.owned(own.settings.home):
+        own.recovers()
+    assert "bad" in own.scored()
+    assert own.dead() == []
+
+
+def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> None:
+    with embedded.owned(own.settings.home), own.worker(stall_seconds=0.5) as scorer:
+        own.stream.publish([wire(0)])
+        wait_until(lambda: own.predictions() == 1)
+        until = time.monotonic() + 3 * PULSE_SECONDS
+        wait_until(lambda: time.monotonic() > until)
+        own.stream.publish([wire(1)])
+        wait_until(lambda: own.predictions() == 2)
+        assert scorer.alive
+
+
+def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_other_alone(own: World) -> None:
+    given = {**own.given, "failpoints": "starting=kill"}
+    with command(own.settings.home / "up.log", given, "up") as up:
+        for seconds in (1, 2):
+            up.says(f"the score worker ended (SIGKILL), starting it again in {seconds} s; log:")
+        family = up.family()
+        up.send(signal.SIGINT)
+        assert up.ended(60) == 0
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
+    given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 60}
+    with command(own.settings.home / "up.log", given, "up") as up:
+        wait_until(lambda: embedded.find(own.settings.home), 60)
+        own.stream.publish([wire(i) for i in range(5)])
+        wait_until(lambda: own.stream.depth().pending == 5, 90)
+        family = up.family()
+        began = time.monotonic()
+        up.send(signal.SIGTERM)
+        up.says("ending:")
+        up.send(signal.SIGTERM)
+        assert up.ended(20) == 0
+        assert time.monotonic() - began < 20
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    with embedded.owned(own.settings.home):
+        assert own.stream.depth().pending == 5, "what was held is there"
+        own.recovers()
+    assert own.predictions() == 5
+
+
+def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
+    with embedded.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
+        own.stream.ensure_group()
+        with pytest.raises(StreamFull) as full:
+            own.stream.publish([wire(i, "長い雨" * 200) for i in range(4_000)])
+        sent = 4_000 - len(full.value.rest)
+        assert sent > 500
+        client.config_set("maxmemory", "2mb")  # far behind it: not the least thing can be written
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("anything", "x")
+        with worker(own.given, "score") as scorer:
+            wait_until(lambda: own.predictions() == sent or scorer.process.poll() is not None, 90)
+            assert scorer.process.poll() is None, scorer.said()[-3000:]
+            own.drained()
+    assert own.predictions() == sent
+
+
+def test_health_answers_for_workers_broker_and_database(
+    own: World, tweetscore: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = child_environment(own.settings)
+
+    def ask(kind: str) -> tuple[int, str]:
+        ended = tweetscore("health", kind, **environment)
+        assert "Traceback" not in ended.stderr
+        return ended.returncode, ended.stdout + ended.stderr
+
+    assert ask("db")[0] == 0
+    for kind in ("scoring", "training", "broker"):
+        code, says = ask(kind)
+        assert code == 1
+        assert len(says.strip().splitlines()) == 1
+    with embedded.owned(own.settings.home):
+        assert ask("broker")[0] == 0
+        with own.worker() as scorer:
+            wait_until(lambda: list(own.settings.run.glob("scoring-*")))
+            assert ask("scoring")[0] == 0
+            assert ask("training")[0] == 1
+            scorer.send(signal.SIGSTOP)
+            (pulse,) = own.settings.run.glob("scoring-*")
+            old = time.time() - 2 * FRESH_SECONDS
+            os.utime(pulse, (old, old))
+            assert "gave no sign of life for" in ask("scoring")[1]
+            scorer.kill()
+        code, says = ask("scoring")
+        assert (code, "no scoring worker of this host" in says) == (1, True)
+        assert not list(own.settings.run.glob("scoring-*")), "what the dead left is cleared away"
