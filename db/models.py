@@ -5,7 +5,7 @@ text order is time order and SQLite's date functions read them as they are.
 """
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, String, Text
 from sqlalchemy.dialects.postgresql import JSONB
@@ -57,7 +57,14 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: Json, list[str]: Json, str: Text, bytes: LargeBinary}  # noqa: RUF012
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        dict[str, Any]: Json,
+        list[str]: Json,
+        list[Any]: Json,
+        str: Text,
+        bytes: LargeBinary,
+    }
 
 
 class Tweet(Base):
@@ -217,12 +224,17 @@ class ScoringWindow(Base):
 
 
 class DeadLetter(Base):
-    """A record that cannot be scored, byte for byte as it came, and why."""
+    """A record that cannot be scored, byte for byte as it came, and why.
+
+    `payload` is its field `tweet`. `other_fields` is empty when it had no other; else all of its fields in order, as
+    pairs of name and value, with null for the value of `tweet` and base64 for what is no text.
+    """
 
     __tablename__ = "dead_letters"
 
     record_id: Mapped[str] = mapped_column(primary_key=True)
     payload: Mapped[bytes]
+    other_fields: Mapped[list[Any] | None]
     reason: Mapped[str]
     attempts: Mapped[int]
     buried_at: Mapped[datetime]

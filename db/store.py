@@ -1,12 +1,13 @@
-"""Queries of a scoring window. They add and select; the caller owns the transaction."""
+"""Queries of a scoring window, and of what it buried. They add and select; the caller owns the transaction."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, inspect, select
+from sqlalchemy import delete, func, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from db.errors import NotFound
 from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
 
 
@@ -27,6 +28,36 @@ def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:
 
 def add_window(session: Session, row: dict[str, Any]) -> None:
     session.add(ScoringWindow(**row))
+
+
+def dead_count(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(DeadLetter)) or 0
+
+
+def recent_dead(session: Session, limit: int) -> list[DeadLetter]:
+    return list(session.scalars(select(DeadLetter).order_by(DeadLetter.buried_at.desc()).limit(limit)))
+
+
+def dead_letter(session: Session, record_id: str) -> DeadLetter:
+    letter = session.get(DeadLetter, record_id)
+    if letter is None:
+        raise NotFound(f"there is no dead letter {record_id!r}; `tweetscore dead list` shows those there are")
+    return letter
+
+
+def newest_dead(session: Session) -> str | None:
+    """The last record id in the order of `dead_after`."""
+    return session.scalar(select(func.max(DeadLetter.record_id)))
+
+
+def dead_after(session: Session, after: str, last: str, limit: int) -> list[DeadLetter]:
+    """The next dead letters by record id, after one and up to another."""
+    within = (DeadLetter.record_id > after, DeadLetter.record_id <= last)
+    return list(session.scalars(select(DeadLetter).where(*within).order_by(DeadLetter.record_id).limit(limit)))
+
+
+def drop_dead(session: Session, record_ids: Sequence[str]) -> None:
+    session.execute(delete(DeadLetter).where(DeadLetter.record_id.in_(record_ids)))
 
 
 def prediction_count(session: Session, model_version_id: int | None = None) -> int:

@@ -53,6 +53,19 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0, every: fl
         time.sleep(every)
 
 
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Say a figure that was measured, at the end of the whole run."""
+    return lambda line: record_property("measured", line)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for ended in terminalreporter.stats.get("passed", []):
+        for name, line in ended.user_properties:
+            if name == "measured":
+                terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test sees the user's own settings or home."""

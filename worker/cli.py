@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from db.errors import TweetscoreError
-from worker import cli_jobs, cli_models, embedded, show
+from worker import cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.processes import Workers, workers
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_dead.app, name="dead")
 
 ROLES = ("train", "score")
 

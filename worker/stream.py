@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -41,11 +41,12 @@ FULL = "the stream's server has reached its maxmemory; start scoring workers or 
 
 @dataclass(frozen=True)
 class Record:
-    """One delivery of a stream entry. `payload` is the tweet field, None when the entry has none."""
+    """One delivery of a stream entry. `payload` is the tweet field, None when the entry has none; `fields` are all."""
 
     id: str
     payload: bytes | None
     deliveries: int
+    fields: dict[bytes, bytes] = field(default_factory=dict)
 
     @property
     def suspect(self) -> bool:
@@ -107,6 +108,14 @@ class Stream:
             if full:
                 raise StreamFull(FULL, [*full, *payloads[start + PUBLISH_CHUNK :]])
 
+    def add(self, entries: Sequence[dict[bytes, bytes]]) -> None:
+        """Append entries with all their fields, each whole or not at all."""
+        with _converted():
+            pipe = self._redis.pipeline(transaction=True)
+            for fields in entries:
+                pipe.xadd(self.key, dict(fields.items()))
+            pipe.execute()
+
     def wait_for_room(self, high_water: int, waiting: Callable[[int], None], max_seconds: float | None = None) -> None:
         """Return when the stream holds at most `high_water` records; until then call `waiting` with its length."""
         started = time.monotonic()
@@ -150,7 +159,11 @@ class Stream:
                     raise
                 self.ensure_group()
                 return []
-        return [Record(_text(id_), fields.get(FIELD), 1) for _, entries in _streams(reply) for id_, fields in entries]
+        return [
+            Record(_text(id_), fields.get(FIELD), 1, fields)
+            for _, entries in _streams(reply)
+            for id_, fields in entries
+        ]
 
     def claim_idle(self, min_idle_ms: int, count: int) -> list[Record]:
         """Take over up to `count` records that their readers have not renewed for `min_idle_ms`."""
@@ -176,7 +189,7 @@ class Stream:
                 if _text(cursor) == "0-0":
                     break
             deliveries = self._deliveries([_text(id_) for id_, _ in claimed])
-        return [Record(_text(id_), fields.get(FIELD), deliveries.get(_text(id_), 1)) for id_, fields in claimed]
+        return [Record(_text(id_), fields.get(FIELD), deliveries.get(_text(id_), 1), fields) for id_, fields in claimed]
 
     def _deliveries(self, ids: Sequence[str]) -> dict[str, int]:
         pipe = self._redis.pipeline(transaction=False)

@@ -1,5 +1,6 @@
 """A window on its way: what was read together, what became of it, and the rows it ends as. Knows no server."""
 
+import base64
 import logging
 import time
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from db.models import utc_now
 from worker.errors import BadRecord
 from worker.records import Tweet, parse_payload
 from worker.scorer import Model, Scores, describe
-from worker.stream import Record
+from worker.stream import FIELD, Record
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,38 @@ def dead_letter(record: Record, reason: str) -> dict[str, Any]:
     return {
         "record_id": record.id,
         "payload": record.payload or b"",
+        "other_fields": pack_fields(record.fields),
         "reason": reason,
         "attempts": record.deliveries,
         "buried_at": utc_now(),
     }
+
+
+def pack_fields(fields: dict[bytes, bytes]) -> list[Any] | None:
+    """What a dead letter keeps beside its payload: see `DeadLetter`."""
+    if list(fields) == [FIELD]:
+        return None
+    return [[_pack(name), None if name == FIELD else _pack(value)] for name, value in fields.items()]
+
+
+def unpack_fields(payload: bytes, other_fields: list[Any] | None) -> dict[bytes, bytes]:
+    """The fields of the record as it came."""
+    if other_fields is None:
+        return {FIELD: payload}
+    return {_unpack(name): payload if value is None else _unpack(value) for name, value in other_fields}
+
+
+def _pack(value: bytes) -> Any:
+    """Text where a database can store it."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = "\x00"
+    return {"base64": base64.b64encode(value).decode()} if "\x00" in text else text
+
+
+def _unpack(value: Any) -> bytes:
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) else str(value).encode()
 
 
 def tweet_rows(window: Window) -> list[dict[str, Any]]:

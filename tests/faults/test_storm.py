@@ -1,0 +1,163 @@
+"""Storms: workers killed at random while tweets stream in, a trainer killed again and again.
+
+The ordinary run kills less often; `pytest -m storm` is the whole of it. Both say what was killed and how long it took.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from db import registry
+from db.models import ModelVersion, Prediction, TestPrediction
+from tests.bench import wire
+from tests.conftest import wait_until
+from tests.faults.actors import Actor
+from tests.faults.commands import Command
+from tests.faults.conftest import World
+from training.artifact import make_spec, save_artifact
+from training.config import make_config
+from training.encoders import STARTER, STARTER_FOLDER, Encoder
+from training.model import build_model
+from training.text import load_tokenizer
+from worker import embedded
+
+TWEETS = 10_000
+SCORERS = 3
+WORDS = [
+    "雨",
+    "最高",
+    "電車",
+    "遅れ",
+    "猫",
+    "仕事",
+    "嬉しい",
+    "つらい",
+    "ラーメン",
+    "地震",
+    "大丈夫",
+    "眠い",
+    "祭り",
+    "勝った",
+]
+
+
+def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: Callable[[str], None]) -> None:
+    """`kills` random kills while 10,000 tweets come in, some of them twice; the server restarts twice in between."""
+    chance = random.Random(20261124)
+    tweets = [wire(i, "".join(chance.choices(WORDS, k=chance.randint(2, 12)))) for i in range(TWEETS)]
+    chance.shuffle(tweets)
+    home, began = world.settings.home, time.monotonic()
+    portions = [tweets[i::kills] for i in range(kills)]
+    restarts = {kills // 3, 2 * kills // 3}
+    workers = [start() for _ in range(SCORERS)]
+    server = embedded.owned(home)
+    server.__enter__()
+    try:
+        for number, portion in enumerate(portions):
+            if number in restarts:
+                server.__exit__(None, None, None)
+                server = embedded.owned(home)
+                server.__enter__()
+            world.stream.publish([*portion, *chance.sample(portion, len(portion) // 10)])
+            pause = time.monotonic() + chance.uniform(0.05, 1.5)
+            wait_until(lambda pause=pause: time.monotonic() > pause)
+            unlucky = chance.randrange(SCORERS)
+            workers[unlucky].kill()
+            workers[unlucky] = start()
+        world.drained(300)
+        took = time.monotonic() - began
+    finally:
+        for worker in workers:
+            worker.kill()
+        server.__exit__(None, None, None)
+    rows = Counter(row["tweet_id"] for row in world.rows(Prediction))
+    assert rows == dict.fromkeys(map(str, range(TWEETS)), 1)
+    assert world.dead() == []
+    report(
+        f"storm: {kills} kills of {SCORERS} scorers, 2 restarts of the server, {TWEETS:,} tweets and {TWEETS // 10:,} "
+        f"repeats: {sum(rows.values()):,} rows, {world.passes() - TWEETS - TWEETS // 10:+,} passes beyond those sent, "
+        f"0 dead letters, {took:.0f} s ({world.database.engine.dialect.name})"
+    )
+
+
+@pytest.fixture
+def starter_world(own: World, tmp_path: Path) -> World:
+    """The starter encoder under an untrained head as champion: as large as what users score with."""
+    config = make_config("fast", base_model=STARTER)
+    encoder, tokenizer, labels = Encoder(STARTER, STARTER_FOLDER), load_tokenizer(STARTER_FOLDER), ["bad", "good"]
+    folder = own.settings.store / "job-0-1"
+    sha256 = save_artifact(
+        folder, build_model(encoder, 2, config), tokenizer, make_spec(labels, config, encoder, tokenizer)
+    )
+    with own.database.begin() as session:
+        version = ModelVersion(
+            base_model=STARTER, artifact_url=folder.as_uri(), sha256=sha256, labels=labels, cleaner_version="1"
+        )
+        registry.add_version(session, version, [], [], [])
+        registry.assign(session, registry.CHAMPION, version.id)
+    return own
+
+
+class Scorer(Command):
+    """`tweetscore worker score`, to be killed."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.settings.logs / "storm.log", world.given, "worker", "score")
+
+    def kill(self) -> None:
+        self.end()
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(40, id="40 kills"), pytest.param(200, id="200 kills", marks=pytest.mark.storm)]
+)
+def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
+    starter_world: World, kills: int, report: Callable[[str], None]
+) -> None:
+    storm_of_tweets(starter_world, kills, lambda: Actor("score", starter_world.given), report)
+
+
+@pytest.mark.storm
+def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
+    starter_world: World, report: Callable[[str], None]
+) -> None:
+    """The same with Celery and all: each start takes seconds, and many a kill comes before the worker is ready."""
+    with embedded.owned(starter_world.settings.home):
+        first = Scorer(starter_world)
+        first.says(" ready.")
+        first.kill()
+    storm_of_tweets(starter_world, 60, lambda: Scorer(starter_world), report)
+
+
+def test_a_trainer_killed_ten_times_ends_its_job_as_if_nobody_had_touched_it(
+    world: World, labelled_csv: Path, report: Callable[[str], None]
+) -> None:
+    untouched = world.submit(labelled_csv, epochs=24)
+    world.finishes(untouched)
+    chance, job_id, began = random.Random(7), world.submit(labelled_csv, epochs=24), time.monotonic()
+    given = {"max_attempts": 20, "lease_seconds": 0.5}
+    points = ["stepped", "validated", "draft", "checkpointed", "recorded"]
+    for _ in range(10):
+        with world.worker("train", f"{chance.choice(points)}=kill@{chance.randint(1, 2)}", **given) as trainer:
+            wait_until(lambda trainer=trainer: not trainer.alive or world.job(job_id).finished_at is not None, 60)
+            assert not trainer.alive
+    with world.worker("train", **given):
+        job = world.ends(job_id, "succeeded")
+    assert job.attempts == 11
+    assert list(world.epochs(job_id)) == list(range(1, 25))
+    assert world.epochs(job_id) == pytest.approx(world.epochs(untouched), abs=1e-4)
+    said: dict[int, dict[int, float]] = {job_id: {}, untouched: {}}
+    job_of = {row["id"]: row["job_id"] for row in world.rows(ModelVersion)}
+    for row in world.rows(TestPrediction):
+        said[job_of[row["model_version_id"]]][row["row_number"]] = row["probability"]
+    assert len(said[job_id]) == 6
+    assert said[job_id] == pytest.approx(said[untouched], abs=1e-4)
+    report(
+        f"storm: a trainer killed 10 times in {time.monotonic() - began:.0f} s, {job.attempts} starts, 24 epochs once "
+        f"each, validation losses and test predictions within 1e-4 ({world.database.engine.dialect.name})"
+    )

@@ -1,0 +1,110 @@
+"""`tweetscore dead`: records that could not be scored, and what is to become of them."""
+
+import json as jsonlib
+from typing import Annotated, Any
+
+import typer
+
+from db import store
+from db.models import DeadLetter
+from worker import show
+from worker.errors import BadRecord
+from worker.records import parse_payload
+from worker.runtime import broker, open_sql, open_stream
+from worker.settings import load_settings
+from worker.show import Json
+
+app = typer.Typer(no_args_is_help=True, help="Records that could not be scored.")
+
+Ids = Annotated[list[str] | None, typer.Argument(help="Record ids, as `dead list` shows them.")]
+All = Annotated[bool, typer.Option("--all", help="All of them.")]
+
+
+@app.command("list")
+def dead_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
+    """The newest dead letters, and why they are."""
+    with open_sql(load_settings()).read() as session:
+        letters, count = store.recent_dead(session, limit), store.dead_count(session)
+    if json:
+        show.as_json([_described(letter) for letter in letters])
+        return
+    show.table(
+        None,
+        ["record", "tweet", "reason", "attempts", "buried"],
+        [(x.record_id, _tweet_id(x), x.reason, x.attempts, x.buried_at) for x in letters],
+    )
+    show.console.print(f"{count} dead letters" + (f", the newest {limit} shown" if count > limit else ""))
+
+
+@app.command("show")
+def dead_show(record_id: str, json: Json = False) -> None:
+    """One dead letter with its payload: as JSON where it is JSON, else its bytes."""
+    with open_sql(load_settings()).read() as session:
+        letter = store.dead_letter(session, record_id)
+    described = {**_described(letter), "payload": _payload(letter), "other_fields": letter.other_fields}
+    if json:
+        show.as_json(described)
+        return
+    for name, value in described.items():
+        if value is not None:
+            written = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False, default=str)
+            show.console.print(f"{name:13} {written}", markup=False, soft_wrap=True)
+
+
+@app.command("retry")
+def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
+    """Put dead letters back into the stream, whole; a worker scores them, or buries them again."""
+    from worker.app import make_app
+    from worker.dead import retry
+
+    settings, ids = load_settings(), _chosen(record_ids, every)
+    with broker(settings) as url:
+        done = retry(open_sql(settings), open_stream(settings, url), make_app(settings), ids)
+    _say("put back into the stream", done, json)
+
+
+@app.command("drop")
+def dead_drop(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
+    """Forget dead letters for good."""
+    from worker.dead import drop
+
+    _say("dropped", drop(open_sql(load_settings()), _chosen(record_ids, every)), json)
+
+
+def _chosen(record_ids: list[str] | None, every: bool) -> list[str] | None:
+    if bool(record_ids) == every:
+        raise typer.BadParameter("name record ids, or --all, and not both")
+    return record_ids or None
+
+
+def _say(what: str, done: int, json: bool) -> None:
+    if json:
+        show.as_json({"count": done})
+    else:
+        show.console.print(f"{done} dead letters {what}")
+
+
+def _described(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "record_id": letter.record_id,
+        "tweet_id": _tweet_id(letter),
+        "reason": letter.reason,
+        "attempts": letter.attempts,
+        "buried_at": letter.buried_at,
+    }
+
+
+def _tweet_id(letter: DeadLetter) -> str | None:
+    try:
+        return parse_payload(letter.payload).id
+    except BadRecord:
+        found = _payload(letter)
+        return str(found["id"]) if isinstance(found, dict) and isinstance(found.get("id"), str | int) else None
+
+
+def _payload(letter: DeadLetter) -> Any:
+    """JSON as what it says, text as it is, other bytes escaped."""
+    try:
+        return jsonlib.loads(letter.payload)
+    except (ValueError, RecursionError):
+        return letter.payload.decode("utf-8", errors="backslashreplace")

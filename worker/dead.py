@@ -1,0 +1,59 @@
+"""Dead letters on their way back: from the table to the stream, whole, or to nowhere."""
+
+from collections.abc import Iterator, Sequence
+
+from celery import Celery
+
+from db import store
+from db.models import DeadLetter
+from db.session import Database
+from worker.app import SCORING
+from worker.doors import nudge
+from worker.stream import Stream
+from worker.window import unpack_fields
+
+CHUNK = 250
+
+
+def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | None) -> int:
+    """Put dead letters back into the stream, all of them when `ids` is None. Returns how many.
+
+    Raises `NotFound`, and does nothing, when one of `ids` is none.
+    """
+    done = 0
+    for letters in _chunks(database, ids):
+        stream.add([unpack_fields(letter.payload, letter.other_fields) for letter in letters])
+        # After the stream has them: a crash between leaves both, and the tweet's id absorbs the repeat.
+        with database.begin() as session:
+            store.drop_dead(session, [letter.record_id for letter in letters])
+        nudge(app, SCORING)
+        done += len(letters)
+    return done
+
+
+def drop(database: Database, ids: Sequence[str] | None) -> int:
+    """Forget dead letters, all of them when `ids` is None. Returns how many; raises `NotFound` as `retry` does."""
+    done = 0
+    for letters in _chunks(database, ids):
+        with database.begin() as session:
+            store.drop_dead(session, [letter.record_id for letter in letters])
+        done += len(letters)
+    return done
+
+
+def _chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
+    """Letters in portions: there may be more than fit into memory. Those that come meanwhile are not among them."""
+    if ids is not None:
+        with database.read() as session:
+            yield [store.dead_letter(session, id_) for id_ in dict.fromkeys(ids)]
+        return
+    with database.read() as session:
+        last = store.newest_dead(session)
+    after = ""
+    while last is not None:
+        with database.read() as session:
+            letters = store.dead_after(session, after, last, CHUNK)
+        if not letters:
+            return
+        after = letters[-1].record_id
+        yield letters
