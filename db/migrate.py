@@ -10,7 +10,7 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.errors import DatabaseError
-from db.session import Database
+from db.session import Database, public_url
 
 
 def upgrade(database: Database) -> None:
@@ -29,7 +29,8 @@ def upgrade(database: Database) -> None:
     except CommandError as error:
         raise DatabaseError(f"the database has a newer schema ({error}); upgrade tweetscore") from error
     except SQLAlchemyError as error:
-        raise DatabaseError(f"the database {database.engine.url!r} cannot be used: {_first_line(error)}") from error
+        shown = public_url(database.engine.url.render_as_string(hide_password=True))
+        raise DatabaseError(f"the database {shown!r} cannot be used: {_first_line(error)}") from error
 
 
 def is_current(database: Database) -> bool:

@@ -5,6 +5,7 @@ begins: a deferred one that turns from reading to writing fails at once with "da
 timeout says.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
+SECRET = re.compile(r"(?<=password=)[^&]*", re.IGNORECASE)
 
 
 class Database:
@@ -57,14 +59,24 @@ def open_database(url: str) -> Database:
         if parsed.get_backend_name() == "sqlite":
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+            # Parameters are tweets: an error that shows them would put them into a log.
+            engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, hide_parameters=True)
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return Database(engine)
         # A connection that died with a restarted server is replaced before use instead of failing a window.
-        return Database(create_engine(parsed, pool_pre_ping=True))
+        return Database(create_engine(parsed, pool_pre_ping=True, hide_parameters=True))
     except NoSuchModuleError as error:
         raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be shown or logged: no password, neither before the host nor in a query field."""
+    scheme, there, rest = url.partition("://")
+    place, asks, query = rest.partition("?")
+    who, at, where = place.rpartition("@")
+    user, colon, _ = who.partition(":")
+    return f"{scheme}{there}{user}{colon and ':***'}{at}{where}{asks}{SECRET.sub('***', query)}"
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -4,6 +4,7 @@ Nothing is mocked. Each test process owns its servers, on Unix sockets below its
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -174,13 +175,14 @@ def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def promote(tiny_artifact: SimpleNamespace) -> Callable[[Database], int]:
-    """Register the tiny model in a database and make it champion; returns its version id."""
+def promote(tiny_artifact: SimpleNamespace) -> Callable[..., int]:
+    """Register the tiny model in a database and make it champion, from a copy in `store`; returns its version id."""
 
-    def register(database: Database) -> int:
+    def register(database: Database, store: Path | None = None) -> int:
+        folder = tiny_artifact.folder if store is None else shutil.copytree(tiny_artifact.folder, store / "tiny")
         with database.begin() as session:
             version = ModelVersion(
-                base_model="tiny", artifact_url=tiny_artifact.folder.as_uri(), sha256=tiny_artifact.sha256,
+                base_model="tiny", artifact_url=folder.as_uri(), sha256=tiny_artifact.sha256,
                 labels=LABELS, cleaner_version="1",
             )  # fmt: skip
             registry.add_version(session, version, [], [], [])

@@ -1,5 +1,7 @@
 """Encoder + head: build and forward. Knows token ids and logits, and nothing of texts, labels or files' digests."""
 
+from pickle import UnpicklingError
+
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classif
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelUnavailable(
             f"base model {encoder.name!r} cannot be loaded ({str(error).splitlines()[0]}); fetch or save it again"
         ) from error

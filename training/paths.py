@@ -18,12 +18,20 @@ def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
     return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
 
 
-def folder_of(url: str) -> Path:
-    """The folder behind a `file://` URL; raises `BadArtifact` for any other."""
+def folder_of(url: str, store: Path) -> Path:
+    """The folder of the model store behind a `file://` URL; raises `BadArtifact` for any other.
+
+    The URL comes from a table, and what lies there is loaded: it must not lead elsewhere, by `..` or by a link.
+    """
     parts = urlsplit(url)
-    if parts.scheme != "file":
+    if parts.scheme != "file" or parts.netloc:
         raise BadArtifact(f"the model lies at {parts.scheme}://, which this machine does not read")
-    return Path(unquote(parts.path))
+    folder = inside_roots(unquote(parts.path), [store])
+    if folder is None:
+        raise BadArtifact(
+            f"the model lies outside the model store {store}; move it there, or set TWEETSCORE_MODEL_STORE"
+        )
+    return folder
 
 
 def file_sha256(path: Path) -> str:

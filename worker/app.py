@@ -1,9 +1,12 @@
 """The Celery application: JSON only, two queues, nothing kept on the broker that cannot be lost."""
 
+import ssl
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
 
+from worker.errors import BadSettings
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
 
@@ -20,6 +23,7 @@ def make_app(settings: Settings) -> Celery:
 def celery_config(url: str) -> dict[str, Any]:
     return {
         "broker_url": broker_url(url),
+        "broker_use_ssl": broker_ssl(url),
         "task_ignore_result": True,
         "task_serializer": "json",
         "accept_content": ["json"],
@@ -43,11 +47,28 @@ def celery_config(url: str) -> dict[str, Any]:
 
 def broker_url(url: str) -> str:
     """redis-py's URL as Celery spells it: a Unix socket is `redis+socket://`, its database an option."""
+    if url.startswith("rediss://"):
+        return url.partition("?")[0]  # what stands behind it is for `broker_ssl`
     if not url.startswith("unix://"):
         return url
     path, _, query = url.removeprefix("unix://").partition("?")
     database = next((part.removeprefix("db=") for part in query.split("&") if part.startswith("db=")), "0")
     return f"redis+socket://{path}?virtual_host={database}"
+
+
+def broker_ssl(url: str) -> dict[str, Any] | None:
+    """Celery's TLS options for redis-py's: certificates are verified unless the URL says otherwise."""
+    if not url.startswith("rediss://"):
+        return None
+    given = dict(parse_qsl(urlsplit(url).query))
+    wanted = given.pop("ssl_cert_reqs", "required")
+    needs = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
+    if wanted not in needs:
+        raise BadSettings(f"REDIS_URL: ssl_cert_reqs is {wanted!r}; use required, optional or none")
+    options: dict[str, Any] = {name: value for name, value in given.items() if name.startswith("ssl_")}
+    if "ssl_check_hostname" in options:
+        options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
+    return {"ssl_cert_reqs": needs[wanted], **options}
 
 
 app = make_app(load_settings())

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from db.errors import TweetscoreError
+from db.session import public_url
 from worker import cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
@@ -252,14 +253,14 @@ def doctor(json: Json = False) -> None:
 @contextmanager
 def _own_broker(settings: Settings) -> Iterator[str]:
     if settings.redis_url:
-        yield settings.redis_url.rpartition("@")[2]  # no password on the screen
+        yield public_url(settings.redis_url)
         return
     with embedded.owned(settings.home, settings.server_memory_mb) as server:
         yield server.url
 
 
 def _place(settings: Settings) -> str:
-    return (settings.database_url or str(settings.home / "tweetscore.db")).rpartition("@")[2]
+    return public_url(settings.database_url) if settings.database_url else str(settings.home / "tweetscore.db")
 
 
 if __name__ == "__main__":

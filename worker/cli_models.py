@@ -41,10 +41,11 @@ def models_show(model: int, json: Json = False) -> None:
     from training.paths import folder_of
     from worker.choices import kept_choices
 
-    with open_sql(load_settings()).read() as session:
+    settings = load_settings()
+    with open_sql(settings).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
-    engines = kept_choices(folder_of(version.artifact_url))
+    engines = kept_choices(folder_of(version.artifact_url, settings.store))
     if json:
         metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
         confusion = [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())]

@@ -7,7 +7,7 @@ from pathlib import Path
 from db import registry, store
 from db.errors import TweetscoreError
 from db.readonly import ask
-from db.session import Database
+from db.session import Database, public_url
 from worker import embedded, show
 from worker.app import SCORING, TRAINING, make_app
 from worker.doors import nudge
@@ -62,7 +62,7 @@ def run_demo(settings: Settings) -> None:
         _show_answers(settings)
     say(
         f"done in {time.monotonic() - began:.0f} s; nothing is left running\n",
-        f"database     {settings.database_url or settings.home / 'tweetscore.db'}",
+        f"database     {public_url(settings.sql_url)}",
         f"model        {settings.store}",
         f"TensorBoard  {settings.boards}",
         "\nwhat next:",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
+from redis import RedisError
 
 from worker.app import SCORING, TRAINING, make_app
 from worker.errors import StreamFull
@@ -26,8 +27,8 @@ def nudge(app: Celery, queue: str) -> bool:
     """Say that there is something to do. Returns whether the broker heard; workers also look for themselves."""
     try:
         app.send_task(TASKS[queue], queue=queue, ignore_result=True)
-    except (OperationalError, OSError) as error:
-        log.info("no nudge, the broker does not answer: %s", type(error).__name__)
+    except (KombuError, RedisError, OSError) as error:  # kombu lets a refusal of the server's through as it is
+        log.info("no nudge, the broker does not take it: %s", type(error).__name__)
         return False
     return True
 

@@ -17,6 +17,10 @@ class StreamError(TweetscoreError):
     """Raised when the stream's server cannot be reached or refuses."""
 
 
+class StreamDenied(StreamError):
+    """Raised when the stream's server knows who asks and does not allow it."""
+
+
 class StreamFull(StreamError):
     """Raised when the stream's server has no memory left for another record; `rest` are those it did not take."""
 

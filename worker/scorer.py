@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,8 +129,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Serving:
-    """How models are to be served here; `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache."""
+    """How models are to be served here, all from `store`.
 
+    `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache.
+    """
+
+    store: Path
     device: str = "auto"
     engine: str = "auto"
     token_budget: int | None = None
@@ -137,7 +142,7 @@ class Serving:
 
 
 def serving(settings: Settings) -> Serving:
-    return Serving(settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
+    return Serving(settings.store, settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
 
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
@@ -165,7 +170,7 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
 def load_model(version: ModelVersion, serving: Serving) -> Model:
     """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
     device = pick_device(serving.device)
-    artifact = load_artifact(folder_of(version.artifact_url), version.sha256)
+    artifact = load_artifact(folder_of(version.artifact_url, serving.store), version.sha256)
     engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
     log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)

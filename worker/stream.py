@@ -20,9 +20,10 @@ from typing import Any
 
 import redis
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from worker.errors import StreamError, StreamFull
+from worker.errors import StreamDenied, StreamError, StreamFull
 
 FIELD = b"tweet"
 WIRE_VERSION = 1
@@ -117,15 +118,24 @@ class Stream:
             pipe.execute()
 
     def wait_for_room(self, high_water: int, waiting: Callable[[int], None], max_seconds: float | None = None) -> None:
-        """Return when the stream holds at most `high_water` records; until then call `waiting` with its length."""
+        """Return when the stream holds at most `high_water` records; until then call `waiting` with its length.
+
+        Who may only add, and not ask, adds: a full server still makes him wait.
+        """
         started = time.monotonic()
-        while (length := self.length()) > high_water:
+        while (length := self._length_if_allowed()) > high_water:
             waiting(length)
             if max_seconds is not None and time.monotonic() - started > max_seconds:
                 raise StreamFull(
                     f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
                 )
             time.sleep(FULL_WAIT_SECONDS)
+
+    def _length_if_allowed(self) -> int:
+        try:
+            return self.length()
+        except StreamDenied:
+            return 0
 
     def length(self) -> int:
         with _converted():
@@ -273,6 +283,8 @@ def _converted() -> Iterator[None]:
     except redis.RedisError as error:
         if _out_of_memory(error):
             raise StreamFull(FULL) from error
+        if isinstance(error, NoPermissionError):
+            raise StreamDenied(f"the stream's server does not allow it: {error}") from error
         raise StreamError(f"the stream's server does not answer as it should: {error}") from error
 
 

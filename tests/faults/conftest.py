@@ -150,16 +150,14 @@ def given(quick: dict[str, Any], database_url: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def world(
-    given: dict[str, Any], database: Database, server: embedded.Server, promote: Callable[[Database], int]
-) -> World:
+def world(given: dict[str, Any], database: Database, server: embedded.Server, promote: Callable[..., int]) -> World:
     """On the test process's server, which no test may stop."""
     given |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
-    return World(given, database, server.url, promote(database))
+    return World(given, database, server.url, promote(database, Path(given["home"]) / "models"))
 
 
 @pytest.fixture
-def own(given: dict[str, Any], database: Database, promote: Callable[[Database], int]) -> World:
+def own(given: dict[str, Any], database: Database, promote: Callable[..., int]) -> World:
     """On the home's embedded server, which the test starts and stops as it likes."""
     url = f"unix://{embedded.socket_path(Path(given['home']))}"
-    return World(given, database, url, promote(database))
+    return World(given, database, url, promote(database, Path(given["home"]) / "models"))

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from db import migrate
-from db.session import Database, open_database
+from db.session import open_database
 from tests.bench import wire
 from tests.conftest import wait_until
 from tests.faults.conftest import World
@@ -96,7 +96,7 @@ def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) ->
 @pytest.fixture(params=["sqlite", "postgresql"])
 def outage(
     request: pytest.FixtureRequest, tmp_path: Path, quick: dict[str, Any], server: embedded.Server,
-    promote: Callable[[Database], int],
+    promote: Callable[..., int],
 ) -> Iterator[tuple[World, Callable[[], Any]]]:  # fmt: skip
     """A world and a way to take its database away for the time of a block: locked, or its server stopped."""
     quick |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
@@ -112,7 +112,10 @@ def outage(
         database = open_database(url)
         stack.callback(database.close)
         migrate.upgrade(database)
-        yield World({**quick, "database_url": url}, database, server.url, promote(database)), away
+        yield (
+            World({**quick, "database_url": url}, database, server.url, promote(database, quick["home"] / "models")),
+            away,
+        )
 
 
 @contextmanager
