@@ -61,10 +61,14 @@ def report(record_property: Callable[[str, object], None]) -> Callable[[str], No
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for ended in terminalreporter.stats.get("passed", []):
-        for name, line in ended.user_properties:
-            if name == "measured":
-                terminalreporter.write_line(line)
+    told = [
+        pair for ended in terminalreporter.stats.get("passed", []) for pair in getattr(ended, "user_properties", ())
+    ]
+    for name, line in told:
+        if name == "measured":
+            terminalreporter.write_line(line)
+    if fuzzed := sum(count for name, count in told if name == "fuzzed"):
+        terminalreporter.write_line(f"fuzz: {fuzzed:,} inputs, each scored, buried or refused with a sentence")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from db.models import Base
 from worker.cli import app
+from worker.health import KINDS
 from worker.settings import Settings, environment_name
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,8 @@ def test_every_command_it_shows_exists() -> None:
     shown = set(re.findall(r"^    tweetscore (\w+)", README, re.MULTILINE))
     assert shown
     assert shown <= set(commands)
-    assert {"list", "show", "cancel"} <= set(commands["jobs"].commands)
+    assert {"list", "show", "retry", "drop"} <= set(commands["dead"].commands)
+    assert {"list", "show", "cancel", "retry"} <= set(commands["jobs"].commands)
     assert {"list", "show", "promote"} <= set(commands["models"].commands)
 
 
@@ -68,5 +70,8 @@ def test_the_compose_file_runs_commands_that_exist(name: str) -> None:
     service = compose["services"][name]
     assert service["command"][0] == "tweetscore"
     assert service["command"][1] in get_command(app).commands  # type: ignore[attr-defined]
+    assert service["healthcheck"]["test"][:3] == ["CMD", "tweetscore", "health"]
+    assert service["healthcheck"]["test"][3] in KINDS
+    assert int(service["stop_grace_period"].rstrip("s")) > Settings.model_fields["grace_seconds"].default
     settings = {environment_name(field) for field in Settings.model_fields}
     assert set(service["environment"]) <= settings

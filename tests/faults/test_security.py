@@ -44,7 +44,7 @@ from worker.errors import BadSettings, StreamDenied, StreamError
 from worker.settings import load_settings
 from worker.stream import Stream, connect
 
-UNSAFE = re.compile(r"(pickle|dill|joblib|marshal)\.loads?|trust_remote_code=True")
+UNSAFE = re.compile(r"\b(pickle|dill|joblib|marshal)\.loads?\b|trust_remote_code=True")
 SECRET_TEXT = "秘密の文章"
 PASSWORDS = {"producer": "p-geheim-1", "worker": "w-geheim-2"}
 Run = Callable[..., subprocess.CompletedProcess[str]]

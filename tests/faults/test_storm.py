@@ -84,8 +84,8 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
     logs = "".join(path.read_text(errors="replace") for path in world.settings.logs.glob("*.log"))
     claimed = sum(map(int, re.findall(r"claimed (\d+) records", logs)))
     report(
-        f"storm: {kills} kills of {SCORERS} scorers, 2 restarts of the server, {TWEETS:,} tweets and {repeats:,} repeats: "
-        f"{sum(rows.values()):,} rows, {claimed:,} tweets taken over and scored again, 0 dead letters, {took:.0f} s "
+        f"storm: {kills} kills of {SCORERS} scorers, 2 restarts of the server, {TWEETS:,} tweets and {repeats:,} "
+        f"repeats: {sum(rows.values()):,} rows, {claimed:,} tweets taken over and scored again, 0 dead letters, {took:.0f} s "
         f"({world.database.engine.dialect.name})"
     )
 
