@@ -85,8 +85,8 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
     claimed = sum(map(int, re.findall(r"claimed (\d+) records", logs)))
     report(
         f"storm: {kills} kills of {SCORERS} scorers, 2 restarts of the server, {TWEETS:,} tweets and {repeats:,} "
-        f"repeats: {sum(rows.values()):,} rows, {claimed:,} tweets taken over and scored again, 0 dead letters, {took:.0f} s "
-        f"({world.database.engine.dialect.name})"
+        f"repeats: {sum(rows.values()):,} rows, {claimed:,} tweets taken over and scored again, 0 dead letters, "
+        f"{took:.0f} s ({world.database.engine.dialect.name})"
     )
 
 
