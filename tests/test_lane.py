@@ -10,6 +10,8 @@ from worker.settings import Settings
 class Counting(Lane):
     """Work that can be held up, and is counted."""
 
+    kind = "counting"
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, lambda: None)
         self.calls = self.closed = 0

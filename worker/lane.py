@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 
@@ -20,10 +21,11 @@ from training.job import run_next_job
 from worker.errors import StreamError
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
-from worker.pulse import STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall
+from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
 from worker.runtime import open_sql, open_stream, stream_url
 from worker.scorer import Champion, serving
 from worker.settings import Settings
+from worker.stream import Depth, Stream, connect_briefly
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,15 @@ class Lane:
         self._busy = threading.Lock()
         self._nudged = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._pulse = Pulse(settings.run, self.kind, self._ailing)
+        self._pulse = Pulse(settings.run, self.kind, self.state, self._ailing)
+        self._grace = threading.Thread(
+            target=end_after, args=(self.stopping, settings.grace_seconds), name="grace", daemon=True
+        )
 
     def start(self) -> None:
         self._watcher.start()
         self._pulse.start()
+        self._grace.start()
 
     def stop(self) -> None:
         """End after the step at hand; a lane that is idle is closed here, a busy one when its work returns."""
@@ -81,12 +87,20 @@ class Lane:
         self._pulse.stop()
         self.close()
 
+    def state(self) -> str:
+        """One word on what this lane is at, for those who look at its health."""
+        if self.stopping.is_set():
+            return "ending"
+        return "working" if self._busy.locked() else "idle"
+
     def stalled(self) -> str | None:
         """Why the work at hand is taken to hang; None while it does not."""
         return None
 
     def _ailing(self) -> tuple[int, str] | None:
-        if not self._watcher.is_alive() and not self.stopping.is_set():
+        if self.stopping.is_set():
+            return None  # the grace period is what counts now
+        if not self._watcher.is_alive():
             return WATCHER_DIED_EXIT, "the thread that looks for work died; its error stands above"
         why = self.stalled()
         return (STALLED_EXIT, why) if why else None
@@ -96,6 +110,14 @@ class Lane:
         raise NotImplementedError
 
     def _watch(self) -> None:
+        try:
+            self._look_for_work()
+        except Exception:
+            # A worker without a watcher looks well and finds nothing.
+            log.exception("the watcher failed")
+            end_at_once(WATCHER_DIED_EXIT, "the thread that looks for work died; its error stands above")
+
+    def _look_for_work(self) -> None:
         """The timer of the protocols: work that was never announced, or whose nudge was lost, is announced again."""
         parent = os.environ.get(PARENT_VARIABLE)
         while not self.stopping.is_set():
@@ -124,19 +146,26 @@ class ScoringLane(Lane):
         self.champion = Champion(self.database, serving(settings))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
         self._stall = Stall(settings.stall_seconds)
+        # Asked by the pulse, which must not wait as long for a broker as the route does.
+        self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
 
     def work(self) -> int:
         return self.pipeline.drain()
 
-    def stalled(self) -> str | None:
-        return self._stall.found(self.pipeline.holds, self.pipeline.alive_at, self._waiting)
+    def state(self) -> str:
+        return "loading a model" if self.champion.loading_since is not None else super().state()
 
-    def _waiting(self) -> int | None:
+    def stalled(self) -> str | None:
+        since, longest = self.champion.loading_since, PATIENCE * self.settings.stall_seconds
+        if since is not None and time.monotonic() - since > longest:
+            return f"a model has been loading for more than {longest:g} s"
+        return self._stall.found(self.pipeline.holds, self.pipeline.alive_at, self._depth)
+
+    def _depth(self) -> Depth | None:
         try:
-            depth = self.stream.depth()
+            return self._gauge.depth()
         except StreamError:
             return None  # a broker that is away lets nothing grow
-        return depth.length if depth.lag is None else depth.lag
 
     def has_work(self) -> bool:
         # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.

@@ -7,6 +7,7 @@ cannot be loaded leaves the old one scoring, and says so.
 import gc
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -195,6 +196,7 @@ class Champion:
         self._refused: int | None = None
         self._told_absent = False
         self._one_at_a_time = threading.Lock()
+        self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> Model | None:
         """The model to score the next window with; None while there is none, which is said once."""
@@ -219,6 +221,7 @@ class Champion:
             if assigned.id == self._refused:
                 return self._model
             version = registry.get(session, version_id)
+        self.loading_since = time.monotonic()
         try:
             self._model = load_model(version, self._serving)
             _settle_memory()
@@ -228,4 +231,6 @@ class Champion:
             self._refused = assigned.id
             old = f"model {self._model.version_id} goes on scoring" if self._model else "tweets wait in the stream"
             log.error("the champion, model %d, cannot be loaded, %s: %s", version_id, old, error)
+        finally:
+            self.loading_since = None
         return self._model

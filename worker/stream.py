@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
@@ -77,6 +77,11 @@ def connect(url: str) -> "redis.Redis":
         retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
         retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
     )
+
+
+def connect_briefly(url: str) -> "redis.Redis":
+    """A client for a look: it gives up after some seconds, so that a half-open server does not hold whoever looks."""
+    return redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0))
 
 
 class Stream:

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import threading
 from typing import Any
 
 from celery import Task
@@ -14,7 +13,7 @@ from training import failpoint
 from worker.app import SCORING, TRAINING, app
 from worker.intake import record_refusal, submit_job
 from worker.lane import Lane, ScoringLane, TrainingLane
-from worker.pulse import GRACE_EXIT, end_at_once
+from worker.pulse import end_at_signal
 from worker.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -68,16 +67,13 @@ def _open_lanes(sender: Any, **_: Any) -> None:
 def _stop_lanes(**_: Any) -> None:
     """The first signal to end, in the main thread: what is at hand is finished within the grace period.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once: it is listened for first, since a lane that stops takes leave of a server
+    that may be silent.
     """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, end_at_signal)
     for lane in lanes.values():
         lane.stop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: end_at_once(128 + signal.SIGTERM, "told to end a second time"))
-    grace = load_settings().grace_seconds
-    timer = threading.Timer(grace, end_at_once, (GRACE_EXIT, f"the work at hand took longer than {grace:g} s to end"))
-    timer.daemon = True
-    timer.start()
 
 
 @setup_logging.connect

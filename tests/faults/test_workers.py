@@ -100,7 +100,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         up.says(f"exit {STALLED_EXIT}: it hung), starting it again in 1 s")
         log = (own.settings.logs / "score.log").read_text()
         assert "nothing was committed for" in log
-        assert "more than then" in log
+        assert "more tweets came to wait" in log
         up.send(signal.SIGTERM)
         wait_until(lambda: "ending:" in up.said())
         up.send(signal.SIGTERM)
