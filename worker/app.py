@@ -35,6 +35,9 @@ def celery_config(url: str) -> dict[str, Any]:
         "worker_direct": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A broker whose memory is full refuses a worker's queues until somebody has read: wait for it, do not end.
+        "broker_channel_error_retry": True,
+        "worker_consumer": "worker.consumer:PatientConsumer",
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": True,

@@ -87,10 +87,7 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
         raise ServerFailed(f"no server runs on {settings.home}; start `tweetscore up`, or set REDIS_URL")
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
-    from worker.lane import drain_full_server
 
-    if role == "score":
-        drain_full_server(settings)
     # A plain Celery client that names no queue sends to `celery`; without a reader there its job would wait forever.
     queues = f"{TRAINING},celery" if role == "train" else SCORING
     # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.

@@ -38,6 +38,7 @@ class Lane:
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         self.settings = settings
         self.stopping = threading.Event()
+        self.ended = threading.Event()
         self.database = open_sql(settings)
         self._nudge = nudge
         self._busy = threading.Lock()
@@ -58,6 +59,11 @@ class Lane:
         self.stopping.set()
         if self._busy.acquire(blocking=False):  # and never released: nothing starts any more
             self._close()
+
+    def end(self) -> None:
+        """Stop, and return when the work at hand is done: within the grace period, or this process is none any more."""
+        self.stop()
+        self.ended.wait()
 
     def run(self) -> int:
         """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already.
@@ -85,7 +91,10 @@ class Lane:
 
     def _close(self) -> None:
         self._pulse.stop()
-        self.close()
+        try:
+            self.close()
+        finally:
+            self.ended.set()
 
     def state(self) -> str:
         """One word on what this lane is at, for those who look at its health."""
@@ -129,11 +138,19 @@ class Lane:
                 if self._busy.locked():
                     self.stopping.wait(self.settings.watch_seconds)
                 elif self.has_work():
-                    self._nudge()
+                    self._announce()
                     self.stopping.wait(self.settings.watch_seconds)
             except (TweetscoreError, SQLAlchemyError, KombuError, OSError) as error:
                 log.warning("cannot look for work, trying again: %s", error)
                 self.stopping.wait(self.settings.watch_seconds)
+
+    def _announce(self) -> None:
+        try:
+            self._nudge()
+        except Exception as error:
+            # Nobody needs a nudge to work. A broker whose memory is full takes none, and working is what empties it.
+            log.warning("the broker takes no nudge, working without one: %s", error)
+            self.run()
 
 
 class ScoringLane(Lane):
@@ -186,21 +203,6 @@ class ScoringLane(Lane):
             self.stream.leave()
         except StreamError as error:
             log.warning("the consumer could not be taken off the list: %s", error)
-
-
-def drain_full_server(settings: Settings) -> None:
-    """Score what fills the server before Celery starts: it cannot start beside a server that takes nothing any more."""
-    try:
-        if not open_stream(settings, stream_url(settings)).full():
-            return
-    except StreamError:
-        return  # it is away, and Celery waits for it
-    log.warning("the stream's server is full: scoring what it holds before anything else")
-    lane = ScoringLane(settings, lambda: None)
-    signal.signal(signal.SIGTERM, lambda *_: lane.stop())
-    lane.run()
-    lane.stop()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class TrainingLane(Lane):

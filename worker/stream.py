@@ -3,7 +3,6 @@
 Keys
     KEY             a stream; one record is one tweet: field `tweet`, a JSON object with `v`, `id` and `text`
     KEY:suspects    a hash, record id -> how often it was scored alone; an entry lives until its record is acknowledged
-    KEY:room        nothing, for a millisecond: whether the server has memory left
 
 Anyone may XADD to KEY. Scoring workers read it through one consumer group: a record stays pending with its reader until
 its prediction is committed, and passes to another reader when the first has not renewed it for min-idle.
@@ -253,17 +252,6 @@ class Stream:
             return int(self._sweep(keys=[self.key], args=[self.group, idle_ms]))
 
     # --- looking
-
-    def full(self) -> bool:
-        """Whether the server has no memory left for the least thing."""
-        with _converted():
-            try:
-                self._redis.set(f"{self.key}:room", b"", px=1)
-            except redis.RedisError as error:
-                if _out_of_memory(error):
-                    return True
-                raise
-        return False
 
     def depth(self) -> Depth:
         with _converted():

@@ -5,7 +5,7 @@ import signal
 from typing import Any
 
 from celery import Task
-from celery.signals import setup_logging, worker_ready, worker_shutting_down
+from celery.signals import celeryd_after_setup, setup_logging, worker_ready, worker_shutdown, worker_shutting_down
 from celery.utils.nodenames import worker_direct
 
 from db.errors import TweetscoreError
@@ -46,21 +46,36 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
     return lane.run()
 
 
-@worker_ready.connect
-def _open_lanes(sender: Any, **_: Any) -> None:
+@celeryd_after_setup.connect
+def _start(sender: str, instance: Any, **_: Any) -> None:
+    """Before Celery speaks to the broker: a worker empties a full one, whether or not Celery can start."""
+    try:
+        _open_lanes(sender, set(instance.app.amqp.queues.consume_from))
+    except TweetscoreError as error:
+        # Celery would log what a signal's handler raises, and run a worker that does nothing.
+        log.critical("%s", error)
+        raise SystemExit(2) from error
+
+
+def _open_lanes(hostname: str, queues: set[str]) -> None:
     """A worker serves the queues it was told to consume."""
     settings = load_settings()
     failpoint.arm(settings.failpoints)
     failpoint.passing("starting")
     # A worker that found work nudges itself: on the shared queue a busy neighbour might take the nudge and drop it.
-    own = worker_direct(sender.hostname)
-    queues = sender.app.amqp.queues.consume_from
+    own = worker_direct(hostname)
     if SCORING in queues:
         lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(queue=own, retry=False))
     if TRAINING in queues:
         lanes[TRAINING] = TrainingLane(settings, lambda: train.apply_async(queue=own, retry=False))
     for lane in lanes.values():
         lane.start()
+
+
+@worker_ready.connect
+def _answer_quit(**_: Any) -> None:
+    """Celery's own answer to SIGQUIT waits for the work at hand without telling it to stop."""
+    signal.signal(signal.SIGQUIT, end_at_signal)
 
 
 @worker_shutting_down.connect
@@ -76,9 +91,18 @@ def _stop_lanes(**_: Any) -> None:
         lane.stop()
 
 
+@worker_shutdown.connect
+def _end_lanes(**_: Any) -> None:
+    """Celery waits for its tasks; a watcher that works without a nudge is none."""
+    for lane in lanes.values():
+        lane.end()
+
+
 @setup_logging.connect
 def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Celery logs every nudge it receives and ends; the routes log what was done.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # With a traceback every second while the broker's memory is full; what fails for good is an error.
+    logging.getLogger("kombu.transport.redis").setLevel(logging.ERROR)
