@@ -172,6 +172,17 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
     assert own.predictions() == sent
 
 
+def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own: World) -> None:
+    with embedded.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
+        pipe = client.pipeline(transaction=True)
+        for i in range(500):
+            pipe.xadd("tweets", {"tweet": wire(i, "長い雨" * 200)})
+        pipe.config_set("maxmemory", "1mb")  # in the same step: not even a nudge can be written from here on
+        pipe.execute()
+        wait_until(lambda: own.predictions() == 500, 60)
+        own.drained()
+
+
 def test_health_answers_for_workers_broker_and_database(
     own: World, tweetscore: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
