@@ -1,4 +1,9 @@
-"""The root of every error whose message is meant for a user, and the errors of the SQL side."""
+"""The root of every error whose message is meant for a user, those of the SQL side, and values inside sentences."""
+
+from collections.abc import Iterable
+
+SHOWN_CHARS = 60
+LISTED_CHARS = 160
 
 
 class TweetscoreError(Exception):
@@ -19,3 +24,28 @@ class NotFailed(TweetscoreError):
 
 class LeaseLost(TweetscoreError):
     """Raised when a job is written to by someone who no longer holds its newest fencing token."""
+
+
+def shown(value: object) -> str:
+    """A value inside a sentence: as Python writes it, which is one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list
+        text = f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
+
+
+def plain(name: object) -> str:
+    """A name inside a sentence: as it is when it is short and printable, else as `shown`."""
+    text = str(name)
+    return text if text.isprintable() and len(text) <= 2 * SHOWN_CHARS else shown(text)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names inside a sentence; of many, the first."""
+    taken: list[str] = []
+    for name in (rest := list(names)):
+        if sum(map(len, taken)) > LISTED_CHARS:
+            return f"{', '.join(taken)} and {len(rest) - len(taken)} more"
+        taken.append(plain(name))
+    return ", ".join(taken)

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from db.errors import plain, shown
 from training.errors import BadConfig
 
 
@@ -40,7 +41,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["step", "linear", "cosine", "constant"] = "step"
     step_gamma: float = Field(0.75, gt=0, le=1, description="factor of the step schedule, once an epoch")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps, linear and cosine only")
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
     baseline: bool = True
 
     @model_validator(mode="after")
@@ -48,10 +49,13 @@ class TrainConfig(BaseModel):
         if self.task == "multi_label" and self.loss != "bce":
             raise ValueError(f"loss {self.loss!r} cannot train several labels a row; use loss 'bce'")
         if self.labels is not None and len(set(self.labels.values())) < 2:
-            raise ValueError(f"labels name {sorted(set(self.labels.values()))}; a classifier needs at least two")
+            raise ValueError(f"labels name {shown(sorted(set(self.labels.values())))}; a classifier needs at least two")
         for label, value in (self.polarity or {}).items():
             if not -1 <= value <= 1:
-                raise ValueError(f"polarity of {label!r} is {value}; it must lie between -1 and 1")
+                raise ValueError(f"polarity of {shown(label)} is {value}; it must lie between -1 and 1")
+        for text in (self.base_model, self.base_revision or "", *(self.polarity or {}), *_texts(self.labels or {})):
+            if "\x00" in text:
+                raise ValueError(f"{shown(text)} holds a NUL character, which no database stores; take it out")
         return self
 
 
@@ -75,26 +79,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(preset: str = "fast", **overrides: Any) -> TrainConfig:
+def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
     """A validated configuration; raises `BadConfig` with the name, the value and what is allowed."""
-    if preset not in PRESETS:
-        raise BadConfig(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:  # a message may name anything
+        raise BadConfig(f"there is no preset {shown(preset)}; use one of {', '.join(PRESETS)}")
     try:
         return TrainConfig(**{**PRESETS[preset], **overrides})
     except ValidationError as error:
         raise BadConfig("; ".join(explain(error))) from error
 
 
+def _texts(labels: dict[str, str]) -> list[str]:
+    return [*labels, *labels.values()]
+
+
 def explain(error: ValidationError) -> list[str]:
     """One sentence a fault: name, value, what is allowed."""
     sentences = []
     for fault in error.errors():
-        name = ".".join(str(part) for part in fault["loc"])
+        name = plain(".".join(str(part) for part in fault["loc"]))
         message = fault["msg"].removeprefix("Value error, ")
         if not name:
             sentences.append(message)
         elif fault["type"] == "extra_forbidden":
             sentences.append(f"{name} is no known setting; known are {', '.join(TrainConfig.model_fields)}")
         else:
-            sentences.append(f"{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
+            sentences.append(f"{name} is {shown(fault['input'])}: {message[0].lower()}{message[1:]}")
     return sentences

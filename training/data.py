@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
+from db.errors import listed, plain, shown
 from training.clean import clean, same_text_key
 from training.columns import LABEL_COLUMNS, MULTI_LABEL_SEPARATOR, TEXT_COLUMNS
 from training.config import TrainConfig
 from training.errors import BadDataset
-from training.paths import inside_roots
+from training.paths import inside_roots, is_file
 
 MAX_TEXT_CHARS = 100_000
+MAX_LABEL_CHARS = 1_000
 INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -63,7 +65,7 @@ def find_dataset(name: str, roots: Sequence[Path]) -> Path:
     path = inside_roots(name, roots)
     if path is None:
         raise BadDataset(
-            f"dataset {name!r} lies outside the folders this worker may read ({', '.join(map(str, roots))}); submit it "
+            f"dataset {shown(name)} lies outside the folders this worker may read ({listed(roots)}); submit it "
             "with `tweetscore train`, or add its folder to TWEETSCORE_READ_ROOTS"
         )
     _check_there(path)
@@ -77,17 +79,18 @@ def read_rows(path: Path) -> Rows:
         header, table = _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else _read_csv(path)
     except UnicodeDecodeError as error:
         raise BadDataset(
-            f"{path.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
-            f"first, e.g. `iconv -f CP932 -t UTF-8 {path.name}`"
+            f"{plain(path.name)} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert "
+            f"it first, e.g. `iconv -f CP932 -t UTF-8 {plain(path.name)}`"
         ) from error
     if not table:
         empty = "is empty" if not header else "holds no rows"
-        raise BadDataset(f"{path.name} {empty}; a dataset needs a header and a label and a text in each row")
+        raise BadDataset(f"{plain(path.name)} {empty}; a dataset needs a header and a label and a text in each row")
     text_column, label_column = _find_columns(header, table, path)
     rows = Rows([], [], [])
     for number, values in table:
         text, label = values[text_column], values[label_column]
         _check_text(text, number, path)
+        _check_label(label, number, path)
         rows.texts.append(text)
         rows.labels.append(label.strip())
         rows.row_numbers.append(number)
@@ -134,8 +137,8 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
 
 
 def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise BadDataset(f"there is no file {path}; name a CSV, TSV or JSONL file with labels and texts")
+    if not is_file(path):
+        raise BadDataset(f"there is no file {plain(path)}; name a CSV, TSV or JSONL file with labels and texts")
 
 
 Table = list[tuple[int, list[str]]]
@@ -157,13 +160,13 @@ def _read_csv(path: Path) -> tuple[list[str], Table]:
                 elif values:
                     if len(values) != len(header):
                         raise BadDataset(
-                            f"row {begins} of {path.name} has {len(values)} columns and the header {len(header)}; put "
-                            "quotes around a text that holds a comma"
+                            f"row {begins} of {plain(path.name)} has {len(values)} columns and the header "
+                            f"{len(header)}; put quotes around a text that holds a comma"
                         )
                     table.append((begins, values))
                 begins = reader.line_num + 1
         except csv.Error as error:
-            raise BadDataset(f"row {begins} of {path.name} cannot be read ({error}); mend it") from error
+            raise BadDataset(f"row {begins} of {plain(path.name)} cannot be read ({plain(error)}); mend it") from error
     return header, table
 
 
@@ -177,9 +180,9 @@ def _read_jsonl(path: Path) -> tuple[list[str], Table]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadDataset(f"line {number} of {path.name} is not JSON; mend it or take it out") from error
+            raise BadDataset(f"line {number} of {plain(path.name)} is not JSON; mend it or take it out") from error
         if not isinstance(value, dict):
-            raise BadDataset(f'line {number} of {path.name} is no JSON object; write {{"label": …, "text": …}}')
+            raise BadDataset(f'line {number} of {plain(path.name)} is no JSON object; write {{"label": …, "text": …}}')
         objects.append((number, value))
     keys = list(dict.fromkeys(key for _, value in objects for key in value))
     return keys, [(number, [_json_cell(value.get(key)) for key in keys]) for number, value in objects]
@@ -194,14 +197,26 @@ def _json_cell(value: Any) -> str:
 def _check_text(text: str, number: int, path: Path) -> None:
     if len(text) > MAX_TEXT_CHARS:
         raise BadDataset(
-            f"the text in row {number} of {path.name} has {len(text):,} characters; a tweet has at most "
+            f"the text in row {number} of {plain(path.name)} has {len(text):,} characters; a tweet has at most "
             f"{MAX_TEXT_CHARS:,}: shorten it or take it out"
         )
-    if "\x00" in text or any("\ud800" <= char <= "\udfff" for char in text):
+    if not _storable(text):
         raise BadDataset(
-            f"the text in row {number} of {path.name} holds a NUL or half a surrogate pair, which no database stores; "
-            "take the character out"
+            f"the text in row {number} of {plain(path.name)} holds a NUL or half a surrogate pair, which no database "
+            "stores; take the character out"
         )
+
+
+def _check_label(label: str, number: int, path: Path) -> None:
+    if len(label) > MAX_LABEL_CHARS or not _storable(label):
+        raise BadDataset(
+            f"the label {shown(label)} in row {number} of {plain(path.name)} is longer than {MAX_LABEL_CHARS:,} "
+            "characters, or holds a NUL or half a surrogate pair, which no database stores; mend it"
+        )
+
+
+def _storable(text: str) -> bool:
+    return "\x00" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _find_columns(header: list[str], table: Table, path: Path) -> tuple[int, int]:
@@ -215,7 +230,7 @@ def _find_columns(header: list[str], table: Table, path: Path) -> tuple[int, int
     if len(header) >= 2 and all(INTEGER.fullmatch(values[0].strip()) for _, values in table):
         return 1, 0
     raise BadDataset(
-        f"{path.name} has the columns {', '.join(header)}; name one of them {'/'.join(LABEL_COLUMNS)} and one "
+        f"{plain(path.name)} has the columns {listed(header)}; name one of them {'/'.join(LABEL_COLUMNS)} and one "
         f"{'/'.join(TEXT_COLUMNS)}, or put an integer label first and the text second"
     )
 
@@ -231,7 +246,7 @@ def _name_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
             raise BadDataset(f"row {number} has no label; fill it in or take the row out")
         if config.labels is not None and part not in config.labels:
             raise BadDataset(
-                f"label {part!r} in row {number} is none of {', '.join(config.labels)}; "
+                f"label {shown(part)} in row {number} is none of {listed(config.labels)}; "
                 "fix the row or name it in --labels"
             )
         names.append(part if config.labels is None else config.labels[part])
@@ -286,14 +301,12 @@ def _check_enough(
             f"training, validation and test rows needs at least {needed}"
         )
     if len(names) < 2:
-        raise BadDataset(
-            f"every row has the label {', '.join(names) or '(none)'}; a classifier needs at least two labels"
-        )
+        raise BadDataset(f"every row has the label {listed(names) or '(none)'}; a classifier needs at least two labels")
     counts = Counter(name for i in kept for name in named[i])
     for name in names:
         if config.task == "single_label" and counts[name] < needed:
             where = next((rows.row_numbers[i] for i in kept if name in named[i]), None)
             raise BadDataset(
-                f"label {name!r} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
+                f"label {shown(name)} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
                 f"a split needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
             )

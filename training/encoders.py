@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from db.errors import listed, shown
 from training.errors import ModelUnavailable
 from training.paths import inside_roots
 
@@ -46,7 +47,7 @@ def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> E
 def check_hub_name(name: str) -> None:
     """Raises `ModelUnavailable` for what cannot be a repository's name, `..` above all."""
     if ".." in name or not HUB_NAME.fullmatch(name):
-        raise ModelUnavailable(f"base model {name!r} is no hub name; use owner/model, a folder, or {STARTER!r}")
+        raise ModelUnavailable(f"base model {shown(name)} is no hub name; use owner/model, a folder, or {STARTER!r}")
 
 
 def looks_local(name: str) -> bool:
@@ -56,13 +57,12 @@ def looks_local(name: str) -> bool:
 def _local_folder(name: str, roots: Sequence[Path]) -> Path:
     folder = inside_roots(name, roots)
     if folder is None:
-        listed = ", ".join(map(str, roots))
         raise ModelUnavailable(
-            f"base model {name!r} lies outside the folders this worker may read ({listed}); move it there or add its "
-            "folder to TWEETSCORE_READ_ROOTS"
+            f"base model {shown(name)} lies outside the folders this worker may read ({listed(roots)}); move it "
+            "there or add its folder to TWEETSCORE_READ_ROOTS"
         )
     if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"base model folder {name!r} has no config.json; save a model there first")
+        raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
     return folder
 
 
@@ -76,7 +76,7 @@ def _fetch(name: str, revision: str | None) -> Encoder:
             snapshot_download(name, revision=folder.name, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
-            f"base model {name!r} could not be fetched from the hub ({type(error).__name__}); check the name and the "
-            f"network, put a copy in a folder and name that, or use {STARTER!r}"
+            f"base model {shown(name)} could not be fetched from the hub ({type(error).__name__}); check the name and "
+            f"the network, put a copy in a folder and name that, or use {STARTER!r}"
         ) from error
     return Encoder(name, folder, folder.name)

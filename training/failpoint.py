@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from db.errors import shown
 from training.errors import BadConfig
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ def parse(spec: str) -> dict[str, Rule]:
         found = RULE.fullmatch(part)
         if found is None or found["name"] not in POINTS:
             raise BadConfig(
-                f"{part!r} is no failpoint; write NAME=ACTION[@N][~TEXT], ACTION one of kill, stop, fail, full and "
-                f"pause:SECONDS, NAME one of {', '.join(POINTS)}"
+                f"{shown(part)} is no failpoint; write NAME=ACTION[@N][~TEXT], ACTION one of kill, stop, fail, full "
+                f"and pause:SECONDS, NAME one of {', '.join(POINTS)}"
             )
         rules[found["name"]] = Rule(
             found["action"].partition(":")[0],

@@ -170,7 +170,9 @@ def _finish(database: Database, lease: Lease, state: str, error: str | None) -> 
     try:
         with database.begin() as session:
             jobs.finish(session, lease.job_id, lease.token, state, error)
-        log.info("job %d: %s%s", lease.job_id, state, f": {error}" if error else "")
+        # Why it failed stands in its row alone: an error may quote the dataset.
+        hint = f"; `tweetscore jobs show {lease.job_id}` says why" if error else ""
+        log.info("job %d: %s%s", lease.job_id, state, hint)
     except LeaseLost as lost:
         log.warning("%s", lost)
         return None

@@ -18,6 +18,29 @@ def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
     return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
 
 
+def real_path(name: str | Path) -> Path | None:
+    """The path behind a name that anybody wrote, None when no file can have such a name."""
+    try:
+        return Path(name).expanduser().resolve()
+    except (ValueError, OSError, RuntimeError):
+        return None  # a NUL, a loop of links, an unknown user
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name too long for one names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def folder_of(url: str, store: Path) -> Path:
     """The folder of the model store behind a `file://` URL; raises `BadArtifact` for any other.
 

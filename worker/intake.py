@@ -3,6 +3,7 @@
 A job never depends on a file that may change: submitting takes a copy, named by its digest, into the home.
 """
 
+import json
 import os
 import shutil
 import uuid
@@ -10,26 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from db import jobs
+from db.errors import plain, shown
 from db.models import TrainingJob, utc_now
 from db.session import Database
 from training.config import TrainConfig, make_config
 from training.data import find_dataset, read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
-from training.errors import ModelUnavailable
-from training.paths import file_sha256
+from training.errors import BadDataset, ModelUnavailable
+from training.paths import file_sha256, is_file, is_folder, real_path
 from worker.settings import Settings
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
 
 
 def submit_training(
-    settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, **options: Any
+    settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, /, **options: Any
 ) -> TrainingJob:
     """Queue a job on any dataset and base model this process can read.
 
     Raises `BadConfig`, `BadDataset` or `ModelUnavailable`, and leaves nothing behind, when the job could only fail.
     """
-    path = Path(dataset).expanduser()
+    path = real_path(dataset)
+    if path is None:
+        raise BadDataset(f"there is no file {plain(dataset)}; name a CSV, TSV or JSONL file with labels and texts")
     config = job_config(settings, preset, options)
     split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
     config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
@@ -65,10 +69,26 @@ def record_refusal(
 ) -> TrainingJob:
     """A job that failed before it was one, so that its sender finds the reason where all jobs are."""
     with database.begin() as session:
-        job = jobs.submit(session, request_id=request_id, dataset=dataset, dataset_sha256=None, config=options)
+        job = jobs.submit(
+            session,
+            request_id=request_id,
+            dataset=dataset if dataset.isprintable() else shown(dataset),
+            dataset_sha256=None,
+            config=_storable(options),
+        )
         if job.state == "queued":
             job.state, job.error, job.finished_at = "failed", reason, utc_now()
         return job
+
+
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as they came, or, where no database takes them as JSON, what can be shown of them."""
+    try:
+        written = json.dumps(options, ensure_ascii=False, allow_nan=False)
+        written.encode("utf-8")
+    except (ValueError, TypeError, RecursionError):
+        return {"refused": shown(options)}
+    return {"refused": shown(options)} if "\\u0000" in written else options
 
 
 def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) -> TrainConfig:
@@ -88,12 +108,12 @@ def take_dataset(settings: Settings, path: Path) -> Path:
 
 def take_encoder(settings: Settings, name: str) -> str:
     """A local base model copied into the home under its weights' digest; any other name as it is."""
-    if not looks_local(name) and not Path(name).is_dir():
+    folder = real_path(name)
+    if not looks_local(name) and (folder is None or not is_folder(folder)):
         check_hub_name(name)
         return name
-    folder = Path(name).expanduser().resolve()
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"base model folder {name!r} has no config.json; save a model there first")
+    if folder is None or not is_file(folder / "config.json"):
+        raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
     files = sorted({path for pattern in ENCODER_FILES for path in folder.glob(pattern)})
     digest = "".join(file_sha256(path) for path in files)
     target = settings.encoders / f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_OID, digest).hex[:16]}"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from db.errors import shown
 from training.errors import BadConfig
 
 
@@ -16,7 +17,7 @@ def label_map(text: str | None) -> dict[str, str] | None:
         raw, equals, name = part.partition("=")
         named[raw.strip()] = name.strip() if equals else raw.strip()
         if not named[raw.strip()]:
-            raise BadConfig(f"--labels has {part!r}; write a=b, or a alone")
+            raise BadConfig(f"--labels has {shown(part)}; write a=b, or a alone")
     return named
 
 
@@ -30,7 +31,7 @@ def numbers(option: str, text: str | None) -> dict[str, float] | None:
         try:
             values[name.strip()] = float(value)
         except ValueError as error:
-            raise BadConfig(f"--{option} has {part!r}; write label=number") from error
+            raise BadConfig(f"--{option} has {shown(part)}; write label=number") from error
     return values
 
 
@@ -40,10 +41,10 @@ def pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise BadConfig(f"{option} has {text!r}; write name=value")
+            raise BadConfig(f"{option} has {shown(text)}; write name=value")
         try:
             values[name.strip()] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name.strip()] = value
     return values
 

@@ -13,8 +13,9 @@ from typing import TextIO
 from rich.progress import Progress, TaskID, TextColumn
 
 from db import registry
-from db.errors import NotFound
+from db.errors import NotFound, plain
 from db.session import Database
+from training.paths import is_file
 from worker import show
 from worker.app import SCORING, make_app
 from worker.doors import FLUSH_TWEETS, nudge, send
@@ -115,9 +116,9 @@ def _opened(file: str) -> Iterator[tuple[TextIO, str, int | None]]:
         yield sys.stdin, "stdin", None
         return
     path = Path(file)
-    if not path.is_file():
-        raise NotFound(f"there is no file {file}; name a JSONL, CSV or TSV file, or - for standard input")
+    if not is_file(path):
+        raise NotFound(f"there is no file {plain(file)}; name a JSONL, CSV or TSV file, or - for standard input")
     if path.stat().st_size == 0:
-        raise NotFound(f"{file} is empty; it should hold a tweet a line")
+        raise NotFound(f"{plain(file)} is empty; it should hold a tweet a line")
     with open_text(file) as source:
         yield source, path.name, path.stat().st_size

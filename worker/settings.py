@@ -11,11 +11,13 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from db.errors import shown
 from training import failpoint
 from training.config import PRESETS
 from training.errors import BadConfig
 from training.workshop import Workshop
-from worker.errors import BadSettings
+from worker.errors import BadSettings, StreamError
+from worker.stream import connect
 
 # By name, so that the settings need not import the libraries.
 ENGINES = (
@@ -89,7 +91,7 @@ class Settings(BaseSettings):
     @field_validator("home", "model_store")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
+        return None if value is None else _expanded(value).absolute()
 
     @field_validator("model_store", mode="before")
     @classmethod
@@ -101,13 +103,18 @@ class Settings(BaseSettings):
     @field_validator("read_roots", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(Path(part).expanduser() for part in value.split(":") if part) if isinstance(value, str) else value
+        return tuple(_expanded(Path(part)) for part in value.split(":") if part) if isinstance(value, str) else value
 
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: str | None) -> str | None:
         if value and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it must begin with redis://, rediss:// or unix://")
+        if value:
+            try:
+                connect(value).close()
+            except StreamError as error:
+                raise ValueError(str(error)) from error
         return value or None
 
     @field_validator("database_url")
@@ -193,6 +200,13 @@ class Settings(BaseSettings):
         )
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("it names the home of a user that does not exist") from error
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed.
 
@@ -207,7 +221,7 @@ def load_settings(**overrides: Any) -> Settings:
         settings.home.chmod(0o700)
     except OSError as error:
         raise BadSettings(
-            f"TWEETSCORE_HOME is {str(settings.home)!r}: {error.strerror}; name a folder of yours"
+            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; name a folder of yours"
         ) from error
     return settings
 
@@ -221,5 +235,5 @@ def _sentence(fault: Any) -> str:
     name = field if field.isupper() else environment_name(field)
     message = fault["msg"].removeprefix("Value error, ")
     # A URL may carry a password.
-    value = "" if name.endswith("_URL") else f" is {fault['input']!r}"
+    value = "" if name.endswith("_URL") else f" is {shown(fault['input'])}"
     return f"{name}{value}: {message[0].lower()}{message[1:]}"

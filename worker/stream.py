@@ -67,15 +67,24 @@ class Depth:
 
 
 def connect(url: str) -> "redis.Redis":
-    """A client that keeps trying for a few seconds when the server is away, and notices a dead connection."""
-    return redis.Redis.from_url(
-        url,
-        socket_connect_timeout=5,
-        socket_timeout=CLIENT_TIMEOUT_SECONDS,
-        health_check_interval=15,
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
-        retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
-    )
+    """A client that keeps trying for a few seconds when the server is away, and notices a dead connection.
+
+    Raises `StreamError` for what is no URL of a server.
+    """
+    try:
+        client = redis.Redis.from_url(
+            url,
+            socket_connect_timeout=5,
+            socket_timeout=CLIENT_TIMEOUT_SECONDS,
+            health_check_interval=15,
+            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
+            retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
+        )
+        client.connection_pool.make_connection()  # dials nobody, and sees every option
+    except (ValueError, TypeError, AttributeError) as error:
+        # What redis-py says of it may hold the password.
+        raise StreamError("it cannot be read; write it as redis://host:6379/0 or unix:///path/to.sock") from error
+    return client
 
 
 def connect_briefly(url: str) -> "redis.Redis":

@@ -10,6 +10,7 @@ from celery.utils.nodenames import worker_direct
 
 from db.errors import TweetscoreError
 from training import failpoint
+from worker import logs
 from worker.app import SCORING, TRAINING, app
 from worker.intake import record_refusal, submit_job
 from worker.lane import Lane, ScoringLane, TrainingLane
@@ -41,8 +42,9 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
         try:
             submit_job(lane.settings, lane.database, dataset, preset, options, self.request.id)
         except TweetscoreError as error:
-            record_refusal(lane.database, str(dataset), options, str(error), self.request.id)
-            log.warning("a job was refused: %s", error)
+            job = record_refusal(lane.database, str(dataset), options, str(error), self.request.id)
+            # Why, its row says: the reason quotes what was sent.
+            log.warning("job %d was refused; `tweetscore jobs show %d` says why", job.id, job.id)
     return lane.run()
 
 
@@ -101,6 +103,7 @@ def _end_lanes(**_: Any) -> None:
 @setup_logging.connect
 def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.keep_discreet()
     # Celery logs every nudge it receives and ends; the routes log what was done.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
