@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-SHOWN_CHARS = 60
-LISTED_CHARS = 160
+SHOWN_CHARS = 200
+LISTED_CHARS = 300
 
 
 class TweetscoreError(Exception):
