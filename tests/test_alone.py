@@ -81,7 +81,7 @@ def test_pushed_tweets_wait_in_the_stream_for_the_next_server(tweetscore: Run, s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "nothing.csv"], "there is no file nothing.csv"),
+        (["train", "nothing.csv"], "nothing.csv; name a CSV"),
         (["push", "nothing.jsonl"], "there is no file nothing.jsonl"),
         (["jobs", "show", "9"], "there is no job 9"),
         (["models", "promote", "9"], "there is no model 9"),

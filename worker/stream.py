@@ -81,7 +81,7 @@ def connect(url: str) -> "redis.Redis":
             retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
         )
         client.connection_pool.make_connection()  # dials nobody, and sees every option
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
         # What redis-py says of it may hold the password.
         raise StreamError("it cannot be read; write it as redis://host:6379/0 or unix:///path/to.sock") from error
     return client

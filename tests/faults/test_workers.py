@@ -50,7 +50,7 @@ def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) ->
     client.conf.update(task_serializer="pickle", accept_content=["pickle"])
     with worker(world.given, "score") as scorer:
         client.send_task("worker.tasks.score", queue="scoring")
-        scorer.says("Refusing to deserialize")
+        scorer.says("dropped a message that is no task of this worker")
         world.stream.publish([wire(1)])
         wait_until(lambda: world.predictions() == 1)
         assert scorer.process.poll() is None
