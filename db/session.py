@@ -47,7 +47,7 @@ def open_database(url: str) -> Database:
     """A `Database` for an SQLAlchemy URL; raises `DatabaseError` for one that is neither SQLite nor PostgreSQL."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise DatabaseError(
             "DATABASE_URL is no database URL; use sqlite:////path/file.db or postgresql://user@host/name"
         ) from error
@@ -66,7 +66,10 @@ def open_database(url: str) -> Database:
             return Database(engine)
         # A connection that died with a restarted server is replaced before use instead of failing a window.
         return Database(create_engine(parsed, pool_pre_ping=True, hide_parameters=True))
-    except NoSuchModuleError as error:
+    except (ImportError, ArgumentError, ValueError, TypeError, OSError) as error:
+        # NoSuchModuleError is an ArgumentError. The URL itself is not quoted: it may hold a password.
+        if not isinstance(error, NoSuchModuleError):
+            raise DatabaseError(f"DATABASE_URL cannot be opened ({type(error).__name__}); mend it") from error
         raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
 
 
