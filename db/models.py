@@ -43,8 +43,8 @@ class UtcDateTime(TypeDecorator[datetime]):
         return datetime.fromisoformat(value) if isinstance(value, str) else value.astimezone(UTC)
 
 
-# JSONB compares and indexes; SQLite keeps JSON as text.
-Json = JSON().with_variant(JSONB(), "postgresql")
+# JSONB compares and indexes; SQLite keeps JSON as text. What is not there is NULL, as in every other column.
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 class Base(DeclarativeBase):

@@ -102,6 +102,7 @@ class Stream:
         self._renew = client.register_script((scripts / "renew.lua").read_text(encoding="utf-8"))
         self._count = client.register_script((scripts / "count.lua").read_text(encoding="utf-8"))
         self._trim = client.register_script((scripts / "trim.lua").read_text(encoding="utf-8"))
+        self._group = client.register_script((scripts / "group.lua").read_text(encoding="utf-8"))
         self._sweep = client.register_script((scripts / "sweep.lua").read_text(encoding="utf-8"))
 
     # --- publishing
@@ -158,16 +159,7 @@ class Stream:
 
     def ensure_group(self) -> None:
         with _converted():
-            try:
-                self._redis.xgroup_create(self.key, self.group, id="0", mkstream=True)
-            except redis.ResponseError as error:
-                # A server without memory refuses before it looks whether the group is there.
-                full = isinstance(error, redis.OutOfMemoryError) and self._has_group()
-                if not full and not str(error).startswith("BUSYGROUP"):
-                    raise
-
-    def _has_group(self) -> bool:
-        return any(_text(group["name"]) == self.group for group in self._redis.xinfo_groups(self.key))
+            self._group(keys=[self.key], args=[self.group])
 
     def read(self, count: int, block_ms: int | None) -> list[Record]:
         """Up to `count` new records, at once when there are any; else wait up to `block_ms` for the first.

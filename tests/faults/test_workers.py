@@ -157,7 +157,6 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
 
 def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
     with embedded.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
-        own.stream.ensure_group()
         with pytest.raises(StreamFull) as full:
             own.stream.publish([wire(i, "長い雨" * 200) for i in range(4_000)])
         sent = 4_000 - len(full.value.rest)
