@@ -155,7 +155,9 @@ class System:
     def _set_environment(self, patch: pytest.MonkeyPatch) -> None:
         for name in [name for name in os.environ if name.startswith("TWEETSCORE_")] + ["REDIS_URL", "DATABASE_URL"]:
             patch.delenv(name, raising=False)
-        for name, value in {**self.environment, "TWEETSCORE_HOME": str(self.home)}.items():
+        store = str(self.artifact.absolute().parent)  # models are loaded from the store alone
+        places = {"TWEETSCORE_HOME": str(self.home), "TWEETSCORE_MODEL_STORE": store}
+        for name, value in {**self.environment, **places}.items():
             patch.setenv(name, value)
 
     def _start(self, stack: ExitStack) -> None:
