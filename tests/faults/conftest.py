@@ -1,5 +1,6 @@
 """A world to break: a home, a server, a database of each kind in turn, and the tiny model as champion."""
 
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -104,9 +105,11 @@ class World:
         return {epoch.epoch: epoch.valid_loss for epoch in found}
 
     def finishes(self, job_id: int, state: str = "succeeded", seconds: float = 90) -> TrainingJob:
-        """One healthy trainer brings the job to its end."""
-        with self.worker("train"):
+        """One healthy trainer brings the job to its end, and clears up behind it."""
+        with self.worker("train") as actor:
             self.ends(job_id, state, seconds)
+            actor.send(signal.SIGTERM)
+            actor.ended()
         return self.job(job_id)
 
     def ends(self, job_id: int, state: str, seconds: float = 90) -> TrainingJob:
