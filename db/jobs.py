@@ -113,9 +113,18 @@ def record_data(session: Session, job_id: int, token: int, sha256: str, report: 
     _write(session, job_id, token, {"dataset_sha256": sha256, "data_report": report})
 
 
-def record_step(session: Session, job_id: int, token: int, step: int, total_steps: int, loss: float | None) -> bool:
-    """Note how far a job is; a loss of None leaves the last one. Returns whether it has been asked to cancel."""
-    values = {"step": step, "total_steps": total_steps} | ({} if loss is None else {"loss": loss})
+def record_step(
+    session: Session,
+    job_id: int,
+    token: int,
+    step: int,
+    total_steps: int,
+    loss: float | None,
+    samples_per_second: float | None = None,
+) -> bool:
+    """Note how far a job is; a None leaves the last value. Returns whether it has been asked to cancel."""
+    values = {"step": step, "total_steps": total_steps, "loss": loss, "samples_per_second": samples_per_second}
+    values = {name: value for name, value in values.items() if value is not None}
     return _write(session, job_id, token, values)
 
 

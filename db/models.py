@@ -119,6 +119,7 @@ class TrainingJob(Base):
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     loss: Mapped[float | None]
+    samples_per_second: Mapped[float | None]
     submitted_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -140,7 +141,10 @@ class EpochMetric(Base):
 
 
 class ModelVersion(Base):
-    """A trained model: where its artifact lies, and the digest that proves it whole."""
+    """A trained model: where its artifact lies, and the digest that proves it whole.
+
+    One that was deleted has no artifact any more; its row stays for as long as others speak of it.
+    """
 
     __tablename__ = "model_versions"
 
@@ -154,6 +158,7 @@ class ModelVersion(Base):
     cleaner_version: Mapped[str]
     temperature: Mapped[float] = mapped_column(default=1.0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    deleted_at: Mapped[datetime | None]
 
 
 class ModelAlias(Base):

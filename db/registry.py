@@ -40,6 +40,16 @@ def of_job(session: Session, job_id: int) -> ModelVersion | None:
     return session.scalar(select(ModelVersion).where(ModelVersion.job_id == job_id))
 
 
+def revision_used(session: Session, base_model: str) -> str | None:
+    """The hub's commit of the first model that was trained on `base_model`: later ones are trained on the same."""
+    return session.scalar(
+        select(ModelVersion.base_revision)
+        .where(ModelVersion.base_model == base_model, ModelVersion.base_revision.is_not(None))
+        .order_by(ModelVersion.id)
+        .limit(1)
+    )
+
+
 def versions(session: Session) -> list[ModelVersion]:
     return list(session.scalars(select(ModelVersion).order_by(ModelVersion.id.desc())))
 

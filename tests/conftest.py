@@ -174,7 +174,8 @@ def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
     model = build_model(encoder, len(LABELS), config)
     folder = tmp_path_factory.mktemp("store") / "tiny"
     return SimpleNamespace(
-        folder=folder, sha256=save_artifact(folder, model, tokenizer, make_spec(LABELS, config, encoder, tokenizer))
+        folder=folder,
+        sha256=save_artifact(folder, model, tokenizer, make_spec(LABELS, model.config, encoder, tokenizer)),
     )
 
 

@@ -41,12 +41,11 @@ def random_rows(n: int, seed: int = 0) -> list[list[int]]:
 
 def artifact_of(model: Classifier, folder: Path) -> Artifact:
     """Saved and loaded again, with validation rows that a float32 forward has labelled."""
-    config = make_config("fast", pooling=model.pooling)
     tokenizer = load_tokenizer(STARTER_FOLDER)
     rows = random_rows(200)
     targets = np.zeros((len(rows), len(LABELS)), np.float32)
-    logits = predict(model, rows, targets, config, 32, tokenizer.pad_token_id, CPU).logits
-    spec = make_spec(LABELS, config, Encoder("tiny", STARTER_FOLDER), tokenizer)
+    logits = predict(model, rows, targets, model.config, 32, tokenizer.pad_token_id, CPU).logits
+    spec = make_spec(LABELS, model.config, Encoder("tiny", STARTER_FOLDER), tokenizer)
     save_artifact(folder, model, tokenizer, spec, make_reference(rows, logits))
     return load_artifact(folder)
 
@@ -54,7 +53,7 @@ def artifact_of(model: Classifier, folder: Path) -> Artifact:
 @pytest.fixture(scope="module")
 def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
-    torch.nn.init.normal_(model.classifier.weight, std=2.0)  # sure of what it says, as a trained one is
+    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # sure of what it says, as a trained one is
     return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
 
 
@@ -140,7 +139,7 @@ def test_models_of_other_shapes_are_served_and_agree(kind: str, tmp_path: Path) 
         "distilbert": lambda: DistilBertModel(DistilBertConfig(vocab_size=3100, dim=32, n_layers=2, n_heads=2)),
         "roberta": lambda: RobertaModel(RobertaConfig(**sizes, intermediate_size=64)),
     }[kind]()
-    made = artifact_of(Classifier(encoder, 32, len(LABELS), make_config("fast", pooling="mean")).eval(), tmp_path / "m")
+    made = artifact_of(Classifier(encoder, len(LABELS), make_config("fast", pooling="mean")).eval(), tmp_path / "m")
     _, choice = pick_engine(made, SHA, CPU, "openvino-float32")
     assert choice.engine == "openvino-float32", choice.trials
     assert choice.trials[0].mean_difference < 1e-4

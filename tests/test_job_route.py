@@ -20,9 +20,12 @@ from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, Test
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact, make_reference
+from training.checkpoint import Epoch
 from training.config import make_config
-from training.data import Split
+from training.data import Dataset, Split
+from training.evaluate import model_figures
 from training.job import run_next_job
+from training.outcome import Outcome
 from training.paths import file_sha256
 from training.register import register_model
 from training.workshop import Workshop
@@ -272,26 +275,22 @@ def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
     claim_again(database, job_id)
     loaded = load_artifact(tiny_artifact.folder)
     split = Split(["嬉しい"], np.array([[0, 0, 1]], dtype=np.float32), [2])
-    reference = make_reference([[2, 5, 3]], split.targets)
-    parts = (
-        loaded.model,
-        loaded.tokenizer,
-        replace(loaded.spec),
-        reference,
-        {("accuracy", ""): 1.0},
-        split,
-        split.targets,
-    )
+    figures = model_figures(split.targets, split.targets, 1.0, loaded.spec.labels, loaded.spec.config)
+    outcome = Outcome(
+        job_id, token, loaded.spec, "labelled.csv", "0" * 64, Dataset(loaded.spec.labels, split, split, split),
+        [Epoch(1, 0.1, 1e-3, 0.1, 1.0, 1.0, 0.1)], figures, split.targets,
+    )  # fmt: skip
+    parts = (loaded.model, loaded.tokenizer, make_reference([[2, 5, 3]], split.targets))
     with pytest.raises(LeaseLost):
-        register_model(database, job_id, token, workshop.model_store, *parts)
+        register_model(database, workshop.model_store, *parts, outcome)
     assert left_in(workshop.model_store) == []
     assert [count(database, table) for table in (ModelVersion, TestMetric, TestPrediction)] == [0, 0, 0]
     assert job_of(database, job_id).state == "running"
-    register_model(database, job_id, token + 1, workshop.model_store, *parts)
+    register_model(database, workshop.model_store, *parts, replace(outcome, fencing_token=token + 1))
     assert left_in(workshop.model_store) == [f"job-{job_id}-{token + 1}"]
     assert job_of(database, job_id).state == "succeeded"
     with database.begin() as session:
-        assert registry.metrics(session, registry.of_job(session, job_id).id) == {("accuracy", ""): 1.0}
+        assert registry.metrics(session, registry.of_job(session, job_id).id) == figures
 
 
 def test_a_job_whose_checkpoints_are_gone_starts_over_and_shows_no_epoch_twice(

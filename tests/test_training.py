@@ -41,8 +41,7 @@ class Bench:
     rows: dict[str, list[list[int]]]
     tokenizer: Any
 
-    def model(self, seed: int = 0) -> Classifier:
-        torch.manual_seed(seed)
+    def model(self) -> Classifier:
         return build_model(self.encoder, len(self.data.labels), self.config)
 
     def fit(
@@ -83,7 +82,7 @@ def small_bert(hidden_size: int, **options: Any) -> BertModel:
 
 
 def test_the_guides_head_is_768_384_96_24_and_the_labels() -> None:
-    head = Classifier(small_bert(768), 768, 3, make_config("guide")).classifier
+    head = Classifier(small_bert(768), 3, make_config("guide")).classifier
     linear = [(layer.in_features, layer.out_features) for layer in head if isinstance(layer, nn.Linear)]
     assert linear == [(768, 384), (384, 96), (96, 24), (24, 3)]
     assert [type(layer).__name__ for layer in head] == [
@@ -95,12 +94,12 @@ def test_the_guides_head_is_768_384_96_24_and_the_labels() -> None:
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
 def test_pooling_takes_what_it_names_and_padding_changes_nothing(pooling: str) -> None:
     torch.manual_seed(0)
-    model = Classifier(small_bert(16), 16, 2, make_config("fast", pooling=pooling)).eval()
+    model = Classifier(small_bert(16), 2, make_config("fast", pooling=pooling)).eval()
     rows = [[2, 7, 8, 9, 10, 3], [2, 11, 3]]
     with torch.inference_mode():
         together = model(*pad(rows, 0))
         alone = torch.cat([model(*pad([row], 0)) for row in rows])
-        output = model.encoder(*pad(rows[:1], 0))
+        output = model.bert(*pad(rows[:1], 0))
         pooled = {
             "pooler": output.pooler_output, "cls": output.last_hidden_state[:, 0],
             "mean": output.last_hidden_state.mean(1),
@@ -109,12 +108,15 @@ def test_pooling_takes_what_it_names_and_padding_changes_nothing(pooling: str) -
         assert torch.allclose(model.classifier(pooled), together[:1], atol=1e-6)
 
 
-def test_an_encoder_without_a_trained_pooler_is_refused_unless_another_pooling_is_asked_for(tmp_path: Path) -> None:
+def test_an_encoder_without_a_trained_pooler_is_pooled_by_its_mean_and_refused_if_the_pooler_is_asked_for(
+    tmp_path: Path,
+) -> None:
     small_bert(16, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
     encoder = Encoder("bare", tmp_path / "bare")
-    with pytest.raises(BadConfig, match="'bare' has no trained pooler; use --pooling mean or cls"):
-        build_model(encoder, 2, make_config("fast"))
-    assert build_model(encoder, 2, make_config("fast", pooling="mean")).pooling == "mean"
+    with pytest.raises(BadConfig, match="'bare' has no trained pooler; use --pooling auto, mean or cls"):
+        build_model(encoder, 2, make_config("fast", pooling="pooler"))
+    for preset in ("fast", "guide"):
+        assert build_model(encoder, 2, make_config(preset)).config.pooling == "mean"
 
 
 def test_a_max_length_beyond_the_encoder_is_refused(tiny_encoder: Path) -> None:
@@ -145,7 +147,7 @@ def test_the_loss_of_an_easy_set_falls_and_the_labels_are_learned(bench: Callabl
 
 def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tmp_path: Path) -> None:
     """Validation labels turned round: the better the training, the worse the figure."""
-    made = bench(pooling="mean", learning_rate=3e-3, epochs=4)
+    made = bench(pooling="mean", learning_rate=3e-3, epochs=4, precision="float32")
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     model = made.model()
     epochs = made.fit(model, tmp_path, valid=turned)
@@ -157,7 +159,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tm
 
 
 def stop_at(step: int, *, validating: bool) -> Hooks:
-    def on_step(at: int, total: int, loss: float | None) -> None:
+    def on_step(at: int, total: int, loss: float | None, rate: float | None) -> None:
         if at == step and validating == (loss is None):
             raise StopRequested
 
@@ -184,7 +186,7 @@ def test_a_stopped_run_goes_on_where_it_stood_to_the_result_of_an_unbroken_one(
         made.fit(made.model(), tmp_path / "broken", hooks=stop_at(step, validating=validating))
     seen: list[int] = []
     resumed = made.fit(
-        made.model(seed=99), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
+        made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
     )
     assert seen == [step]
     assert [epoch.epoch for epoch in resumed] == [1, 2, 3]
@@ -319,7 +321,7 @@ def test_an_artifact_gives_the_same_logits_as_the_model_that_was_saved(
     batch = pad(made.rows["train"][:9], 0)
     model(*batch)  # BatchNorm's statistics leave their start
     model.eval()
-    spec = make_spec(made.data.labels, made.config, made.encoder, made.tokenizer)
+    spec = make_spec(made.data.labels, model.config, made.encoder, made.tokenizer)
     sha256 = save_artifact(tmp_path / "store" / "a", model, made.tokenizer, spec)
     loaded = load_artifact(tmp_path / "store" / "a", sha256)
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
 tokenizer_config.json, ...       the tokenizer with its dictionary
 tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
+README.md, *.png                 the model card and its pictures
 reference.safetensors            validation rows as token ids, with the logits float32 weights give them
 SHA256SUMS                       the digest of every file above; its own digest is the artifact's
 """
@@ -10,7 +11,7 @@ SHA256SUMS                       the digest of every file above; its own digest 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from training import failpoint
@@ -30,7 +30,7 @@ from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.errors import BadArtifact, CannotSave
-from training.model import Classifier, empty_model, load_encoder_config
+from training.model import Classifier, empty_model, load_encoder_config, native_architecture
 from training.paths import file_sha256, sync_folder
 from training.text import load_tokenizer, mecab_dictionary
 
@@ -80,9 +80,21 @@ class Artifact:
     reference: Reference | None
 
 
-def make_spec(labels: list[str], config: TrainConfig, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> Spec:
+def make_spec(
+    labels: list[str],
+    config: TrainConfig,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float = 1.0,
+) -> Spec:
     return Spec(
-        labels, find_polarity(labels, config), config, encoder.name, encoder.revision, mecab_dictionary(tokenizer)
+        labels,
+        find_polarity(labels, config),
+        config,
+        encoder.name,
+        encoder.revision,
+        mecab_dictionary(tokenizer),
+        temperature=temperature,
     )
 
 
@@ -102,11 +114,13 @@ def save_artifact(
     tokenizer: PreTrainedTokenizerBase,
     spec: Spec,
     reference: Reference | None = None,
+    describe: Callable[[Path], None] = lambda draft: None,
 ) -> str:
-    """Write the artifact beside its place, then rename it there. Returns its sha256; raises `CannotSave`."""
-    encoder_config: Any = model.encoder.config
-    encoder_config.id2label = dict(enumerate(spec.labels))
-    encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
+    """Write the artifact beside its place, then rename it there. Returns its sha256; raises `CannotSave`.
+
+    `describe` may put files of its own into the folder before it is sealed.
+    """
+    encoder_config = _described(model, spec)
     written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
     with drafted(folder) as draft:
         encoder_config.save_pretrained(str(draft))
@@ -115,11 +129,24 @@ def save_artifact(
         (draft / SPEC).write_text(json.dumps(written, ensure_ascii=False, indent=2), encoding="utf-8")
         if reference is not None:
             save_arrays(_pack(reference), str(draft / REFERENCE))
+        describe(draft)
     return file_sha256(folder / SUMS)
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def _described(model: Classifier, spec: Spec) -> Any:
+    """The configuration by which plain transformers load the folder and name its labels."""
+    encoder_config = model.encoder_config
+    encoder_config.id2label = dict(enumerate(spec.labels))
+    encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
+    several = spec.config.task == "multi_label"
+    encoder_config.problem_type = f"{'multi' if several else 'single'}_label_classification"
+    if spec.config.head == "linear" and spec.config.pooling in ("native", "pooler"):
+        encoder_config.architectures = [native_architecture(encoder_config)]
+    return encoder_config
+
+
+def save_weights(path: Path, model: Classifier) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     save_file(state, str(path), metadata={"format": "pt"})
 
 
@@ -209,7 +236,7 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
             raise BadArtifact(f"{folder} has an artifact format this version does not read; upgrade tweetscore")
         spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
         model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
-        model.load_state_dict(load_file(str(folder / WEIGHTS)))
+        model.network.load_state_dict(load_file(str(folder / WEIGHTS)))
         reference = _load_reference(folder / REFERENCE)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadArtifact(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

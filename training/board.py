@@ -1,29 +1,23 @@
-"""TensorBoard: the guide's loss scalar, predictions-vs-actuals figure and graph. Knows figures, not how they came."""
+"""TensorBoard: a run's scalars, figures, hyper-parameters and graph, in one folder."""
 
 import logging
-import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import matplotlib as mpl
-import matplotlib_fontja  # noqa: F401 - draws Japanese labels as glyphs
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from training import plots
 from training.batches import pad
-from training.evaluate import choose, label_text
+from training.config import TrainConfig
+from training.data import Split
+from training.evaluate import Floats
 from training.model import Classifier
 
 log = logging.getLogger(__name__)
-mpl.use("Agg")
-
-ROWS_SHOWN = 8
-TEXT_SHOWN = 40
 
 
 class Board:
@@ -40,13 +34,32 @@ class Board:
     ) -> None:
         self._writer.close()
 
-    def step(self, step: int, loss: float) -> None:
+    def step(self, step: int, loss: float, learning_rate: float) -> None:
         self._writer.add_scalar("training loss", loss, step)
+        self._writer.add_scalar("learning rate", learning_rate, step)
 
-    def epoch(self, step: int, figures: dict[str, float], figure: Figure) -> None:
+    def epoch(
+        self, step: int, figures: Mapping[str, float], valid: Split, said: Floats, labels: list[str], task: str
+    ) -> None:
+        """`figures` by name, and pictures of what was `said` (N, K) of the validation rows."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.add_figure("predictions vs. actuals", figure, global_step=step)
+        pictures = {
+            "predictions vs. actuals": plots.predictions(valid.texts, valid.targets, said, labels, task),
+            "confusion": plots.confusion(valid.targets, said, labels, task),
+        }
+        for name, figure in pictures.items():
+            self._writer.add_figure(name, figure, global_step=step)
+
+    def hparams(self, config: TrainConfig, best: Mapping[str, float]) -> None:
+        """The run's line in the table that compares runs."""
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in config.model_dump(mode="json").items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._writer.add_hparams(values, {f"best/{name}": value for name, value in best.items()}, run_name=".")
 
     def graph(self, model: Classifier, row: Sequence[int], pad_id: int, device: torch.device) -> None:
         ids, mask = pad([row, row], pad_id)
@@ -58,25 +71,3 @@ class Board:
         except RuntimeError as error:
             # Tracing fails on some encoders; the run is no worse for lacking a picture of itself.
             log.warning("the graph could not be drawn: %s", str(error).splitlines()[0])
-
-
-def predictions_figure(
-    texts: Sequence[str], targets: np.ndarray, probabilities: np.ndarray, labels: list[str], task: str
-) -> Figure:
-    """The first validation rows: text, predicted label with its percentage, actual label; green when right, or red."""
-    shown = min(ROWS_SHOWN, len(texts))
-    chosen = choose(probabilities[:shown], task)
-    figure = Figure(figsize=(8, 0.62 * shown + 0.2))
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.98)
-    for i in range(shown):
-        axes = figure.add_subplot(shown, 1, i + 1, xticks=[], yticks=[])
-        axes.set_axis_off()
-        predicted, actual = label_text(chosen[i], labels) or "-", label_text(targets[i], labels) or "-"
-        # The Japanese font has no emoji: they would be drawn as boxes.
-        text = "".join(char for char in texts[i] if unicodedata.category(char) not in ("So", "Cf", "Cn", "Mn"))
-        text = text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + "…"
-        color = "green" if predicted == actual else "red"
-        percent = 100 * float(probabilities[i].max())
-        axes.text(0, 0.62, text.replace("$", r"\$"), va="center", fontsize=11)
-        axes.text(0, 0.12, f"{predicted}, {percent:.1f}%  (label: {actual})", va="center", color=color, fontsize=10)
-    return figure

@@ -15,14 +15,27 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from training.artifact import WEIGHTS, drafted, save_weights, verify
 from training.errors import BadArtifact
+from training.model import Classifier
 
 log = logging.getLogger(__name__)
 
 NEWEST_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step."""
+
+    epoch: int
+    train_loss: float
+    learning_rate: float
+    valid_loss: float
+    valid_accuracy: float
+    valid_f1_macro: float
+    seconds: float
 
 
 @dataclass
@@ -43,7 +56,7 @@ class Progress:
 class RunState:
     """What a checkpoint holds: everything that decides the next step."""
 
-    model: nn.Module
+    model: Classifier
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Progress
@@ -74,7 +87,7 @@ class Checkpoints:
         self._prune()
         return place
 
-    def save_best(self, epoch: int, model: nn.Module) -> str:
+    def save_best(self, epoch: int, model: Classifier) -> str:
         """Keep an epoch's weights; returns the name a checkpoint refers to them by. Raises `CannotSave`."""
         place = self.folder / f"best-{epoch:04d}-{self._writer:04d}"
         with drafted(place) as draft:
@@ -93,7 +106,7 @@ class Checkpoints:
             except (BadArtifact, TypeError) as error:  # the latter of fields that another version wrote
                 log.warning("checkpoint %s cannot be used, trying the one before: %s", place.name, error)
                 continue
-            state.model.load_state_dict(load_file(str(place / WEIGHTS)))
+            state.model.network.load_state_dict(load_file(str(place / WEIGHTS)))
             state.optimizer.load_state_dict(saved["optimizer"])
             state.scheduler.load_state_dict(saved["scheduler"])
             state.progress = progress
@@ -103,10 +116,10 @@ class Checkpoints:
             return True
         return False
 
-    def load_best(self, name: str, model: nn.Module) -> None:
+    def load_best(self, name: str, model: Classifier) -> None:
         """Raises `BadArtifact` when the weights are not as they were saved."""
         verify(self.folder / name)
-        model.load_state_dict(load_file(str(self.folder / name / WEIGHTS)))
+        model.network.load_state_dict(load_file(str(self.folder / name / WEIGHTS)))
 
     def _prune(self) -> None:
         """Keep the newest two checkpoints, and the best weights that they can name: those of the last two epochs that

@@ -22,7 +22,8 @@ class TrainConfig(BaseModel):
     polarity: dict[str, float] | None = None
 
     head: Literal["guide", "linear"] = "guide"
-    pooling: Literal["pooler", "mean", "cls"] = "pooler"
+    # `auto` is the architecture's own under a linear head (`native`), else its pooler, else the masked mean.
+    pooling: Literal["auto", "native", "pooler", "mean", "cls"] = "auto"
     loss: Literal["bce", "cross_entropy"] = "bce"
     dropout: float = Field(0.2, ge=0, lt=1)
     max_length: int = Field(200, ge=8, le=8192, description="tokens, special ones included")
@@ -41,7 +42,12 @@ class TrainConfig(BaseModel):
     schedule: Literal["step", "linear", "cosine", "constant"] = "step"
     step_gamma: float = Field(0.75, gt=0, le=1, description="factor of the step schedule, once an epoch")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps, linear and cosine only")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="batches of one optimizer step")
     max_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    class_weights: Literal["balanced"] | None = Field(None, description="in the training loss only")
+    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation macro-F1")
+    # Of what is computed; weights are float32. `auto` is bfloat16 where the device has it.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     baseline: bool = True
 
     @model_validator(mode="after")

@@ -17,6 +17,8 @@ STARTER_FOLDER = Path(__file__).parent / "starter"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # The organisation was renamed on the hub; the guide uses the old name.
 RENAMED = {"cl-tohoku/": "tohoku-nlp/"}
+# Commits that are known to be good. Any other repository is pinned by the first model that is trained on it.
+REVISIONS = {"tohoku-nlp/bert-base-japanese-v3": "65243d6e5629b969c77309f217bd7b1a79d43c7e"}
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.model"]
 
 
@@ -32,6 +34,7 @@ class Encoder:
 def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> Encoder:
     """Find or fetch a base model; raises `ModelUnavailable` with its name and the way out.
 
+    Of a hub repository without a `revision` the pinned one is taken, the newest where none is pinned.
     A name that looks like a path must lie inside `roots`: the name may come from anyone who can send a message.
     """
     if name == STARTER:
@@ -39,9 +42,15 @@ def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> E
     if looks_local(name):
         return Encoder(name, _local_folder(name, roots))
     check_hub_name(name)
+    name = present_name(name)
+    return _fetch(name, revision or REVISIONS.get(name))
+
+
+def present_name(name: str) -> str:
+    """A hub name as it is today."""
     for old, new in RENAMED.items():
         name = name.replace(old, new, 1) if name.startswith(old) else name
-    return _fetch(name, revision)
+    return name
 
 
 def check_hub_name(name: str) -> None:

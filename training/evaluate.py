@@ -1,28 +1,33 @@
-"""From a model and rows to figures: predict, metrics, confusion, and the baseline beside them."""
+"""From a model and rows to figures: predict, metrics with their intervals, confusion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
-from sklearn.multiclass import OneVsRestClassifier
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 from torch import Tensor, nn
 
 from training.batches import pad
+from training.calibrate import brier, calibration_error, log_loss
 from training.columns import MULTI_LABEL_SEPARATOR
 from training.config import TrainConfig
-from training.data import Split
 from training.model import Classifier
 
 Floats = NDArray[np.float32]
 Choices = NDArray[np.int64]
-# Regularisation strengths the baseline tries; the validation rows choose.
-BASELINE_C = (1.0, 10.0, 100.0)
+Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
+
+RESAMPLES = 1_000
+RESAMPLES_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,18 @@ class Predictions:
     loss: float
 
 
-def loss_function(config: TrainConfig) -> nn.Module:
-    """Mean over rows; takes logits (B, K) and targets (B, K). The guide's is binary cross-entropy on every column."""
-    return nn.BCEWithLogitsLoss() if config.loss == "bce" else nn.CrossEntropyLoss()
+def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Module:
+    """Mean over rows; takes logits (B, K) and targets (B, K). The guide's is binary cross-entropy on every column.
+
+    With `class_weights: balanced`, and the targets (N, K) it is to train on, each label counts as much as any other:
+    cross-entropy weighs a row by N / (K * its label's rows), binary cross-entropy a label's rows against the others.
+    """
+    weights = None
+    if config.class_weights == "balanced" and targets is not None:
+        rows_of_label = targets.sum(axis=0).clip(min=1)
+        others = len(targets) / targets.shape[1] if config.loss == "cross_entropy" else len(targets) - rows_of_label
+        weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
+    return nn.BCEWithLogitsLoss(pos_weight=weights) if config.loss == "bce" else nn.CrossEntropyLoss(weight=weights)
 
 
 def to_probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
@@ -82,8 +96,8 @@ def predict(
     return Predictions(gathered.numpy(), probabilities, loss / len(rows))
 
 
-def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> dict[tuple[str, str], float]:
-    """Figures by (metric, label), the label empty for the whole split.
+def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:
+    """What counts the decisions.
 
     Of a single label micro-F1 equals accuracy, by definition; both are given because both are asked for.
     """
@@ -96,6 +110,60 @@ def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str
     per_label = precision_recall_fscore_support(truth, chosen, average=None, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), per_label, strict=True):
         figures |= {(name, label): float(value) for label, value in zip(labels, values, strict=True)}
+    return figures
+
+
+def model_figures(
+    targets: Floats, logits: Floats, temperature: float, labels: list[str], config: TrainConfig
+) -> Figures:
+    """Everything that is said of a model on its test rows; `targets` and `logits` (N, K).
+
+    All but `ece_uncalibrated` are of the probabilities at `temperature`, which are those that scoring gives.
+    """
+    raw, calibrated = (to_probabilities(torch.from_numpy(logits), config.task, t).numpy() for t in (1.0, temperature))
+    figures = metrics(targets, calibrated, labels, config.task)
+    figures |= intervals(targets, choose(calibrated, config.task), config.seed)
+    figures |= ranking(targets, calibrated, labels)
+    figures["log_loss", ""] = log_loss(targets, calibrated, config.task)
+    figures["brier", ""] = brier(targets, calibrated, config.task)
+    figures["ece_uncalibrated", ""] = calibration_error(targets, raw, config.task)
+    figures["ece", ""] = calibration_error(targets, calibrated, config.task)
+    return figures
+
+
+def intervals(targets: Floats, chosen: Choices, seed: int) -> Figures:
+    """95 % intervals of accuracy and macro-F1 by the percentile bootstrap: rows drawn anew, with replacement."""
+    truth = targets.astype(np.float64)
+    decided = chosen.astype(np.float64)
+    exact = (targets == chosen).all(axis=1).astype(np.float64)
+    rows, generator = len(targets), np.random.default_rng(seed)
+    accuracies, f1s = [], []
+    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
+        # How often each row was drawn, a resample a line: (B, N).
+        drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES_AT_ONCE).astype(np.float64)
+        hits, said, there = drawn @ (truth * decided), drawn @ decided, drawn @ truth
+        f1s.append((2 * hits / np.maximum(said + there, 1)).mean(axis=1))
+        accuracies.append(drawn @ exact / rows)
+    figures: Figures = {}
+    for name, values in (("accuracy", accuracies), ("f1_macro", f1s)):
+        low, high = np.percentile(np.concatenate(values), (2.5, 97.5))
+        figures |= {(f"{name}_low", ""): float(low), (f"{name}_high", ""): float(high)}
+    return figures
+
+
+def ranking(targets: Floats, probabilities: Floats, labels: list[str]) -> Figures:
+    """ROC-AUC and average precision of each label against the rest, and their means; none of a label that every test
+    row has, or none."""
+    figures: Figures = {}
+    for name, measure in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
+        values = {
+            label: float(measure(targets[:, k], probabilities[:, k]))
+            for k, label in enumerate(labels)
+            if 0 < targets[:, k].sum() < len(targets)
+        }
+        figures |= {(name, label): value for label, value in values.items()}
+        if values:
+            figures[name, ""] = float(np.mean(list(values.values())))
     return figures
 
 
@@ -118,25 +186,3 @@ def certainty(probabilities: Floats, chosen: Choices, task: str) -> Floats:
         decided: Floats = np.where(chosen == 1, probabilities, 1 - probabilities)
         return np.asarray(decided.min(axis=1))
     return np.asarray(probabilities.max(axis=1))
-
-
-def tfidf_baseline(train: Split, valid: Split, test: Split, task: str) -> Floats:
-    """Test probabilities (N, K) of TF-IDF over characters (1 to 4) with logistic regression, C by validation macro-F1.
-
-    What a model of a few seconds reaches on the same rows: a fine-tuned one should stand above it.
-    """
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True)
-    x_train = vectorizer.fit_transform(train.texts)
-    x_valid, x_test = vectorizer.transform(valid.texts), vectorizer.transform(test.texts)
-    best: tuple[float, Floats] | None = None
-    for strength in BASELINE_C:
-        model: Any = LogisticRegression(C=strength, max_iter=1000)
-        if task == "multi_label":
-            model = OneVsRestClassifier(model)
-        model.fit(x_train, train.targets if task == "multi_label" else train.targets.argmax(axis=1))
-        scored = np.asarray(model.predict_proba(x_valid), dtype=np.float32)
-        quality = float(f1_score(valid.targets, choose(scored, task), average="macro", zero_division=0))
-        if best is None or quality > best[0]:
-            best = (quality, np.asarray(model.predict_proba(x_test), dtype=np.float32))
-    assert best is not None  # noqa: S101 - BASELINE_C is not empty
-    return best[1]

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,21 @@ from transformers import get_scheduler
 
 from training import failpoint
 from training.batches import pad, shuffled_batches
-from training.board import Board, predictions_figure
-from training.checkpoint import Checkpoints, Progress, RunState
+from training.board import Board
+from training.checkpoint import Checkpoints, Epoch, Progress, RunState
 from training.config import TrainConfig
 from training.data import Split
 from training.errors import StopRequested
 from training.evaluate import loss_function, metrics, predict
-from training.model import Classifier
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step."""
-
-    epoch: int
-    train_loss: float
-    learning_rate: float
-    valid_loss: float
-    valid_accuracy: float
-    valid_f1_macro: float
-    seconds: float
+from training.model import Classifier, half_precision
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Called after every step (step, total steps, loss) and every epoch. `on_step` may raise to stop the run."""
+    """Called after every step (step, total steps, loss, samples a second) and epoch. `on_step` may raise to stop."""
 
     on_resume: Callable[[Progress], None] = lambda progress: None
-    on_step: Callable[[int, int, float | None], None] = lambda step, total, loss: None
+    on_step: Callable[[int, int, float | None, float | None], None] = lambda step, total, loss, rate: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
 
 
@@ -72,51 +59,59 @@ def fit(
     model.to(device)
     targets = torch.from_numpy(train.targets)
     lengths = [len(row) for row in train_rows]
-    # How rows are grouped depends on the lengths alone, so every epoch has as many batches as the first.
-    steps_per_epoch = len(shuffled_batches(lengths, config.train_batch_size, config.seed))
+    # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
+    steps_per_epoch = len(_steps(lengths, config, epoch=0))
     total_steps = steps_per_epoch * config.epochs
     optimizer = build_optimizer(model, config)
     run = RunState(model, optimizer, build_scheduler(optimizer, config, steps_per_epoch), Progress())
     checkpoints.restore(run)
     at = run.progress
     hooks.on_resume(at)
-    loss_of = loss_function(config)
-    half_precision = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    loss_of = loss_function(config, train.targets).to(device)
+    # The weights stay float32; what a forward and a backward compute is bfloat16 where that is as good and faster.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, config.precision))
 
-    def look_up(loss: float | None = None) -> None:
+    def look_up(loss: float | None = None, samples_per_second: float | None = None) -> None:
         try:
-            hooks.on_step(at.step, total_steps, loss)
+            hooks.on_step(at.step, total_steps, loss, samples_per_second)
         except StopRequested:
             checkpoints.save(run)
             raise
 
     with Board(board_folder, at.step) as board:
         look_up()
-        while at.epoch <= config.epochs:
-            started = time.monotonic()
+        while at.epoch <= config.epochs and not out_of_patience(at.history, config):
+            started, trained = time.monotonic(), 0
             model.train()
-            batches = shuffled_batches(lengths, config.train_batch_size, config.seed + at.epoch)
-            for index in batches[at.batch :]:
-                ids, mask = pad([train_rows[i] for i in index], pad_id)
-                with torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
-                    logits = model(ids.to(device), mask.to(device))
-                    loss = loss_of(logits.float(), targets[index].to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+            for batches in _steps(lengths, config, at.epoch)[at.batch :]:
+                rows_of_step = sum(map(len, batches))
+                value = 0.0
+                for index in batches:
+                    ids, mask = pad([train_rows[i] for i in index], pad_id)
+                    with autocast:
+                        logits = model(ids.to(device), mask.to(device))
+                    # Each row weighs the same, in whichever of the step's batches it stands.
+                    loss = loss_of(logits.float(), targets[index].to(device)) * (len(index) / rows_of_step)
+                    loss.backward()
+                    value += loss.item()
                 if config.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 at.learning_rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
                 run.scheduler.step()
-                value = loss.item()
-                at.loss_sum += value * len(index)
+                at.loss_sum += value * rows_of_step
                 at.batch += 1
                 at.step += 1
-                board.step(at.step, value)
+                trained += rows_of_step
+                board.step(at.step, value, at.learning_rate)
                 failpoint.passing("stepped")
-                look_up(value)
+                look_up(value, trained / (time.monotonic() - started))
 
-            scored = predict(model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device, look_up)
+            with autocast:
+                scored = predict(
+                    model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device, look_up
+                )
             figures = metrics(valid.targets, scored.probabilities, labels, config.task)
             failpoint.passing("validated")
             epoch = Epoch(
@@ -135,23 +130,37 @@ def fit(
             at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
             checkpoints.save(run)
             failpoint.passing("checkpointed")
-            board.epoch(
-                at.step,
-                {
-                    "learning rate": at.learning_rate,
-                    "epoch loss": epoch.train_loss,
-                    "validation loss": epoch.valid_loss,
-                    "validation accuracy": epoch.valid_accuracy,
-                    "validation f1 macro": epoch.valid_f1_macro,
-                },
-                predictions_figure(valid.texts, valid.targets, scored.probabilities, labels, config.task),
-            )
+            shown = {
+                "epoch loss": epoch.train_loss,
+                "validation loss": epoch.valid_loss,
+                "validation accuracy": epoch.valid_accuracy,
+                "validation f1 macro": epoch.valid_f1_macro,
+            }
+            board.epoch(at.step, shown, valid, scored.probabilities, labels, config.task)
             hooks.on_epoch(epoch)
+        if at.epoch <= config.epochs:  # stopped early: no more steps are to come
+            hooks.on_step(at.step, at.step, None, None)
         assert at.best is not None  # noqa: S101 - the first epoch is better than none
         checkpoints.load_best(at.best, model)
         model.eval()
         board.graph(model, train_rows[0], pad_id, device)
+        board.hparams(config, max(at.history, key=lambda figures: figures["valid_f1_macro"]))
     return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]
+
+
+def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
+    """One epoch's optimizer steps, each a few batches of row numbers."""
+    batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)
+    together = config.gradient_accumulation_steps
+    return [batches[i : i + together] for i in range(0, len(batches), together)]
+
+
+def out_of_patience(history: Sequence[Mapping[str, float]], config: TrainConfig) -> bool:
+    """Whether the best epoch lies `early_stopping_patience` epochs back."""
+    if config.early_stopping_patience is None or not history:
+        return False
+    quality = [epoch["valid_f1_macro"] for epoch in history]
+    return len(quality) - 1 - quality.index(max(quality)) >= config.early_stopping_patience
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

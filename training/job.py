@@ -12,23 +12,26 @@ from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
 
-from db import jobs
+from db import jobs, registry
 from db.errors import LeaseLost, TweetscoreError
 from db.models import EpochMetric, TrainingJob
 from db.session import Database
 from training import failpoint
 from training.artifact import make_reference, make_spec
-from training.checkpoint import Checkpoints, Progress
-from training.config import TrainConfig, make_config
+from training.baselines import baselines
+from training.calibrate import fit_temperature
+from training.checkpoint import Checkpoints, Epoch, Progress
+from training.config import make_config
 from training.data import Split, find_dataset, read_rows, split_rows
-from training.encoders import resolve_encoder
+from training.encoders import present_name, resolve_encoder
 from training.errors import BadDataset, Cancelled, StopRequested
-from training.evaluate import metrics, predict, tfidf_baseline
-from training.fit import Epoch, Hooks, fit
+from training.evaluate import Floats, model_figures, predict
+from training.fit import Hooks, fit
 from training.lease import Lease
 from training.model import build_model, pick_device
+from training.outcome import Outcome
 from training.paths import file_sha256
-from training.register import Figures, register_model
+from training.register import register_model
 from training.text import TextEncoder, load_tokenizer
 from training.workshop import Workshop
 
@@ -77,13 +80,15 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     config = make_config("guide", **job.config)
 
     dataset = _open_dataset(job, workshop.read_roots)
-    data = split_rows(read_rows(dataset), config)
+    data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
     with database.begin() as session:
-        jobs.record_data(session, job.id, lease.token, file_sha256(dataset), data.report)
+        jobs.record_data(session, job.id, lease.token, sha256, data.report)
     failpoint.passing("split")
     lease.check()
 
-    encoder = resolve_encoder(config.base_model, config.base_revision, workshop.read_roots)
+    with database.read() as session:
+        pinned = registry.revision_used(session, present_name(config.base_model))
+    encoder = resolve_encoder(config.base_model, config.base_revision or pinned, workshop.read_roots)
     tokenizer = load_tokenizer(encoder.folder)
     encode = TextEncoder(tokenizer)
     rows = {
@@ -92,9 +97,10 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     }
     device = pick_device(workshop.device)
     model = build_model(encoder, len(data.labels), config)
+    config = model.config  # its pooling settled for this encoder
     lease.check()
 
-    fit(
+    history = fit(
         model,
         data.train,
         data.valid,
@@ -109,20 +115,22 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         hooks=_hooks(database, lease),
     )
 
-    pad_id, batch_size = tokenizer.pad_token_id, config.test_batch_size
-    scored = predict(model, rows["test"], data.test.targets, config, batch_size, pad_id, device, lease.check)
-    figures = metrics(data.test.targets, scored.probabilities, data.labels, config.task)
-    figures |= _baseline(data.train, data.valid, data.test, data.labels, config)
+    def logits(part: str, split: Split) -> Floats:
+        batch_size, pad_id = config.test_batch_size, tokenizer.pad_token_id
+        return predict(model, rows[part], split.targets, config, batch_size, pad_id, device, lease.check).logits
+
+    valid, tested = logits("valid", data.valid), logits("test", data.test)
+    temperature = fit_temperature(valid, data.valid.targets, config.task)
+    figures = model_figures(data.test.targets, tested, temperature, data.labels, config)
+    if config.baseline:
+        figures |= baselines(data, config.task)
     failpoint.passing("evaluated")
     lease.check()
 
-    spec = make_spec(data.labels, config, encoder, tokenizer)
-    valid = predict(model, rows["valid"], data.valid.targets, config, batch_size, pad_id, device, lease.check)
-    reference = make_reference(rows["valid"], valid.logits)
-    store, said = workshop.model_store, scored.probabilities
-    return register_model(
-        database, job.id, lease.token, store, model, tokenizer, spec, reference, figures, data.test, said
-    )
+    spec = make_spec(data.labels, config, encoder, tokenizer, temperature)
+    reference = make_reference(rows["valid"], valid)
+    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, history, figures, tested)
+    return register_model(database, workshop.model_store, model, tokenizer, reference, outcome)
 
 
 def _open_dataset(job: TrainingJob, roots: Sequence[Path]) -> Path:
@@ -156,13 +164,6 @@ def _hooks(database: Database, lease: Lease) -> Hooks:
         failpoint.passing("recorded")
 
     return Hooks(on_resume, lease.step, on_epoch)
-
-
-def _baseline(train: Split, valid: Split, test: Split, labels: list[str], config: TrainConfig) -> Figures:
-    if not config.baseline:
-        return {}
-    figures = metrics(test.targets, tfidf_baseline(train, valid, test, config.task), labels, config.task)
-    return {(f"tfidf_{metric}", label): value for (metric, label), value in figures.items() if metric != "support"}
 
 
 def _finish(database: Database, lease: Lease, state: str, error: str | None) -> str | None:

@@ -37,6 +37,8 @@ class Lease:
         self._lost = threading.Event()
         self._done = threading.Event()
         self._wrote_at = 0.0
+        self._total_steps = 0
+        self._rate: float | None = None
         self._thread = threading.Thread(target=self._beat, name=f"lease-{job_id}", daemon=True)
 
     def __enter__(self) -> Self:
@@ -58,15 +60,16 @@ class Lease:
         if self._stopping.is_set():
             raise StopRequested
 
-    def step(self, step: int, total_steps: int, loss: float | None) -> None:
-        """Note how far the run is, then `check`. Most calls only look at the clock; the last step is always
-        noted."""
+    def step(self, step: int, total_steps: int, loss: float | None, samples_per_second: float | None = None) -> None:
+        """Note how far the run is, then `check`. Most calls only look at the clock; the last step, and another number
+        of steps to come, are always noted."""
         now = time.monotonic()
-        last = step == total_steps and loss is not None
-        if last or now - self._wrote_at >= PROGRESS_SECONDS:
-            self._wrote_at = now
+        due = (step == total_steps and loss is not None) or total_steps != self._total_steps
+        self._rate = samples_per_second or self._rate
+        if due or now - self._wrote_at >= PROGRESS_SECONDS:
+            self._wrote_at, self._total_steps = now, total_steps
             with self._database.begin() as session:
-                if jobs.record_step(session, self.job_id, self.token, step, total_steps, loss):
+                if jobs.record_step(session, self.job_id, self.token, step, total_steps, loss, self._rate):
                     self._cancelled.set()
         self.check()
 

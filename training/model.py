@@ -1,11 +1,13 @@
 """Encoder + head: build and forward. Knows token ids and logits, and nothing of texts, labels or files' digests."""
 
+from collections.abc import Callable
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from training.config import TrainConfig
@@ -15,14 +17,23 @@ from training.errors import BadConfig, ModelUnavailable
 transformers_logging.disable_progress_bar()  # ours are the only bars
 transformers_logging.set_verbosity_error()
 
+# What architectures call the dropout before their classifier.
+DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout")
+# Their first position is the one after the padding's.
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "luke", "longformer", "mpnet")
+
 
 class Classifier(nn.Module):
-    """Token ids -> logits. Parameters carry the names a Hugging Face sequence classifier gives them."""
+    """Token ids -> logits: an encoder under one of our heads, by pooled output, first token or masked mean.
 
-    def __init__(self, encoder: nn.Module, hidden_size: int, n_labels: int, config: TrainConfig) -> None:
+    `config` has its pooling settled: see `build_model`.
+    """
+
+    def __init__(self, encoder: nn.Module, n_labels: int, config: TrainConfig) -> None:
         super().__init__()
         self.prefix: str = encoder.base_model_prefix  # type: ignore[assignment]
-        self.pooling = config.pooling
+        self.config = config
+        hidden_size: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.add_module(self.prefix, encoder)
         if config.head == "guide":
             self.classifier: nn.Module = guide_head(hidden_size, n_labels, config.dropout)
@@ -33,23 +44,50 @@ class Classifier(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     @property
-    def encoder(self) -> nn.Module:
-        return self.get_submodule(self.prefix)
+    def network(self) -> nn.Module:
+        """Whose parameters an artifact holds, by their names."""
+        return self
+
+    @property
+    def encoder_config(self) -> Any:
+        return self.get_submodule(self.prefix).config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`input_ids` and `attention_mask` (B, T) int64 -> logits (B, K).
 
         Token type ids are left to the encoder: a tweet is one segment, and its default, all zero, is the same.
         """
-        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        if self.pooling == "pooler":
+        output = self.get_submodule(self.prefix)(input_ids=input_ids, attention_mask=attention_mask)
+        if self.config.pooling == "pooler":
             pooled = output.pooler_output  # (B, H)
-        elif self.pooling == "cls":
+        elif self.config.pooling == "cls":
             pooled = output.last_hidden_state[:, 0]
         else:
             mask = attention_mask.unsqueeze(-1).to(output.last_hidden_state.dtype)  # (B, T, 1)
             pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
         logits: Tensor = self.classifier(self.dropout(pooled) if hasattr(self, "dropout") else pooled)
+        return logits
+
+
+class NativeClassifier(Classifier):
+    """A Hugging Face sequence classifier, whose head and pooling are those of its architecture."""
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.add_module("hugging_face", network)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.get_submodule("hugging_face")
+
+    @property
+    def encoder_config(self) -> Any:
+        return self.network.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `Classifier.forward`."""
+        logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
 
 
@@ -73,37 +111,86 @@ def guide_head(hidden_size: int, n_labels: int, dropout: float) -> nn.Sequential
 def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classifier:
     """A pretrained encoder under a fresh head, the same for the same seed, in float32 whatever the file keeps.
 
-    Raises `ModelUnavailable` when the weights cannot be loaded, `BadConfig` when the encoder has no trained pooler and
-    `pooling` asks for it.
+    With `pooling: auto` a linear head is the architecture's own (`native`), which plain transformers load. An encoder
+    without a trained pooler is pooled by its masked mean. `Classifier.config` says what became of it.
+
+    Raises `ModelUnavailable` when the weights cannot be loaded, `BadConfig` when it cannot be pooled as wanted.
     """
     torch.manual_seed(config.seed)
-    try:
-        loaded, info = AutoModel.from_pretrained(
-            str(encoder.folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+    encoder_config = _readable(encoder, load_encoder_config, str(encoder.folder))
+    _check_length(encoder_config, config)
+    has_native = type(encoder_config) in AutoModelForSequenceClassification._model_mapping
+    if config.pooling == "native" and not (has_native and config.head == "linear"):
+        raise BadConfig("pooling 'native' is that of a linear head whose architecture has one; use auto, mean or cls")
+    if config.pooling == "native" or (config.pooling == "auto" and config.head == "linear" and has_native):
+        _describe(encoder_config, n_labels, config)
+        loaded, lacks_pooler = _load(AutoModelForSequenceClassification, encoder, encoder_config)
+        if not lacks_pooler or config.pooling == "native":
+            return NativeClassifier(loaded, config.model_copy(update={"pooling": "native"}))
+        loaded = loaded.base_model
+    else:
+        loaded, lacks_pooler = _load(AutoModel, encoder, encoder_config)
+    lacks_pooler = lacks_pooler or getattr(loaded, "pooler", None) is None
+    if lacks_pooler and config.pooling == "pooler":
+        raise BadConfig(f"base model {encoder.name!r} has no trained pooler; use --pooling auto, mean or cls")
+    pooling = config.pooling if config.pooling != "auto" else "mean" if lacks_pooler else "pooler"
+    return Classifier(loaded, n_labels, config.model_copy(update={"pooling": pooling}))
+
+
+def _load(kind: Any, encoder: Encoder, encoder_config: PretrainedConfig) -> tuple[Any, bool]:
+    """The weights under a class of transformers, and whether it has a pooler that was never trained."""
+    loaded, info = _readable(
+        encoder,
+        kind.from_pretrained,
+        str(encoder.folder),
+        config=encoder_config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    # What lies outside the encoder is the head, which is to be fresh.
+    prefix = "" if kind is AutoModel else f"{loaded.base_model_prefix}."
+    missing = [key for key in info["missing_keys"] if key.startswith(prefix)]
+    lost = [key for key in missing if "pooler" not in key]
+    if lost:
+        raise ModelUnavailable(
+            f"base model {encoder.name!r} cannot be loaded: {len(lost)} weights are missing ({lost[0]}, …); "
+            "fetch or save it again"
         )
+    return loaded, bool(missing)
+
+
+def _readable(encoder: Encoder, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return read(*arguments, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelUnavailable(
             f"base model {encoder.name!r} cannot be loaded ({str(error).splitlines()[0]}); fetch or save it again"
         ) from error
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise ModelUnavailable(
-            f"base model {encoder.name!r} cannot be loaded: {len(missing)} weights are missing ({missing[0]}, …); "
-            "fetch or save it again"
-        )
-    if config.pooling == "pooler" and (_lacks_pooler(loaded) or any("pooler" in k for k in info["missing_keys"])):
-        raise BadConfig(f"base model {encoder.name!r} has no trained pooler; use --pooling mean or cls")
-    _check_length(loaded.config, config)
-    return Classifier(loaded, loaded.config.hidden_size, n_labels, config)
+
+
+def _describe(encoder_config: Any, n_labels: int, config: TrainConfig) -> None:
+    """Tell an encoder's configuration of the head it is to get."""
+    encoder_config.num_labels = n_labels
+    for name in DROPOUTS:
+        if hasattr(encoder_config, name):
+            setattr(encoder_config, name, config.dropout)
 
 
 def empty_model(encoder_config: PretrainedConfig, n_labels: int, config: TrainConfig) -> Classifier:
-    """The same architecture with no pretrained weights, to load a saved state into."""
-    return Classifier(AutoModel.from_config(encoder_config), encoder_config.hidden_size, n_labels, config)
+    """The same architecture with no pretrained weights, to load a saved state into. `config.pooling` is settled."""
+    if config.pooling == "auto":
+        raise ValueError("its pooling is not settled")
+    if config.pooling == "native":
+        return NativeClassifier(AutoModelForSequenceClassification.from_config(encoder_config), config)
+    return Classifier(AutoModel.from_config(encoder_config), n_labels, config)
+
+
+def native_architecture(encoder_config: PretrainedConfig) -> str | None:
+    """The name of the sequence classifier that transformers have for this configuration, None where they have none."""
+    mapping: Any = AutoModelForSequenceClassification._model_mapping
+    return str(mapping[type(encoder_config)].__name__) if type(encoder_config) in mapping else None
 
 
 def load_encoder_config(folder: str) -> PretrainedConfig:
@@ -122,11 +209,21 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def _lacks_pooler(encoder: nn.Module) -> bool:
-    return getattr(encoder, "pooler", None) is None
+def half_precision(device: torch.device, precision: str) -> bool:
+    """Whether to compute in bfloat16: `auto` does where the device has it, since emulated it is slower than float32."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _check_length(encoder_config: PretrainedConfig, config: TrainConfig) -> None:
+def _check_length(encoder_config: Any, config: TrainConfig) -> None:
     longest = getattr(encoder_config, "max_position_embeddings", None)
+    if longest is not None and encoder_config.model_type in COUNT_FROM_PADDING:
+        longest -= encoder_config.pad_token_id + 1
     if longest is not None and config.max_length > longest:
         raise BadConfig(f"max_length is {config.max_length}; this base model takes at most {longest} tokens")

@@ -10,34 +10,29 @@ from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
 from training import failpoint
-from training.artifact import Reference, Spec, save_artifact
-from training.data import Split
-from training.evaluate import Floats, certainty, choose, confusion, label_text
+from training.artifact import Reference, save_artifact
+from training.card import write_card
+from training.evaluate import certainty, choose, confusion, label_text
 from training.model import Classifier
-
-Figures = dict[tuple[str, str], float]
+from training.outcome import Outcome
 
 
 def register_model(
     database: Database,
-    job_id: int,
-    token: int,
     store: Path,
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
-    spec: Spec,
     reference: Reference,
-    figures: Figures,
-    test: Split,
-    probabilities: Floats,
+    outcome: Outcome,
 ) -> int:
     """Store the model and finish its job in one transaction. Returns the version id.
 
     Raises `LeaseLost`, and leaves no artifact, when somebody claimed the job with a newer fencing token.
     """
+    job_id, token, spec = outcome.job_id, outcome.fencing_token, outcome.spec
     # The token is part of the name: a stale trainer that wakes late cannot write over its successor's artifact.
     folder = store / f"job-{job_id}-{token}"
-    sha256 = save_artifact(folder, model, tokenizer, spec, reference)
+    sha256 = save_artifact(folder, model, tokenizer, spec, reference, lambda draft: write_card(draft, outcome))
     try:
         failpoint.passing("artifact")
         with database.begin() as session:
@@ -55,9 +50,12 @@ def register_model(
             registry.add_version(
                 session,
                 version,
-                [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures.items()],
-                _confusion_rows(spec, test, probabilities),
-                prediction_rows(spec, test, probabilities),
+                [
+                    {"metric": metric, "label": label, "value": value}
+                    for (metric, label), value in outcome.figures.items()
+                ],
+                _confusion_rows(outcome),
+                _prediction_rows(outcome),
             )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,14 +68,15 @@ def register_model(
     return version.id
 
 
-def _confusion_rows(spec: Spec, test: Split, probabilities: Floats) -> list[dict[str, Any]]:
-    if spec.config.task == "multi_label":
+def _confusion_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    if outcome.spec.config.task == "multi_label":
         return []  # no row has one actual and one predicted label
-    counts = confusion(test.targets, probabilities, spec.labels)
+    counts = confusion(outcome.data.test.targets, outcome.probabilities, outcome.spec.labels)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
-def prediction_rows(spec: Spec, test: Split, probabilities: Floats) -> list[dict[str, Any]]:
+def _prediction_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    spec, test, probabilities = outcome.spec, outcome.data.test, outcome.probabilities
     chosen = choose(probabilities, spec.config.task)
     sure = certainty(probabilities, chosen, spec.config.task)
     return [

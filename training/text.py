@@ -1,5 +1,6 @@
 """Tokenising, the same for training and for scoring. Knows no model weights and no tensors."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,18 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from training.errors import ModelUnavailable
 from training.mecab import fast_encoder
 
+# What a tokenizer may need beyond the packages that are always there, by the name it is missed by.
+PIP_NAMES = {
+    "fugashi": "fugashi",
+    "ipadic": "ipadic",
+    "unidic_lite": "unidic-lite",
+    "unidic": "unidic",
+    "sudachipy": "sudachipy sudachidict_core",
+    "rhoknp": "rhoknp",
+    "sentencepiece": "sentencepiece protobuf",
+    "tiktoken": "tiktoken",
+}
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `folder`, set to treat `[SEP]` and the like in a tweet as the plain text it is.
@@ -18,7 +31,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     was the default. transformers 5 would take unidic-lite instead and cut three sentences in ten elsewhere, silently.
     So a MeCab tokenizer without `mecab_kwargs` gets ipadic, and saving it writes that down.
 
-    Raises `ModelUnavailable` when the files are missing or a package the tokenizer needs is not installed.
+    Raises `ModelUnavailable` when the files are missing, or a package that is needed, which it names.
     """
     try:
         saved = get_tokenizer_config(str(folder), local_files_only=True)
@@ -26,9 +39,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         mecab = saved.get("mecab_kwargs") or {}
         if saved.get("word_tokenizer_type") == "mecab" and "mecab_dic" not in mecab:
             options["mecab_kwargs"] = {**mecab, "mecab_dic": "ipadic"}
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelUnavailable(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise ModelUnavailable(f"the tokenizer in {folder} cannot be loaded: {_why(error)}") from error
+    if tokenizer.pad_token_id is None:
+        raise ModelUnavailable(f"the tokenizer in {folder} has no padding token; add one and save it again")
+    return tokenizer
 
 
 def mecab_dictionary(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -58,6 +76,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _why(error: BaseException) -> str:
+    said = str(error).strip() or type(error).__name__
+    missing = next((name for name in PIP_NAMES if re.search(rf"\b{name}\b", said)), None)
+    if missing is None or isinstance(error, OSError):  # the latter names files
+        return said.splitlines()[0]
+    return f"it needs the package {missing}, which is not installed; `pip install {PIP_NAMES[missing]}`"

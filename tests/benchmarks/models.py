@@ -32,13 +32,13 @@ def base_artifact(folder: Path, small: bool = False) -> str:
     """A BERT of base size with random weights, saved as an artifact. Returns its sha256."""
     torch.manual_seed(1)
     encoder = BertModel(BertConfig(vocab_size=VOCABULARY, **(SMALL if small else BASE)))
-    config = make_config("fast", base_model="random")
-    return _save(folder, Classifier(encoder, encoder.config.hidden_size, 3, config), config, "random", fit=False)
+    config = make_config("fast", base_model="random", pooling="pooler")
+    return _save(folder, Classifier(encoder, 3, config), config, "random", fit=False)
 
 
 def starter_artifact(folder: Path) -> str:
     """The starter encoder under a fitted head, saved as an artifact. Returns its sha256."""
-    config = make_config("fast")
+    config = make_config("fast", pooling="pooler")
     return _save(folder, build_model(Encoder("starter", STARTER_FOLDER), 3, config), config, "starter", fit=True)
 
 

@@ -96,9 +96,8 @@ def starter_world(own: World, tmp_path: Path) -> World:
     config = make_config("fast", base_model=STARTER)
     encoder, tokenizer, labels = Encoder(STARTER, STARTER_FOLDER), load_tokenizer(STARTER_FOLDER), ["bad", "good"]
     folder = own.settings.store / "job-0-1"
-    sha256 = save_artifact(
-        folder, build_model(encoder, 2, config), tokenizer, make_spec(labels, config, encoder, tokenizer)
-    )
+    model = build_model(encoder, 2, config)
+    sha256 = save_artifact(folder, model, tokenizer, make_spec(labels, model.config, encoder, tokenizer))
     with own.database.begin() as session:
         version = ModelVersion(
             base_model=STARTER, artifact_url=folder.as_uri(), sha256=sha256, labels=labels, cleaner_version="1"
