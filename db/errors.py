@@ -18,6 +18,10 @@ class NotFound(TweetscoreError):
     """Raised when a job or a model version is named that does not exist."""
 
 
+class InUse(TweetscoreError):
+    """Raised when something that others rely on is to be deleted."""
+
+
 class NotFailed(TweetscoreError):
     """Raised when a job is to be tried again that has not failed."""
 

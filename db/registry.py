@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from sqlalchemy import insert, select
-from sqlalchemy.orm import Session
+from sqlalchemy import and_, delete, func, insert, select
+from sqlalchemy.orm import Session, aliased
 
-from db.errors import NotFound
-from db.models import ConfusionCell, ModelAlias, ModelVersion, TestMetric, TestPrediction
+from db.errors import InUse, NotFound
+from db.models import ConfusionCell, ModelAlias, ModelVersion, Prediction, TestMetric, TestPrediction, utc_now
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
@@ -50,17 +50,68 @@ def revision_used(session: Session, base_model: str) -> str | None:
     )
 
 
-def versions(session: Session) -> list[ModelVersion]:
-    return list(session.scalars(select(ModelVersion).order_by(ModelVersion.id.desc())))
+def versions(session: Session, deleted: bool = False) -> list[ModelVersion]:
+    """Newest first; those that were deleted only when asked for."""
+    query = select(ModelVersion).order_by(ModelVersion.id.desc())
+    return list(session.scalars(query if deleted else query.where(ModelVersion.deleted_at.is_(None))))
 
 
 def assign(session: Session, alias: str, version_id: int) -> None:
     """Point an alias at a version. A row is added, none changed, so that the history stays."""
     if alias not in ALIASES:
         raise NotFound(f"there is no alias {alias!r}; use one of {', '.join(ALIASES)}")
-    get(session, version_id)
+    usable(session, version_id)
     session.add(ModelAlias(alias=alias, model_version_id=version_id))
     session.flush()
+
+
+def usable(session: Session, version_id: int) -> ModelVersion:
+    """A version whose artifact is to be loaded; raises `NotFound` when it was deleted."""
+    version = get(session, version_id)
+    if version.deleted_at is not None:
+        raise NotFound(f"model {version_id} was deleted; `tweetscore models list` shows those there are")
+    return version
+
+
+def rollback(session: Session, alias: str) -> tuple[int, int]:
+    """Point an alias at the version it pointed at before. Returns the version ids (from, to).
+
+    Raises `NotFound` when it never pointed at another one that is still there.
+    """
+    now = assigned(session, alias)
+    before = session.scalar(
+        select(ModelAlias.model_version_id)
+        .join(ModelVersion)
+        .where(ModelAlias.alias == alias, ModelAlias.model_version_id != now, ModelVersion.deleted_at.is_(None))
+        .order_by(ModelAlias.id.desc())
+        .limit(1)
+    )
+    if now is None or before is None:
+        raise NotFound(
+            f"no other model was the {alias} before; `tweetscore models promote ID --alias {alias}` names one"
+        )
+    assign(session, alias, before)
+    return now, before
+
+
+def history(session: Session) -> list[ModelAlias]:
+    """Every assignment of every alias, oldest first."""
+    return list(session.scalars(select(ModelAlias).order_by(ModelAlias.id)))
+
+
+def mark_deleted(session: Session, version_id: int, predictions: bool) -> ModelVersion:
+    """Take a version out of use; its figures, and its predictions unless they are to go too, stay.
+
+    Raises `InUse` while an alias points at it.
+    """
+    version = usable(session, version_id)
+    for alias in ALIASES:
+        if assigned(session, alias) == version_id:
+            raise InUse(f"model {version_id} is the {alias}; promote another one first")
+    version.deleted_at = utc_now()
+    if predictions:
+        session.execute(delete(Prediction).where(Prediction.model_version_id == version_id))
+    return version
 
 
 def assignment(session: Session, alias: str) -> ModelAlias | None:
@@ -89,3 +140,27 @@ def confusion(session: Session, version_id: int) -> dict[tuple[str, str], int]:
         )
     )
     return {(actual, predicted): count for actual, predicted, count in rows}
+
+
+def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPrediction]:
+    """The test rows a version was wrong about, those it was surest of first."""
+    wrong = (TestPrediction.model_version_id == version_id, TestPrediction.actual != TestPrediction.predicted)
+    order = (TestPrediction.probability.desc(), TestPrediction.row_number)
+    return list(session.scalars(select(TestPrediction).where(*wrong).order_by(*order).limit(limit)))
+
+
+def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
+    """Test rows two versions share, by text and label: (all, those only `one` has right, those only `other` has)."""
+    a, b = aliased(TestPrediction), aliased(TestPrediction)
+    right_a, right_b = a.actual == a.predicted, b.actual == b.predicted
+    shared, only_a, only_b = session.execute(
+        select(
+            func.count(),
+            func.count().filter(right_a, ~right_b),
+            func.count().filter(right_b, ~right_a),
+        )
+        .select_from(a)
+        .join(b, and_(a.text == b.text, a.actual == b.actual))
+        .where(a.model_version_id == one, b.model_version_id == other)
+    ).one()
+    return shared, only_a, only_b

@@ -1,9 +1,13 @@
-"""Queries of a scoring window, and of what it buried. They add and select; the caller owns the transaction."""
+"""Queries of what was scored, what was buried, and what a model has yet to score.
+
+They add and select; the caller owns the transaction.
+"""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, inspect, select
+from sqlalchemy import ColumnElement, delete, func, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -19,6 +23,30 @@ def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
 def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Keep predictions by (tweet, model version). A replay finds its row there and changes nothing."""
     _insert_missing(session, Prediction, rows)
+
+
+def unscored(
+    session: Session, model_version_id: int, since: datetime | None, until: datetime, after: str, limit: int
+) -> list[tuple[str, str]]:
+    """(id, text) of the next tweets, by id after `after`, that a model version has no prediction for."""
+    query = select(Tweet.tweet_id, Tweet.text).where(*_lacking(model_version_id, since, until), Tweet.tweet_id > after)
+    return [(id_, text) for id_, text in session.execute(query.order_by(Tweet.tweet_id).limit(limit))]
+
+
+def unscored_count(session: Session, model_version_id: int, since: datetime | None, until: datetime) -> int:
+    query = select(func.count()).select_from(Tweet).where(*_lacking(model_version_id, since, until))
+    return session.scalar(query) or 0
+
+
+def _lacking(model_version_id: int, since: datetime | None, until: datetime) -> list[ColumnElement[bool]]:
+    """Tweets written since a time, or come in if they do not say when, and come in up to another."""
+    there = select(Prediction.tweet_id).where(
+        Prediction.tweet_id == Tweet.tweet_id, Prediction.model_version_id == model_version_id
+    )
+    conditions = [~there.exists(), Tweet.received_at <= until]
+    if since is not None:
+        conditions.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) >= since)
+    return conditions
 
 
 def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:

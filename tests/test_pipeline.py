@@ -1,6 +1,7 @@
 """The route of a tweet with a real server, real databases and a real model: what is stored, acknowledged and buried."""
 
 import contextlib
+import itertools
 import logging
 import shutil
 import threading
@@ -18,11 +19,11 @@ from sqlalchemy.exc import OperationalError
 from db import registry
 from db.models import DeadLetter, ModelVersion, Prediction, ScoringWindow, Tweet
 from db.session import Database
-from tests.bench import DRAINED, Bench, Killed, wire
+from tests.bench import CPU, DRAINED, Bench, Killed, wire
 from tests.conftest import LABELS, wait_until
 from worker.batch import plan_batches
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Model, Scores
+from worker.scorer import Champion, Model, Scores
 from worker.stream import Depth, Stream
 from worker.window import Window
 
@@ -327,25 +328,43 @@ def test_without_a_champion_nothing_is_read_and_it_is_said_once(bench: Bench, ca
     assert worker.drain() == 1
 
 
-def test_new_champion_takes_over_between_windows(bench: Bench) -> None:
+def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_windows(bench: Bench) -> None:
     versions = [bench.promote()]
+    published = itertools.count()
 
-    class PromotesAfterItsFirstWindow(Pipeline):
+    class GoesOnUntilTheNewOneScores(Pipeline):
         def store(self, window: Window) -> int:
             scored = super().store(window)
             if len(versions) == 1:
                 versions.append(bench.promote())
+            if window.model.version_id == versions[0]:
+                self.stream.publish([wire(next(published)) for _ in range(4)])
             return scored
 
-    bench.stream.publish([wire(i) for i in range(12)])
-    assert bench.worker(kind=PromotesAfterItsFirstWindow, window_tweets=2).drain() == 12
+    bench.stream.publish([wire(next(published)) for _ in range(4)])
+    scored = bench.worker(kind=GoesOnUntilTheNewOneScores, window_tweets=4).drain()
     old, new = versions
     by = [version for _, version in sorted(bench.scored().items(), key=lambda item: int(item[0]))]
-    # Windows that were read already keep their model; none mixes two.
+    assert scored == len(by) == next(published)  # not one was left out
     assert by == sorted(by)
-    assert by[0] == old
-    assert by[2 * (WINDOWS_UNDER_WAY + 1) :] == [new] * (12 - 2 * (WINDOWS_UNDER_WAY + 1))
-    assert by[0::2] == by[1::2]
+    # While the new one was loaded more windows came through than were under way when it was promoted.
+    assert by.count(old) > 4 * WINDOWS_UNDER_WAY
+    assert by.count(new) > 0
+    windows = bench.rows(ScoringWindow)
+    for version in versions:  # no window mixed the two
+        assert sum(row["tweets"] for row in windows if row["model_version_id"] == version) == by.count(version)
+
+
+def test_a_champion_that_is_replaced_while_it_is_loaded_never_scores(lite: Bench) -> None:
+    first = lite.promote()
+    champion = Champion(lite.database, CPU)
+    assert champion.current().version_id == first
+    lite.promote()
+    assert champion.current().version_id == first  # the second is being loaded
+    third = lite.promote()
+    seen = set()
+    wait_until(lambda: seen.add(champion.current().version_id) or third in seen)
+    assert seen == {first, third}
 
 
 def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_mended(
@@ -361,9 +380,10 @@ def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_m
     for id_ in ("before", "after", "and on"):
         lite.stream.publish([wire(id_)])
         assert worker.drain() == 1
-        with lite.database.begin() as session:
-            if id_ == "before":
+        if id_ == "before":
+            with lite.database.begin() as session:
                 registry.assign(session, registry.CHAMPION, new)
+            wait_until(lambda: worker.champion.current() and "cannot be loaded" in caplog.text)
     assert lite.scored() == {"before": old, "after": old, "and on": old}
     faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(faults) == 1
@@ -371,6 +391,7 @@ def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_m
     shutil.copytree(lite.tiny.folder, folder)
     with lite.database.begin() as session:
         registry.assign(session, registry.CHAMPION, new)
+    wait_until(lambda: worker.champion.current().version_id == new)
     lite.stream.publish([wire("mended")])
     worker.drain()
     assert lite.scored()["mended"] == new

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -149,6 +150,12 @@ def intervals(targets: Floats, chosen: Choices, seed: int) -> Figures:
         low, high = np.percentile(np.concatenate(values), (2.5, 97.5))
         figures |= {(f"{name}_low", ""): float(low), (f"{name}_high", ""): float(high)}
     return figures
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """The exact p-value that two models are equally often right, from the rows only one of them has right."""
+    differing = only_one + only_other
+    return float(binomtest(only_one, differing).pvalue) if differing else 1.0
 
 
 def ranking(targets: Floats, probabilities: Floats, labels: list[str]) -> Figures:

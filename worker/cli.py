@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from db.errors import TweetscoreError
+from db.errors import NotFound, TweetscoreError
 from db.session import public_url
 from worker import cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_dead.app, name="dead")
+app.command("rescore")(cli_models.rescore)
 
 ROLES = ("train", "score")
 
@@ -183,6 +184,24 @@ def score(
     settings = load_settings()
     if score_file(settings, open_sql(settings), file, model, json):
         raise typer.Exit(1)
+
+
+@app.command()
+def tensorboard(
+    job: Annotated[int | None, typer.Option(help="One job's run alone.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 6006,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Look at training runs in TensorBoard, until Ctrl-C."""
+    boards = load_settings().boards
+    folder = boards if job is None else boards / f"job-{job}"
+    if not folder.is_dir():
+        raise NotFound(f"there is no run in {folder}; a job writes its run where its worker works")
+    # In place of this process, so that Ctrl-C and signals are TensorBoard's.
+    os.execv(  # noqa: S606 - the command is TensorBoard's, the folder ours
+        sys.executable,
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", host, "--port", str(port)],
+    )
 
 
 @app.command()

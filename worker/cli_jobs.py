@@ -79,13 +79,12 @@ def report_job(database: Any, job: TrainingJob, json: bool) -> None:
         done = jobs.epochs(session, job.id)
         figures = registry.metrics(session, version.id) if version else {}
     if json:
-        metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
         show.as_json(
             {
                 **show.fields(job),
                 "epochs": [show.fields(epoch) for epoch in done],
                 "model_version_id": version.id if version else None,
-                "metrics": metrics,
+                "metrics": show.metric_rows(figures),
             }
         )
     else:

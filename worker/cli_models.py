@@ -1,9 +1,12 @@
-"""`tweetscore models`: what was trained, and what scores."""
+"""`tweetscore models`: what was trained, what scores, and what is to."""
 
+import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from db import registry
 from worker import show
@@ -13,12 +16,17 @@ from worker.show import Json
 
 app = typer.Typer(no_args_is_help=True, help="Trained models.")
 
+Alias = Annotated[str, typer.Option(help="champion or challenger.")]
+MOST_WRONG = 20
+
 
 @app.command("list")
-def models_list(json: Json = False) -> None:
+def models_list(
+    deleted: Annotated[bool, typer.Option("--deleted", help="Those that were deleted too.")] = False, json: Json = False
+) -> None:
     """Every trained model with its test figures, newest first."""
     with open_sql(load_settings()).read() as session:
-        rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session)]
+        rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session, deleted)]
         aliases = {alias: registry.assigned(session, alias) for alias in registry.ALIASES}
     named = {v.id: [alias for alias, version in aliases.items() if version == v.id] for v, _ in rows}
     if json:
@@ -28,8 +36,8 @@ def models_list(json: Json = False) -> None:
         None,
         ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
         [
-            (v.id, ", ".join(named[v.id]), v.job_id, v.base_model, ", ".join(v.labels), m.get(("accuracy", "")),
-             m.get(("f1_macro", "")), v.created_at)
+            (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id, v.base_model,
+             ", ".join(v.labels), m.get(("accuracy", "")), m.get(("f1_macro", "")), v.created_at)
             for v, m in rows
         ],
     )  # fmt: skip
@@ -37,7 +45,7 @@ def models_list(json: Json = False) -> None:
 
 @app.command("show")
 def models_show(model: int, json: Json = False) -> None:
-    """One model: where it lies, which engine scores with it and why, and its test figures."""
+    """One model: where it lies, which engine scores with it and why, its test figures, and where it errs most."""
     from training.paths import folder_of
     from worker.choices import kept_choices
 
@@ -45,17 +53,27 @@ def models_show(model: int, json: Json = False) -> None:
     with open_sql(settings).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
+        wrong = registry.wrongest(session, model, MOST_WRONG)
+        spells = [row for row in registry.history(session) if row.model_version_id == model]
     engines = kept_choices(folder_of(version.artifact_url, settings.store))
     if json:
-        metrics = [{"metric": m, "label": label, "value": v} for (m, label), v in sorted(figures.items())]
-        confusion = [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())]
-        written = {"metrics": metrics, "confusion": confusion, "engines": [asdict(choice) for choice in engines]}
+        written = {
+            "metrics": show.metric_rows(figures),
+            "confusion": [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())],
+            "engines": [asdict(choice) for choice in engines],
+            "wrong": [show.fields(row) for row in wrong],
+            "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in spells],
+        }
         show.as_json({**show.fields(version), **written})
         return
     show.console.print(
         f"model {version.id} of job {version.job_id}: {version.base_model} {version.base_revision or ''}"
     )
     show.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
+    if version.deleted_at:
+        show.console.print(f"deleted {version.deleted_at:%Y-%m-%d %H:%M:%S}", style="yellow")
+    for row in spells:
+        show.console.print(f"{row.alias} from {row.assigned_at:%Y-%m-%d %H:%M:%S} on")
     for choice in engines:
         show.engine_table(choice)
     show.test_table(version, figures)
@@ -65,17 +83,118 @@ def models_show(model: int, json: Json = False) -> None:
             ["actual \\ predicted", *version.labels],
             [(actual, *(cells[actual, predicted] for predicted in version.labels)) for actual in version.labels],
         )
+    if wrong:
+        show.table(
+            f"Most confidently wrong ({len(wrong)} test rows)",
+            ["row", "actual", "predicted", "probability", "text"],
+            [(row.row_number, row.actual, row.predicted, row.probability, row.text) for row in wrong],
+        )
+
+
+@app.command("compare")
+def models_compare(one: int, other: int, json: Json = False) -> None:
+    """Two models: their test figures side by side, and whether the difference could be chance."""
+    from training.evaluate import mcnemar
+
+    with open_sql(load_settings()).read() as session:
+        versions = [registry.get(session, model) for model in (one, other)]
+        figures = [registry.metrics(session, model) for model in (one, other)]
+        shared, only_one, only_other = registry.paired(session, one, other)
+    p_value = mcnemar(only_one, only_other)
+    names = [key for key in sorted(set(figures[0]) | set(figures[1])) if not key[0].startswith(("tfidf_", "majority_"))]
+    if json:
+        rows = [{"metric": m, "label": k, "values": [f.get((m, k)) for f in figures]} for m, k in names]
+        paired = {"rows": shared, "only_first_right": only_one, "only_second_right": only_other, "p_value": p_value}
+        show.as_json({"models": [one, other], "metrics": rows, "shared_test_rows": paired})
+        return
+    show.table(
+        f"model {one} ({versions[0].base_model}) beside model {other} ({versions[1].base_model})",
+        ["figure", f"model {one}", f"model {other}", "difference"],
+        [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
+         for m, k in names],
+    )  # fmt: skip
+    if shared:
+        show.console.print(
+            f"of {shared} test rows that both were measured on, only model {one} has {only_one} right and only model "
+            f"{other} {only_other}: exact McNemar p = {p_value:.3g}"
+        )
+    else:
+        show.console.print("no test row was common to both: their figures are of different texts")
 
 
 @app.command("promote")
-def models_promote(
-    model: int,
-    alias: Annotated[str, typer.Option(help="champion or challenger.")] = registry.CHAMPION,
-    json: Json = False,
-) -> None:
-    """Let a model score the stream from the next window on."""
+def models_promote(model: int, alias: Alias = registry.CHAMPION, json: Json = False) -> None:
+    """Let a model score the stream, once the workers have loaded it beside the one that scores now."""
     with open_sql(load_settings()).begin() as session:
         registry.assign(session, alias, model)
+    _tell_assigned(alias, model, json)
+
+
+@app.command("rollback")
+def models_rollback(alias: Alias = registry.CHAMPION, json: Json = False) -> None:
+    """Point an alias at the model it pointed at before."""
+    with open_sql(load_settings()).begin() as session:
+        _, model = registry.rollback(session, alias)
+    _tell_assigned(alias, model, json)
+
+
+@app.command("delete")
+def models_delete(
+    model: int,
+    predictions: Annotated[bool, typer.Option("--predictions", help="Its predictions of tweets too.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete a model's artifact. Its figures stay, and so does what it said of tweets unless --predictions is given."""
+    from training.paths import remove_model
+
+    settings = load_settings()
+    with open_sql(settings).begin() as session:
+        version = registry.mark_deleted(session, model, predictions)
+    # After the commit: an artifact without a row does no harm, a row without its artifact would.
+    remove_model(version.artifact_url, settings.store)
+    if json:
+        show.as_json(show.fields(version))
+    else:
+        show.console.print(f"model {model} is deleted" + (", its predictions too" if predictions else ""))
+
+
+def rescore(
+    model: Annotated[int, typer.Option(help="Model version.")],
+    since: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"], help="Tweets from then on, UTC."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Let a model score the stored tweets it has not seen, new ones first. Stopped, it goes on where it was."""
+    from worker.rescore import rescore as backfill
+    from worker.runtime import glance
+
+    settings = load_settings()
+    database = open_sql(settings)
+    began = time.monotonic()
+    show.console.quiet = json
+    with show.bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        shown = bar.add_task(f"model {model}", total=None)
+
+        def progress(done: int, total: int, waiting: bool) -> None:
+            says = "new tweets first" if waiting else "stored tweets"
+            bar.update(shown, completed=done, total=total, description=f"model {model}: {says}")
+
+        scored = backfill(database, settings, model, since and since.replace(tzinfo=UTC), glance(settings), progress)
+    show.console.quiet = False
+    seconds = time.monotonic() - began
+    if json:
+        show.as_json({"model_version_id": model, "scored": scored, "seconds": seconds})
+    else:
+        show.console.print(f"scored {scored} stored tweets with model {model} in {seconds:.1f} s")
+
+
+def _difference(one: float | None, other: float | None) -> str:
+    return "" if one is None or other is None else f"{other - one:+.4f}"
+
+
+def _tell_assigned(alias: str, model: int, json: bool) -> None:
     if json:
         show.as_json({"alias": alias, "model_version_id": model})
     else:

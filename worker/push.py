@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from db import registry
 from db.errors import NotFound, plain
@@ -43,7 +43,10 @@ class Pushed:
 def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed:
     """Publish every tweet of a file in its order, with a nudge after each flush; bad lines are noted and left out."""
     stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(), time.monotonic()
-    with _opened(file) as (source, name, size), show.bar(TextColumn("{task.fields[rate]}")) as progress:
+    with (
+        _opened(file) as (source, name, size),
+        show.bar(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()) as progress,
+    ):
         progress.disable = quiet
         shown = progress.add_task("publishing", total=size, rate="")
         for flush in batched(_good(source, name, pushed), FLUSH_TWEETS):

@@ -1,13 +1,13 @@
 """From settings to the things the routes work with: database, stream, workshop. One place that knows how they fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from db import migrate
 from db.session import Database, open_database
 from worker import embedded
 from worker.settings import Settings
-from worker.stream import Stream, connect
+from worker.stream import Depth, Stream, connect, connect_briefly
 
 
 def open_sql(settings: Settings) -> Database:
@@ -24,6 +24,13 @@ def open_stream(settings: Settings, url: str) -> Stream:
 def stream_url(settings: Settings) -> str:
     """Where broker and stream are, whether or not anybody answers there."""
     return settings.redis_url or f"unix://{embedded.socket_path(settings.home)}"
+
+
+def glance(settings: Settings) -> Callable[[], Depth | None]:
+    """A quick look at how much the stream holds; None from it where no embedded server runs."""
+    if settings.embedded and embedded.find(settings.home) is None:
+        return lambda: None
+    return Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group).depth
 
 
 @contextmanager

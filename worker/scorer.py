@@ -1,7 +1,7 @@
 """Holds the champion and scores with it. Knows the registry and the device; knows no stream and no tweet's id.
 
-Between windows it looks whether the champion is still the champion, and loads the new one beside the old: a model that
-cannot be loaded leaves the old one scoring, and says so.
+Between windows it looks whether the champion is still the champion. A new one is loaded beside the old, which goes on
+scoring meanwhile; one that cannot be loaded leaves the old one scoring, and says so.
 """
 
 import gc
@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -186,51 +187,80 @@ def _settle_memory() -> None:
     gc.freeze()
 
 
+@dataclass(frozen=True)
+class Loading:
+    """A model on its way, for one assignment of the alias."""
+
+    assignment: int
+    version_id: int
+    model: "Future[Model]"
+
+
 class Champion:
-    """The champion of a database, loaded once and swapped when the alias moves."""
+    """The champion of a database. When the alias moves, the new one is loaded and warmed up beside the old one, which
+    scores until the other is ready."""
 
     def __init__(self, database: Database, serving: Serving) -> None:
         self._database = database
         self._serving = serving
         self._model: Model | None = None
+        self._loading: Loading | None = None
         self._refused: int | None = None
         self._told_absent = False
         self._one_at_a_time = threading.Lock()
+        self._loader = ThreadPoolExecutor(1, "load")
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> Model | None:
-        """The model to score the next window with; None while there is none, which is said once."""
-        with self._one_at_a_time:  # the watcher asks too
-            return self._current()
+        """The model to score the next window with; None while there is none, which is said once.
 
-    def _current(self) -> Model | None:
-        with self._database.read() as session:
-            assigned = registry.assignment(session, registry.CHAMPION)
-            if assigned is None:
-                if not self._told_absent:
-                    log.warning(
-                        "there is no champion yet: tweets wait in the stream; train a model, then "
-                        "`tweetscore models promote ID`"
-                    )
-                    self._told_absent = True
-                return None
-            version_id = assigned.model_version_id
-            if self._model is not None and version_id == self._model.version_id:
-                return self._model
-            # Promoted again, a model that was refused is tried again: it may have been mended.
-            if assigned.id == self._refused:
-                return self._model
-            version = registry.get(session, version_id)
-        self.loading_since = time.monotonic()
+        Waits for a model that is being loaded only when there is no other.
+        """
+        with self._one_at_a_time:  # the watcher asks too
+            while True:
+                with self._database.read() as session:
+                    assigned = registry.assignment(session, registry.CHAMPION)
+                    version = registry.get(session, assigned.model_version_id) if assigned else None
+                if assigned is None or version is None:
+                    self._say_absent()
+                    return None
+                wanted = self._wanted(assigned.id, version.id)
+                if self._loading is None and wanted:
+                    self.loading_since = time.monotonic()
+                    future = self._loader.submit(load_model, version, self._serving)
+                    self._loading = Loading(assigned.id, version.id, future)
+                if self._loading is None:
+                    return self._model
+                if self._model is not None and not self._loading.model.done():
+                    return self._model
+                self._take(self._loading, wanted and self._loading.assignment == assigned.id)
+
+    def _wanted(self, assignment: int, version_id: int) -> bool:
+        """Whether another model than the present one is to be loaded. Promoted again, one that was refused is tried
+        again: it may have been mended."""
+        serves = self._model is not None and self._model.version_id == version_id
+        return not serves and assignment != self._refused
+
+    def _take(self, loading: Loading, wanted: bool) -> None:
+        """Make what was loaded the champion, unless the alias has moved on meanwhile."""
         try:
-            self._model = load_model(version, self._serving)
-            _settle_memory()
-            self._refused, self._told_absent = None, False
-            log.info("model %d is the champion now", version_id)
+            model = loading.model.result()
+            if wanted:
+                self._model = model
+                _settle_memory()
+                self._refused, self._told_absent = None, False
+                log.info("model %d is the champion now", loading.version_id)
         except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it
-            self._refused = assigned.id
+            self._refused = loading.assignment
             old = f"model {self._model.version_id} goes on scoring" if self._model else "tweets wait in the stream"
-            log.error("the champion, model %d, cannot be loaded, %s: %s", version_id, old, error)
+            log.error("the champion, model %d, cannot be loaded, %s: %s", loading.version_id, old, error)
         finally:
-            self.loading_since = None
-        return self._model
+            self._loading = self.loading_since = None
+
+    def _say_absent(self) -> None:
+        if not self._told_absent:
+            log.warning(
+                "there is no champion yet: tweets wait in the stream; train a model, then "
+                "`tweetscore models promote ID`"
+            )
+            self._told_absent = True

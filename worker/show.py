@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from db import jobs, registry
 from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
@@ -22,6 +24,10 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
+FIGURES_OF_A_MODEL = (
+    ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
+    ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
+)  # fmt: skip
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
@@ -31,45 +37,60 @@ def as_json(value: Any) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    console.print(as_table(title, columns, rows))
+
+
+def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     shown = Table(*columns, title=title, title_justify="left", title_style="bold")
     for row in rows:
-        shown.add_row(*("" if value is None else _cell(value) for value in row))
-    console.print(shown, markup=False)
+        shown.add_row(*(Text("" if value is None else _cell(value)) for value in row))
+    return shown
 
 
-def bar(*extra: ProgressColumn) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        *extra,
-        TimeRemainingColumn(),
-        console=console,
-    )
+def bar(*columns: ProgressColumn) -> Progress:
+    """A bar with its percentage, then `columns`; the time left, guessed, when there are none."""
+    last = columns or (TimeRemainingColumn(),)
+    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=console)
 
 
 def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: None) -> TrainingJob:
-    """Show a job until it ends: a bar with the loss on a terminal, a line an epoch elsewhere. Returns the ended job."""
+    """Show a job until it ends, from its rows alone, so from any machine: on a terminal a bar and its epochs, elsewhere
+    a line an epoch. Returns the ended job."""
     told = 0
-    with bar(TextColumn("{task.fields[loss]}")) as progress:
-        shown = progress.add_task(f"job {job_id} queued", total=None, loss="")
+    progress = bar(TextColumn("{task.fields[says]}"))
+    shown = progress.add_task(f"job {job_id} queued", total=None, says="")
+    with Live(progress, console=console, refresh_per_second=4, transient=False) as live:
         while True:
             with database.read() as session:
                 job, done = jobs.get(session, job_id), jobs.epochs(session, job_id)
-            loss = "" if job.loss is None else f"loss {job.loss:.3f}"
             progress.update(
-                shown, description=f"job {job_id} {job.state}", total=job.total_steps, completed=job.step, loss=loss
+                shown,
+                description=f"job {job_id} {job.state}",
+                total=job.total_steps,
+                completed=job.step,
+                says=pace(job),
             )
-            if not console.is_terminal:
+            if console.is_terminal:
+                live.update(Group(progress, *([epochs_shown(done)] if done else [])))
+            else:
                 for epoch in done[told:]:
                     console.print(f"job {job_id}: {epoch_line(epoch)}")
                 told = len(done)
             if job.state in FINISHED_STATES:
-                if job.state == "succeeded" and job.total_steps:
-                    progress.update(shown, completed=job.total_steps)
+                live.update(progress)  # the epochs follow in the summary
                 return job
             watch()
             time.sleep(POLL_SECONDS)
+
+
+def pace(job: TrainingJob) -> str:
+    """Loss, samples a second and the time left, as far as they are known."""
+    says = [] if job.loss is None else [f"loss {job.loss:.3f}"]
+    if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
+        says.append(f"{job.samples_per_second:.0f} samples/s")
+        left = job.config["epochs"] * job.data_report["sizes"]["train"] * (1 - job.step / job.total_steps)
+        says.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
+    return ", ".join(says)
 
 
 def epoch_line(epoch: EpochMetric) -> str:
@@ -79,9 +100,9 @@ def epoch_line(epoch: EpochMetric) -> str:
     )
 
 
-def epoch_table(epochs: Sequence[EpochMetric]) -> None:
+def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
     best = max(epochs, key=lambda epoch: epoch.valid_f1_macro, default=None)
-    table(
+    return as_table(
         "Epochs (the best by validation F1 macro is kept)",
         ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
         [
@@ -106,31 +127,41 @@ def engine_table(choice: Choice) -> None:
     )
 
 
+def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
+    return [{"metric": metric, "label": label, "value": value} for (metric, label), value in sorted(figures.items())]
+
+
 def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> None:
-    """Test figures of a model beside the baseline's. Of single labels micro-F1 is accuracy, by definition."""
-    rows: list[tuple[str, float | None, float | None, str]] = []
+    """Test figures of a model beside the baselines'. Of single labels micro-F1 is accuracy, by definition."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, metric: str, label: str = "", note: str = "") -> None:
+        values = (figures.get((f"{of}{metric}", label)) for of in ("", "tfidf_", "majority_"))
+        rows.append((name, *map(_figure, values), note))
+
     for metric, name in (("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro")):
-        rows.append((name, figures.get((metric, "")), figures.get((f"tfidf_{metric}", "")), ""))
+        low, high = figures.get((f"{metric}_low", "")), figures.get((f"{metric}_high", ""))
+        add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
+    for metric, name in FIGURES_OF_A_MODEL:
+        if (metric, "") in figures:
+            add(name, metric)
     for label in version.labels:
         support = figures.get(("support", label))
         for metric in ("precision", "recall", "f1"):
-            rows.append(
-                (
-                    f"{metric} {label}", figures.get((metric, label)), figures.get((f"tfidf_{metric}", label)),
-                    f"{support:.0f}" if support is not None and metric == "precision" else "",
-                )
-            )  # fmt: skip
+            rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
+            add(f"{metric} {label}", metric, label, rows_of_label)
     table(
-        f"Test rows: model {version.id} ({version.base_model}) beside TF-IDF + logistic regression",
-        ["figure", "model", "TF-IDF", "rows"],
-        [(n, _figure(ours), _figure(theirs), support) for n, ours, theirs, support in rows],
+        f"Test rows: model {version.id} ({version.base_model}) beside TF-IDF + logistic regression and the majority",
+        ["figure", "model", "TF-IDF", "majority", ""],
+        rows,
     )
 
 
 def job_summary(database: Database, job: TrainingJob) -> None:
     """A job's epochs and figures, or why it failed."""
     state = f"[{COLORS.get(job.state, 'white')}]{job.state}[/]"
-    console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}")
+    says = f", {pace(job)}" if job.state == "running" and pace(job) else ""
+    console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{says}")
     if job.data_report:
         report = job.data_report
         sizes = report["sizes"]
@@ -145,7 +176,7 @@ def job_summary(database: Database, job: TrainingJob) -> None:
         done, version = jobs.epochs(session, job.id), registry.of_job(session, job.id)
         figures = registry.metrics(session, version.id) if version else {}
     if done:
-        epoch_table(done)
+        console.print(epochs_shown(done))
     if version:
         test_table(version, figures)
 
