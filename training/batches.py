@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from math import ceil
 
 import numpy as np
 import torch
@@ -31,6 +32,14 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list
         row = batches.pop(single)
         batches[single - 1] += row
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def cut(batch: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """A batch in as few pieces of like count as hold at most `token_budget` tokens each, padding included; none has
+    less than two rows."""
+    tokens = len(batch) * max(lengths[row] for row in batch)
+    pieces = max(1, min(ceil(tokens / token_budget), len(batch) // 2))
+    return [piece.tolist() for piece in np.array_split(np.array(batch), pieces)]
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from training import failpoint
-from training.batches import pad, shuffled_batches
+from training.batches import cut, pad, shuffled_batches
 from training.board import Board
 from training.checkpoint import Checkpoints, Epoch, Progress, RunState
 from training.config import TrainConfig
@@ -20,6 +20,9 @@ from training.data import Split
 from training.errors import StopRequested
 from training.evaluate import loss_function, metrics, predict
 from training.model import Classifier, half_precision
+
+# Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def fit(
     targets = torch.from_numpy(train.targets)
     lengths = [len(row) for row in train_rows]
     # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
-    steps_per_epoch = len(_steps(lengths, config, epoch=0))
+    steps_per_epoch = len(_steps(lengths, config, device, epoch=0))
     total_steps = steps_per_epoch * config.epochs
     optimizer = build_optimizer(model, config)
     run = RunState(model, optimizer, build_scheduler(optimizer, config, steps_per_epoch), Progress())
@@ -83,7 +86,7 @@ def fit(
         while at.epoch <= config.epochs and not out_of_patience(at.history, config):
             started, trained = time.monotonic(), 0
             model.train()
-            for batches in _steps(lengths, config, at.epoch)[at.batch :]:
+            for batches in _steps(lengths, config, device, at.epoch)[at.batch :]:
                 rows_of_step = sum(map(len, batches))
                 value = 0.0
                 for index in batches:
@@ -141,6 +144,7 @@ def fit(
         if at.epoch <= config.epochs:  # stopped early: no more steps are to come
             hooks.on_step(at.step, at.step, None, None)
         assert at.best is not None  # noqa: S101 - the first epoch is better than none
+        optimizer.state.clear()  # twice the weights, and the best weights come beside the last
         checkpoints.load_best(at.best, model)
         model.eval()
         board.graph(model, train_rows[0], pad_id, device)
@@ -148,11 +152,16 @@ def fit(
     return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]
 
 
-def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
+def _steps(lengths: list[int], config: TrainConfig, device: torch.device, epoch: int) -> list[list[list[int]]]:
     """One epoch's optimizer steps, each a few batches of row numbers."""
     batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)
     together = config.gradient_accumulation_steps
-    return [batches[i : i + together] for i in range(0, len(batches), together)]
+    steps = [batches[i : i + together] for i in range(0, len(batches), together)]
+    if config.head == "guide":
+        return steps  # BatchNorm would see smaller batches than were asked for
+    # A batch of long texts goes in pieces: the gradient is the same, the memory that of shorter ones.
+    budget = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
+    return [[piece for batch in step for piece in cut(batch, lengths, budget)] for step in steps]
 
 
 def out_of_patience(history: Sequence[Mapping[str, float]], config: TrainConfig) -> bool:
