@@ -58,8 +58,7 @@ class Bench:
         return predict(model, self.rows[part], targets, self.config, batch_size, self.tokenizer.pad_token_id, CPU)
 
 
-@pytest.fixture
-def bench(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
+def maker(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
     def make(preset: str = "fast", **overrides: Any) -> Bench:
         settings = {"base_model": str(tiny_encoder), "epochs": 3, "train_batch_size": 8, "learning_rate": 1e-3}
         config = make_config(preset, **{**settings, **overrides})
@@ -70,6 +69,11 @@ def bench(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
         return Bench(config, Encoder("tiny", tiny_encoder), data, rows, tokenizer)
 
     return make
+
+
+@pytest.fixture
+def bench(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
+    return maker(tiny_encoder, labelled_csv)
 
 
 def small_bert(hidden_size: int, **options: Any) -> BertModel:
