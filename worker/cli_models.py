@@ -1,5 +1,6 @@
 """`tweetscore models`: what was trained, what scores, and what is to."""
 
+import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Trained models.")
 
 Alias = Annotated[str, typer.Option(help="champion or challenger.")]
 MOST_WRONG = 20
+NICENESS = 10
 
 
 @app.command("list")
@@ -172,6 +174,7 @@ def rescore(
 
     settings = load_settings()
     database = open_sql(settings)
+    os.nice(NICENESS)  # for whoever scores new tweets on this machine
     began = time.monotonic()
     show.console.quiet = json
     with show.bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:

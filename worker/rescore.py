@@ -6,7 +6,6 @@ backfill waits too.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -26,7 +25,6 @@ CHUNK_TWEETS = 128
 LOOK_SECONDS = 0.2
 # A stream that is never empty, or that nobody reads, slows a backfill down and does not stop it.
 LONGEST_WAIT_SECONDS = 10.0
-NICENESS = 10
 
 
 def rescore(
@@ -42,7 +40,6 @@ def rescore(
     `since` takes those written from then on. `depth` is asked how much the stream holds; None when there is none to
     ask. `progress` is told (done, total, whether new tweets are waited for). Raises `NotFound` or `BadArtifact`.
     """
-    os.nice(NICENESS)
     with database.read() as session:
         version = registry.usable(session, version_id)
         until = utc_now()  # what comes in later is the scoring workers'

@@ -59,7 +59,7 @@ def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: 
     told = 0
     progress = bar(TextColumn("{task.fields[says]}"))
     shown = progress.add_task(f"job {job_id} queued", total=None, says="")
-    with Live(progress, console=console, refresh_per_second=4, transient=False) as live:
+    with Live(progress, console=console, auto_refresh=False) as live:
         while True:
             with database.read() as session:
                 job, done = jobs.get(session, job_id), jobs.epochs(session, job_id)
@@ -71,13 +71,13 @@ def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: 
                 says=pace(job),
             )
             if console.is_terminal:
-                live.update(Group(progress, *([epochs_shown(done)] if done else [])))
+                live.update(Group(progress, *([epochs_shown(done)] if done else [])), refresh=True)
             else:
                 for epoch in done[told:]:
                     console.print(f"job {job_id}: {epoch_line(epoch)}")
                 told = len(done)
             if job.state in FINISHED_STATES:
-                live.update(progress)  # the epochs follow in the summary
+                live.update(progress, refresh=True)  # the epochs follow in the summary
                 return job
             watch()
             time.sleep(POLL_SECONDS)
