@@ -54,7 +54,7 @@ def test_every_command_it_shows_exists() -> None:
     assert shown <= set(commands)
     assert {"list", "show", "retry", "drop"} <= set(commands["dead"].commands)
     assert {"list", "show", "cancel", "retry"} <= set(commands["jobs"].commands)
-    assert {"list", "show", "promote"} <= set(commands["models"].commands)
+    assert {"list", "show", "compare", "promote", "rollback", "delete"} <= set(commands["models"].commands)
 
 
 def test_the_test_line_is_the_one_ci_runs() -> None:

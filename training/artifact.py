@@ -1,6 +1,6 @@
 """A trained model as a folder: whole and proven by its digest, or not there at all.
 
-config.json, model.safetensors   encoder and head; with `head: linear` a plain Hugging Face sequence classifier
+config.json, model.safetensors   encoder and head; under a native head a plain Hugging Face sequence classifier
 tokenizer_config.json, ...       the tokenizer with its dictionary
 tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
 README.md, *.png                 the model card and its pictures
