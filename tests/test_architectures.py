@@ -179,6 +179,16 @@ def test_every_shape_is_fine_tuned_and_plain_transformers_give_the_same_logits(
     assert scores == pytest.approx(ours.softmax(1).numpy(), abs=1e-5)
 
 
+def test_a_classifier_of_other_labels_is_a_base_model_too(tmp_path: Path, shape_of: Callable[[str], Path]) -> None:
+    base = shape_of("luke")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+    plain.save_pretrained(tmp_path / "five")
+    model = build_model(Encoder("five", tmp_path / "five"), 2, make_config("fast"))
+    wanted = plain.luke.encoder.layer[0].output.dense.weight
+    assert torch.equal(model.network.luke.encoder.layer[0].output.dense.weight, wanted)
+    assert model.network.classifier.out_features == 2
+
+
 @pytest.mark.parametrize("name", ["distilbert, no token types", "luke", "bert without a pooler"])
 def test_the_guides_head_takes_the_pooler_where_there_is_one_and_the_masked_mean_elsewhere(
     shape_of: Callable[[str], Path], name: str

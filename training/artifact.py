@@ -30,7 +30,7 @@ from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.errors import BadArtifact, CannotSave
-from training.model import Classifier, empty_model, load_encoder_config, native_architecture
+from training.model import Classifier, empty_model, load_encoder_config
 from training.paths import file_sha256, sync_folder
 from training.text import load_tokenizer, mecab_dictionary
 
@@ -140,8 +140,8 @@ def _described(model: Classifier, spec: Spec) -> Any:
     encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
     several = spec.config.task == "multi_label"
     encoder_config.problem_type = f"{'multi' if several else 'single'}_label_classification"
-    if spec.config.head == "linear" and spec.config.pooling in ("native", "pooler"):
-        encoder_config.architectures = [native_architecture(encoder_config)]
+    if spec.config.pooling == "native":
+        encoder_config.architectures = [type(model.network).__name__]
     return encoder_config
 
 

@@ -94,8 +94,7 @@ def _summary(outcome: Outcome) -> str:
 
 def _use(outcome: Outcome) -> str:
     spec = outcome.spec
-    native = spec.config.head == "linear" and spec.config.pooling in ("native", "pooler")
-    if not native:
+    if spec.config.pooling != "native":
         return "## Use\n\nThe head is one of tweetscore's own: load the folder with tweetscore."
     return (
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"

@@ -111,8 +111,9 @@ def guide_head(hidden_size: int, n_labels: int, dropout: float) -> nn.Sequential
 def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classifier:
     """A pretrained encoder under a fresh head, the same for the same seed, in float32 whatever the file keeps.
 
-    With `pooling: auto` a linear head is the architecture's own (`native`), which plain transformers load. An encoder
-    without a trained pooler is pooled by its masked mean. `Classifier.config` says what became of it.
+    With `pooling: auto` a linear head is the architecture's own (`native`), which plain transformers load; one that the
+    folder already holds goes on from there when it has as many labels. An encoder without a trained pooler is pooled
+    by its masked mean. `Classifier.config` says what became of it.
 
     Raises `ModelUnavailable` when the weights cannot be loaded, `BadConfig` when it cannot be pooled as wanted.
     """
@@ -148,6 +149,7 @@ def _load(kind: Any, encoder: Encoder, encoder_config: PretrainedConfig) -> tupl
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head of so many other labels
     )
     # What lies outside the encoder is the head, which is to be fresh.
     prefix = "" if kind is AutoModel else f"{loaded.base_model_prefix}."
@@ -185,12 +187,6 @@ def empty_model(encoder_config: PretrainedConfig, n_labels: int, config: TrainCo
     if config.pooling == "native":
         return NativeClassifier(AutoModelForSequenceClassification.from_config(encoder_config), config)
     return Classifier(AutoModel.from_config(encoder_config), n_labels, config)
-
-
-def native_architecture(encoder_config: PretrainedConfig) -> str | None:
-    """The name of the sequence classifier that transformers have for this configuration, None where they have none."""
-    mapping: Any = AutoModelForSequenceClassification._model_mapping
-    return str(mapping[type(encoder_config)].__name__) if type(encoder_config) in mapping else None
 
 
 def load_encoder_config(folder: str) -> PretrainedConfig:
