@@ -206,7 +206,7 @@ def test_several_labels_a_row_are_what_plain_transformers_take_for_several(
     written = ["joy", "anger", "joy|anger", ""]
     path.write_text("label,text\n" + "".join(f"{written[i % 4]},今日のこと{i}\n" for i in range(60)), encoding="utf-8")
     base = shape_of("bert-base-japanese (v1, ipadic)")
-    version = fine_tuned(sqlite, tmp_path, base, path, task="multi_label", loss="bce")
+    version = fine_tuned(sqlite, tmp_path, base, path, task="multi_label")
     artifact = load_artifact(folder_of(version))
     rows = encode(artifact.tokenizer, TEXTS[:1], 200)
     said = pipeline("text-classification", str(artifact.folder))(TEXTS[:1], top_k=None)[0]

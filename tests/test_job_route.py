@@ -130,7 +130,7 @@ def test_a_job_of_several_labels_a_row_is_trained_and_registered(
     path = tmp_path / "several.csv"
     written = ["joy", "anger", "joy|anger", ""]
     path.write_text("label,text\n" + "".join(f"{written[i % 4]},今日のこと{i}\n" for i in range(60)), encoding="utf-8")
-    job_id = submit(sqlite, path, **base, task="multi_label", loss="bce")
+    job_id = submit(sqlite, path, **base, task="multi_label")
     run_next_job(sqlite, workshop, "here", NEVER)
     assert (job_of(sqlite, job_id).state, job_of(sqlite, job_id).error) == ("succeeded", None)
     lines = path.read_text(encoding="utf-8").splitlines()

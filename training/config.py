@@ -89,8 +89,11 @@ def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
     """A validated configuration; raises `BadConfig` with the name, the value and what is allowed."""
     if not isinstance(preset, str) or preset not in PRESETS:  # a message may name anything
         raise BadConfig(f"there is no preset {shown(preset)}; use one of {', '.join(PRESETS)}")
+    chosen = dict(PRESETS[preset])
+    if overrides.get("task") == "multi_label":
+        chosen["loss"] = "bce"  # the only one that trains several labels a row
     try:
-        return TrainConfig(**{**PRESETS[preset], **overrides})
+        return TrainConfig(**{**chosen, **overrides})
     except ValidationError as error:
         raise BadConfig("; ".join(explain(error))) from error
 
