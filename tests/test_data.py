@@ -244,7 +244,7 @@ def test_cleaning_drops_what_names_and_keeps_what_feels(tweet: str, cleaned: str
 
 def test_the_guide_preset_holds_the_guides_values() -> None:
     expected = {
-        "head": "guide", "pooling": "pooler", "loss": "bce", "dropout": 0.2, "max_length": 200, "train_size": 0.8,
+        "head": "guide", "pooling": "auto", "loss": "bce", "dropout": 0.2, "max_length": 200, "train_size": 0.8,
         "valid_size": 0.5, "seed": 200, "epochs": 20, "train_batch_size": 16, "valid_batch_size": 8,
         "test_batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-5, "schedule": "step", "step_gamma": 0.75,
     }  # fmt: skip

@@ -43,7 +43,7 @@ class Diverged(Model):
 
     def __init__(self, version_id: int, artifact: Artifact, *given: Any) -> None:
         super().__init__(version_id, artifact, *given)
-        for weights in artifact.model.classifier.parameters():
+        for weights in artifact.model.network.classifier.parameters():
             torch.nn.init.constant_(weights, float("nan"))
 
 

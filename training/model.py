@@ -155,10 +155,11 @@ def _load(kind: Any, encoder: Encoder, encoder_config: PretrainedConfig) -> tupl
     prefix = "" if kind is AutoModel else f"{loaded.base_model_prefix}."
     missing = [key for key in info["missing_keys"] if key.startswith(prefix)]
     lost = [key for key in missing if "pooler" not in key]
+    lost += [key for key, *_ in info["mismatched_keys"] if key.startswith(prefix)]
     if lost:
         raise ModelUnavailable(
-            f"base model {encoder.name!r} cannot be loaded: {len(lost)} weights are missing ({lost[0]}, …); "
-            "fetch or save it again"
+            f"base model {encoder.name!r} cannot be loaded: {len(lost)} weights are missing or of another size "
+            f"({lost[0]}, …); fetch or save it again"
         )
     return loaded, bool(missing)
 
