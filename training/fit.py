@@ -127,7 +127,7 @@ def fit(
                 time.monotonic() - started,
             )
             at.history.append(asdict(epoch))
-            if epoch.valid_f1_macro > at.best_f1_macro:
+            if epoch.valid_f1_macro >= at.best_f1_macro:  # of equals the later, which has learned longer
                 at.best_f1_macro, at.best = epoch.valid_f1_macro, checkpoints.save_best(at.epoch, model)
                 failpoint.passing("best")
             at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
@@ -148,7 +148,7 @@ def fit(
         checkpoints.load_best(at.best, model)
         model.eval()
         board.graph(model, train_rows[0], pad_id, device)
-        board.hparams(config, max(at.history, key=lambda figures: figures["valid_f1_macro"]))
+        board.hparams(config, max(at.history, key=lambda figures: (figures["valid_f1_macro"], figures["epoch"])))
     return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]
 
 

@@ -46,7 +46,7 @@ def epochs(history: Sequence[Epoch]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     numbers = [epoch.epoch for epoch in history]
-    best = max(history, key=lambda epoch: epoch.valid_f1_macro)
+    best = max(history, key=lambda epoch: (epoch.valid_f1_macro, epoch.epoch))
     loss.plot(numbers, [epoch.train_loss for epoch in history], marker="o", label="training")
     loss.plot(numbers, [epoch.valid_loss for epoch in history], marker="o", label="validation")
     loss.set_title("loss")

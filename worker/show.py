@@ -101,7 +101,7 @@ def epoch_line(epoch: EpochMetric) -> str:
 
 
 def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
-    best = max(epochs, key=lambda epoch: epoch.valid_f1_macro, default=None)
+    best = max(epochs, key=lambda epoch: (epoch.valid_f1_macro, epoch.epoch), default=None)
     return as_table(
         "Epochs (the best by validation F1 macro is kept)",
         ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
