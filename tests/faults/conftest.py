@@ -25,6 +25,9 @@ from worker.intake import submit_training
 from worker.settings import Settings, load_settings
 from worker.stream import Stream, connect
 
+# An epoch of the 48 training rows.
+TWO_STEPS = {"train_batch_size": 32}
+
 
 @dataclass
 class World:
@@ -92,7 +95,7 @@ class World:
     # --- jobs
 
     def submit(self, dataset: Path, **options: Any) -> int:
-        return submit_training(self.settings, self.database, dataset, "fast", **options).id
+        return submit_training(self.settings, self.database, dataset, "fast", **{**TWO_STEPS, **options}).id
 
     def job(self, job_id: int) -> TrainingJob:
         with self.database.read() as session:
@@ -141,7 +144,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> di
     migrate.upgrade(database)
     settings = load_settings(home=folder / "home", base_model=str(tiny_encoder))
     world = World({"home": settings.home}, database, "", 0)
-    job = submit_training(settings, database, write_labelled(folder / "labelled.csv"), "fast", epochs=3)
+    job = submit_training(settings, database, write_labelled(folder / "labelled.csv"), "fast", epochs=3, **TWO_STEPS)
     assert run_next_job(database, settings.workshop(), "here", threading.Event()) == job.id
     assert world.job(job.id).state == "succeeded"
     return world.epochs(job.id)
