@@ -46,8 +46,8 @@ def operations_per_token(model: Classifier) -> int:
     """Multiplications and additions of the encoder's matrix products for one token, attention scores left out."""
     return 2 * sum(
         module.weight.numel()
-        for name, module in model.encoder.named_modules()
-        if isinstance(module, nn.Linear) and "pooler" not in name
+        for name, module in model.network.named_modules()
+        if isinstance(module, nn.Linear) and "pooler" not in name and "classifier" not in name
     )
 
 
