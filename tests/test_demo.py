@@ -49,7 +49,8 @@ def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: C
     assert counted == (len(unlabelled()), len(unlabelled()))
     assert dead == 0
     assert figures["f1_macro"] > 0.75  # three balanced labels: a coin reaches 0.33
-    assert next((home / "runs" / "job-1").glob("events.out.tfevents.*")).stat().st_size > 10_000
+    events = (home / "runs" / "job-1").glob("events.out.tfevents.*")  # the hyper-parameters have a file of their own
+    assert max(path.stat().st_size for path in events) > 10_000
     assert embedded.find(home) is None
     mentions = [p.pid for p in psutil.process_iter(["environ"]) if str(home) in str((p.info["environ"] or {}).values())]
     assert not mentions
