@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from training.config import TrainConfig
@@ -120,7 +126,7 @@ def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classif
     torch.manual_seed(config.seed)
     encoder_config = _readable(encoder, load_encoder_config, str(encoder.folder))
     _check_length(encoder_config, config)
-    has_native = type(encoder_config) in AutoModelForSequenceClassification._model_mapping
+    has_native = type(encoder_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config.pooling == "native" and not (has_native and config.head == "linear"):
         raise BadConfig("pooling 'native' is that of a linear head whose architecture has one; use auto, mean or cls")
     if config.pooling == "native" or (config.pooling == "auto" and config.head == "linear" and has_native):
