@@ -21,9 +21,10 @@ from db.models import DeadLetter, ModelVersion, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.bench import CPU, DRAINED, Bench, Killed, wire
 from tests.conftest import LABELS, wait_until
+from worker import scorer
 from worker.batch import plan_batches
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Champion, Model, Scores
+from worker.scorer import Champion, Model, Scores, Serving, load_model
 from worker.stream import Depth, Stream
 from worker.window import Window
 
@@ -328,9 +329,19 @@ def test_without_a_champion_nothing_is_read_and_it_is_said_once(bench: Bench, ca
     assert worker.drain() == 1
 
 
-def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_windows(bench: Bench) -> None:
+def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_windows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     versions = [bench.promote()]
     published = itertools.count()
+    meanwhile, enough = itertools.count(), threading.Event()
+
+    def loads_for_long(version: ModelVersion, serving: Serving) -> Model:
+        if version.id != versions[0]:
+            assert enough.wait(60)
+        return load_model(version, serving)
+
+    monkeypatch.setattr(scorer, "load_model", loads_for_long)
 
     class GoesOnUntilTheNewOneScores(Pipeline):
         def store(self, window: Window) -> int:
@@ -339,6 +350,8 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
                 versions.append(bench.promote())
             if window.model.version_id == versions[0]:
                 self.stream.publish([wire(next(published)) for _ in range(4)])
+                if next(meanwhile) == 4 * WINDOWS_UNDER_WAY:
+                    enough.set()
             return scored
 
     bench.stream.publish([wire(next(published)) for _ in range(4)])

@@ -19,7 +19,7 @@ from db.session import public_url
 from worker import cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
-from worker.processes import Workers, workers
+from worker.processes import Workers, let_waiting_threads_sleep, workers
 from worker.runtime import broker, open_sql
 from worker.settings import Settings, load_settings
 from worker.show import Json
@@ -86,9 +86,7 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
     settings = load_settings()
     if settings.embedded and embedded.find(settings.home) is None:
         raise ServerFailed(f"no server runs on {settings.home}; start `tweetscore up`, or set REDIS_URL")
-    # Threads that compute together wait for each other awake, by default for milliseconds. Beside another busy process,
-    # a scorer above all, that halves the speed of training; waiting this briefly costs a tenth when there is none.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded, which the next line does
+    let_waiting_threads_sleep()  # before the next line loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
