@@ -162,17 +162,17 @@ def test_a_row_may_have_several_labels_or_none_when_the_task_says_so() -> None:
 
 
 BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
-    "missing.csv": (None, ["missing.csv", "name a CSV, TSV or JSONL"]),
+    "missing.csv": (None, ["missing.csv", "name a CSV, TSV, JSONL or Parquet"]),
     "empty.csv": (b"", ["empty.csv is empty", "header"]),
     "empty.jsonl": (b"", ["empty.jsonl is empty"]),
     "blank.csv": (b"\n\n", ["blank.csv", "header"]),
     "onlybom.csv": (b"\xef\xbb\xbf", ["onlybom.csv", "header"]),
     "header.csv": (b"label,text\n", ["header.csv holds no rows"]),
     "columns.csv": (b"mood,words\ngood,hello\n", ["mood, words", "name one of them label", "text"]),
-    "cp932.csv": (
-        "label,text\npositive,とても\n".encode("cp932"), ["not UTF-8", "0x82", "offset 20", "iconv -f CP932"],
-    ),
-    "cp932.jsonl": ('{"label": "p", "text": "とても"}\n'.encode("cp932"), ["not UTF-8", "iconv -f CP932"]),
+    "bytes.csv": (b"label,text\npositive,\x82\n", ["row 2 of bytes.csv is not UTF-8", "mend it or convert"]),
+    "bytes.jsonl": (b'{"label": "p", "text": "\x82"}\n', ["not UTF-8"]),
+    "no.parquet": (b"PAR1 no", ["no.parquet is no Parquet", "write it again"]),
+    "no.csv.gz": (b"label,text\n", ["no.csv.gz cannot be unpacked", "fetch it again"]),
     "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["line 2 of torn.jsonl", "mend it"]),
     "array.jsonl": (b'["p", "a"]\n', ["line 1 of array.jsonl", '{"label"']),
     "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten it"]),

@@ -1,7 +1,6 @@
 """From wire records, lines and rows to tweets: what is taken, what is refused, and in which words."""
 
 import contextlib
-import io
 import json
 from datetime import UTC, datetime
 
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import BadRecord
-from worker.records import MAX_TEXT_CHARS, Tweet, open_text, parse_object, parse_payload, read_tweets
+from worker.records import MAX_TEXT_CHARS, Tweet, parse_object, parse_payload
 
 
 def test_the_wire_format_carries_a_tweet_there_and_back() -> None:
@@ -85,31 +84,3 @@ def test_times_are_read_in_both_of_the_shapes_the_api_writes() -> None:
     expected = datetime(2018, 10, 10, 20, 19, 24, tzinfo=UTC)
     for written in ("2018-10-10T20:19:24.000Z", "Wed Oct 10 20:19:24 +0000 2018", "2018-10-11T05:19:24+09:00"):
         assert parse_object({"id": "1", "text": "x", "created_at": written}).created_at == expected
-
-
-def test_jsonl_lines_are_numbered_and_a_bad_one_does_not_stop_the_rest() -> None:
-    source = io.StringIO('{"id":"1","text":"一"}\n\n{broken\n{"id":"2","text":"二"}\n')
-    found = list(read_tweets(source, "tweets.jsonl"))
-    assert [(number, type(value)) for number, value in found] == [(1, Tweet), (3, BadRecord), (4, Tweet)]
-    assert str(found[1][1]) == "the line is not JSON"
-
-
-def test_csv_rows_keep_quoted_newlines_and_take_japanese_headers() -> None:
-    source = io.StringIO('tweet_id,本文,topic\n7,"一行目\n二行目",猫\n8,,犬\n')
-    (_, first), (number, second) = read_tweets(source, "tweets.csv")
-    assert first == Tweet("7", "一行目\n二行目", topic="猫")
-    assert (number, str(second)) == (3, "the tweet's text is blank")
-
-
-def test_a_line_of_another_encoding_is_named_and_the_others_are_read(tmp_path) -> None:
-    path = tmp_path / "mixed.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"id":"1","text":"a"}\n' + '{"id":"2","text":"良い"}\n'.encode("cp932"))
-    with open_text(str(path)) as source:
-        found = list(read_tweets(source, path.name))
-    assert found[0][1] == Tweet("1", "a")
-    assert str(found[1][1]) == "the line is not UTF-8"
-
-
-def test_without_need_of_ids_a_line_is_named_by_its_number() -> None:
-    found = list(read_tweets(io.StringIO('{"text":"a"}\n{"text":"b","id":"x"}\n'), "-", need_id=False))
-    assert [tweet.id for _, tweet in found] == ["1", "x"]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
@@ -22,8 +24,9 @@ from db.errors import listed, plain, shown
 from training.clean import clean, same_text_key
 from training.columns import LABEL_COLUMNS, MULTI_LABEL_SEPARATOR, TEXT_COLUMNS
 from training.config import TrainConfig
-from training.errors import BadDataset
+from training.errors import BadDataset, BadSource
 from training.paths import inside_roots, is_file
+from training.sources import Source, has_bad_bytes, open_source
 
 MAX_TEXT_CHARS = 100_000
 MAX_LABEL_CHARS = 1_000
@@ -37,6 +40,7 @@ class Rows:
     texts: list[str]
     labels: list[str]
     row_numbers: list[int]
+    encoding: str = "UTF-8"
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,29 @@ def find_dataset(name: str, roots: Sequence[Path]) -> Path:
 
 
 def read_rows(path: Path) -> Rows:
-    """Labelled rows of a CSV, TSV or JSONL file; raises `BadDataset` with the row and the remedy."""
+    """Labelled rows of a CSV, TSV, JSONL or Parquet file, gzipped or not.
+
+    Raises `BadDataset` with the row and the remedy.
+    """
     _check_there(path)
     try:
-        header, table = _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else _read_csv(path)
-    except UnicodeDecodeError as error:
-        raise BadDataset(
-            f"{plain(path.name)} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert "
-            f"it first, e.g. `iconv -f CP932 -t UTF-8 {plain(path.name)}`"
-        ) from error
+        with open_source(path) as source:
+            header, table = TABLES[source.format](source, path)
+            encoding = source.encoding_name
+    except BadSource as error:
+        raise BadDataset(f"{error}; a dataset needs a header and a label and a text in each row") from error
     if not table:
         empty = "is empty" if not header else "holds no rows"
         raise BadDataset(f"{plain(path.name)} {empty}; a dataset needs a header and a label and a text in each row")
     text_column, label_column = _find_columns(header, table, path)
-    rows = Rows([], [], [])
+    rows = Rows([], [], [], encoding)
     for number, values in table:
         text, label = values[text_column], values[label_column]
+        if has_bad_bytes(text + label):
+            raise BadDataset(
+                f"row {number} of {plain(path.name)} is not {encoding}, or holds half a surrogate pair; mend it or "
+                "convert the file to UTF-8 first"
+            )
         _check_text(text, number, path)
         _check_label(label, number, path)
         rows.texts.append(text)
@@ -138,43 +149,43 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
 
 def _check_there(path: Path) -> None:
     if not is_file(path):
-        raise BadDataset(f"there is no file {plain(path)}; name a CSV, TSV or JSONL file with labels and texts")
+        raise BadDataset(
+            f"there is no file {plain(path)}; name a CSV, TSV, JSONL or Parquet file with labels and texts"
+        )
 
 
 Table = list[tuple[int, list[str]]]
 
 
-def _read_csv(path: Path) -> tuple[list[str], Table]:
+def _read_csv(source: Source, path: Path) -> tuple[list[str], Table]:
     """The header, and every row with the line it begins at; blank lines are passed over."""
     table: Table = []
     csv.field_size_limit(10 * MAX_TEXT_CHARS)
-    # The byte-order mark would otherwise stick to the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        header: list[str] = []
-        begins = 1
-        try:
-            for values in reader:
-                if not header:
-                    header = values if any(value.strip() for value in values) else []
-                elif values:
-                    if len(values) != len(header):
-                        raise BadDataset(
-                            f"row {begins} of {plain(path.name)} has {len(values)} columns and the header "
-                            f"{len(header)}; put quotes around a text that holds a comma"
-                        )
-                    table.append((begins, values))
-                begins = reader.line_num + 1
-        except csv.Error as error:
-            raise BadDataset(f"row {begins} of {plain(path.name)} cannot be read ({plain(error)}); mend it") from error
+    reader = csv.reader(source.text, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    header: list[str] = []
+    begins = 1
+    try:
+        for values in reader:
+            if not header:
+                header = values if any(value.strip() for value in values) else []
+            elif values:
+                if len(values) != len(header):
+                    raise BadDataset(
+                        f"row {begins} of {plain(path.name)} has {len(values)} columns and the header "
+                        f"{len(header)}; put quotes around a text that holds a comma"
+                    )
+                table.append((begins, values))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise BadDataset(f"row {begins} of {plain(path.name)} cannot be read ({plain(error)}); mend it") from error
     return header, table
 
 
-def _read_jsonl(path: Path) -> tuple[list[str], Table]:
+def _read_jsonl(source: Source, path: Path) -> tuple[list[str], Table]:
     """The keys of all objects, and every object's values by them; what an object lacks is empty."""
     objects: list[tuple[int, dict[str, Any]]] = []
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(source.text.read().split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -186,6 +197,18 @@ def _read_jsonl(path: Path) -> tuple[list[str], Table]:
         objects.append((number, value))
     keys = list(dict.fromkeys(key for _, value in objects for key in value))
     return keys, [(number, [_json_cell(value.get(key)) for key in keys]) for number, value in objects]
+
+
+def _read_parquet(source: Source, path: Path) -> tuple[list[str], Table]:
+    try:
+        read = pq.read_table(source.binary)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadDataset(f"{plain(path.name)} is no Parquet that can be read; write it again") from error
+    rows = zip(*(column.to_pylist() for column in read.columns), strict=True)
+    return read.column_names, [(number, [_json_cell(value) for value in row]) for number, row in enumerate(rows, 1)]
+
+
+TABLES = {"csv": _read_csv, "tsv": _read_csv, "json": _read_jsonl, "parquet": _read_parquet}
 
 
 def _json_cell(value: Any) -> str:
@@ -270,6 +293,7 @@ def _deduplicate(rows: Rows, named: Sequence[tuple[str, ...]]) -> tuple[list[int
                 clashing.add(key)
     kept = [i for key, i in first.items() if key not in clashing]
     report = {
+        "encoding": rows.encoding,
         "read": len(rows.texts),
         "blank": blank,
         "duplicates": duplicates,

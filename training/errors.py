@@ -11,6 +11,10 @@ class BadDataset(TweetscoreError):
     """Raised when a dataset cannot be read, or cannot be split into training, validation and test rows."""
 
 
+class BadSource(TweetscoreError):
+    """Raised when a file or URL of rows is not there, is empty, or cannot be unpacked."""
+
+
 class ModelUnavailable(TweetscoreError):
     """Raised when a base model cannot be found, fetched or loaded."""
 

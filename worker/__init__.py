@@ -20,7 +20,9 @@ def submit_training(dataset: str, preset: str | None = None, **options: Any) -> 
 
 
 def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
-    """Append tweets ({"id", "text", ...}) to the stream and nudge a scoring worker. Returns how many.
+    """Append tweets to the stream and nudge a scoring worker. Returns how many.
+
+    A tweet is {"id", "text", ...}, or what the X API gives: one of its tweets or a page of them.
 
     Raises `BadRecord`, and publishes nothing, when one of them is no tweet; `StreamError` when the broker is away.
     """

@@ -152,7 +152,11 @@ def train(
 
 @app.command()
 def push(
-    file: Annotated[str, typer.Argument(help="JSONL, CSV or TSV with an id and a text in each row; - is stdin.")],
+    file: Annotated[
+        str, typer.Argument(help="X API answers, JSONL, CSV, TSV or Parquet, also .gz or a URL; - is stdin.")
+    ],
+    topic: Annotated[str | None, typer.Option(help="Topic of the tweets that name none.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first line that is no tweet.")] = False,
     json: Json = False,
 ) -> None:
     """Publish tweets to the stream. Lines that are no tweets are counted and named; the others go through."""
@@ -160,12 +164,20 @@ def push(
 
     settings = load_settings()
     with broker(settings) as url:
-        pushed = push_file(settings, url, file, quiet=json)
+        pushed = push_file(settings, url, file, quiet=json, topic=topic, strict=strict)
     if json:
-        show.as_json({"published": pushed.published, "bad": pushed.bad, "seconds": pushed.seconds})
+        show.as_json(
+            {
+                "published": pushed.published, "bad_lines": pushed.bad_count, "bad": pushed.bad,
+                "encoding": pushed.encoding, "seconds": pushed.seconds,
+            }
+        )  # fmt: skip
     else:
         rate = pushed.published / max(pushed.seconds, 1e-9)
-        show.console.print(f"published {pushed.published} tweets in {pushed.seconds:.1f} s ({rate:,.0f} a second)")
+        read_as = "" if pushed.encoding == "UTF-8" else f", read as {pushed.encoding}"
+        show.console.print(
+            f"published {pushed.published} tweets in {pushed.seconds:.1f} s ({rate:,.0f} a second){read_as}"
+        )
     for fault in pushed.bad:
         show.errors.print(fault, style="red", markup=False, soft_wrap=True)
     if pushed.bad_count:
@@ -175,7 +187,7 @@ def push(
 
 @app.command()
 def score(
-    file: Annotated[str, typer.Argument(help="JSONL, CSV or TSV with a text in each row; - is stdin.")],
+    file: Annotated[str, typer.Argument(help="As `push` takes it, ids or not; - is stdin.")],
     model: Annotated[int | None, typer.Option(help="Model version; the champion if unnamed.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:

@@ -16,6 +16,7 @@ from worker.records import parse_object
 from worker.runtime import broker, open_sql, open_stream
 from worker.settings import Settings, load_settings
 from worker.stream import FULL_WAIT_SECONDS, Stream
+from worker.xapi import flat_tweets
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def submit_training(dataset: str, preset: str | None = None, **options: Any) -> 
 
 def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     settings = load_settings()
-    payloads = [parse_object(dict(tweet)).payload() for tweet in tweets]
+    payloads = [parse_object(flat).payload() for tweet in tweets for flat in flat_tweets(dict(tweet))]
     with broker(settings) as url:
         stream, app = open_stream(settings, url), make_app(settings)
         for start in range(0, len(payloads), FLUSH_TWEETS):

@@ -19,6 +19,7 @@ from training.data import find_dataset, read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.paths import file_sha256, is_file, is_folder, real_path
+from training.sources import ending_of
 from worker.settings import Settings
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
@@ -33,7 +34,9 @@ def submit_training(
     """
     path = real_path(dataset)
     if path is None:
-        raise BadDataset(f"there is no file {plain(dataset)}; name a CSV, TSV or JSONL file with labels and texts")
+        raise BadDataset(
+            f"there is no file {plain(dataset)}; name a CSV, TSV, JSONL or Parquet file with labels and texts"
+        )
     config = job_config(settings, preset, options)
     split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
     config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
@@ -97,7 +100,7 @@ def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) 
 
 def take_dataset(settings: Settings, path: Path) -> Path:
     """A copy of a dataset in the home, under its digest."""
-    target = settings.datasets / f"{file_sha256(path)[:16]}{path.suffix}"
+    target = settings.datasets / f"{file_sha256(path)[:16]}{ending_of(path)}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{os.getpid()}")

@@ -1,65 +1,78 @@
 """Files of tweets: published to the stream, or scored here and now."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from rich.progress import Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from db import registry
-from db.errors import NotFound, plain
+from db.errors import NotFound
 from db.session import Database
-from training.paths import is_file
+from training.sources import Source, open_source
 from worker import show
 from worker.app import SCORING, make_app
 from worker.doors import FLUSH_TWEETS, nudge, send
 from worker.errors import BadRecord
-from worker.records import Tweet, open_text, read_tweets
+from worker.records import Tweet
 from worker.runtime import open_stream
 from worker.settings import Settings
+from worker.tweetfiles import read_tweets
 
 FAULTS_NAMED = 20
 
 
 @dataclass
 class Pushed:
+    """What became of a file. `note` keeps the first faults in words and counts all; with `strict` it raises them."""
+
+    strict: bool = False
+    encoding: str = "UTF-8"
     published: int = 0
     seconds: float = 0.0
     bad_count: int = 0
     bad: list[str] = field(default_factory=list)
 
     def note(self, name: str, number: int, fault: BadRecord) -> None:
+        if self.strict:
+            raise BadRecord(f"{name}, line {number}: {fault}; what stood before it is published")
         self.bad_count += 1
         if len(self.bad) < FAULTS_NAMED:
             self.bad.append(f"{name}, line {number}: {fault}")
 
 
-def push_file(settings: Settings, url: str, file: str, *, quiet: bool) -> Pushed:
-    """Publish every tweet of a file in its order, with a nudge after each flush; bad lines are noted and left out."""
-    stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(), time.monotonic()
+def push_file(
+    settings: Settings, url: str, file: str, *, quiet: bool, topic: str | None = None, strict: bool = False
+) -> Pushed:
+    """Publish every tweet of a file in its order, with a nudge after each flush.
+
+    Lines that are no tweets are noted and left out; with `strict` the first of them raises `BadRecord`. `topic` is for
+    tweets that have none.
+    """
+    stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(strict), time.monotonic()
     with (
-        _opened(file) as (source, name, size),
+        open_source(file) as source,
         show.bar(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()) as progress,
     ):
         progress.disable = quiet
-        shown = progress.add_task("publishing", total=size, rate="")
-        for flush in batched(_good(source, name, pushed), FLUSH_TWEETS):
+        pushed.encoding = source.encoding_name
+        shown = progress.add_task("publishing", total=source.size, rate="")
+        for flush in batched(_good(source, pushed, topic=topic), FLUSH_TWEETS):
             payloads = [tweet.payload() for tweet in flush]
             send(stream, payloads, settings, lambda said: tell(progress, shown, said))
             nudge(app, SCORING)
             pushed.published += len(flush)
             rate = pushed.published / max(time.monotonic() - began, 1e-9)
-            at = source.buffer.tell() if size else None
             progress.update(
-                shown, description="publishing", completed=at, rate=f"{pushed.published} tweets, {rate:,.0f}/s"
+                shown,
+                description="publishing",
+                completed=source.position(),
+                rate=f"{pushed.published} tweets, {rate:,.0f}/s",
             )
-        progress.update(shown, completed=size or pushed.published, total=size or pushed.published)
+        progress.update(shown, completed=source.size or pushed.published, total=source.size or pushed.published)
     pushed.seconds = time.monotonic() - began
     return pushed
 
@@ -82,9 +95,9 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
             raise NotFound("there is no champion yet; train a model and promote it, or name one with --model")
         version = registry.get(session, wanted)
     pushed = Pushed()
-    with _opened(file) as (source, name, _):
+    with open_source(file) as source:
         model = None
-        for window in batched(_good(source, name, pushed, need_id=False), settings.window_tweets):
+        for window in batched(_good(source, pushed, need_id=False), settings.window_tweets):
             model = model or load_model(version, serving(settings))
             scores = model.score([tweet.text for tweet in window])
             if as_lines:
@@ -103,25 +116,9 @@ def batched(tweets: Iterator[Tweet], size: int) -> Iterator[list[Tweet]]:
         yield batch
 
 
-def _good(source: TextIO, name: str, pushed: Pushed, *, need_id: bool = True) -> Iterator[Tweet]:
-    for number, tweet in read_tweets(source, name, need_id=need_id):
-        if isinstance(tweet, BadRecord):
-            pushed.note(name, number, tweet)
-        else:
+def _good(source: Source, pushed: Pushed, **how: Any) -> Iterator[Tweet]:
+    for number, tweet in read_tweets(source, **how):
+        if isinstance(tweet, Tweet):
             yield tweet
-
-
-@contextmanager
-def _opened(file: str) -> Iterator[tuple[TextIO, str, int | None]]:
-    """The source, its name, and its size in bytes where it has one."""
-    if file == "-":
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-        yield sys.stdin, "stdin", None
-        return
-    path = Path(file)
-    if not is_file(path):
-        raise NotFound(f"there is no file {plain(file)}; name a JSONL, CSV or TSV file, or - for standard input")
-    if path.stat().st_size == 0:
-        raise NotFound(f"{plain(file)} is empty; it should hold a tweet a line")
-    with open_text(file) as source:
-        yield source, path.name, path.stat().st_size
+        else:
+            pushed.note(source.name, number, tweet)

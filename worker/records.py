@@ -1,21 +1,19 @@
-"""From what people have to tweets: wire records, JSONL lines, CSV rows. Knows shapes, not streams or tables."""
+"""A tweet, checked, and the wire format. Knows flat objects; files and the X API's shapes come before it."""
 
-import csv
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from training.columns import TEXT_COLUMNS
+from training.columns import ID_COLUMNS, TEXT_COLUMNS
+from training.sources import has_bad_bytes
 from worker.errors import BadRecord
 from worker.stream import WIRE_VERSION
 
 MAX_ID_CHARS = 64
+OPTIONAL = ("author_id", "lang", "topic", "retweeted_id", "quoted_id", "replied_to_id")
 # X's longest posts have 25,000 characters.
 MAX_TEXT_CHARS = 25_000
-ID_KEYS = ("id", "tweet_id", "id_str")
 TIME_KEYS = ("created_at", "tweet_created_at")
 # v1.1: Wed Oct 10 20:19:24 +0000 2018
 V1_TIME = "%a %b %d %H:%M:%S %z %Y"
@@ -31,11 +29,14 @@ class Tweet:
     lang: str | None = None
     topic: str | None = None
     created_at: datetime | None = None
+    retweeted_id: str | None = None
+    quoted_id: str | None = None
+    replied_to_id: str | None = None
 
     def payload(self) -> bytes:
         """The public wire format, version 1: one JSON object in UTF-8."""
         wire: dict[str, Any] = {"v": WIRE_VERSION, "id": self.id, "text": self.text}
-        for key in ("author_id", "lang", "topic"):
+        for key in OPTIONAL:
             if getattr(self, key) is not None:
                 wire[key] = getattr(self, key)
         if self.created_at is not None:
@@ -62,7 +63,7 @@ def parse_object(value: Any) -> Tweet:
     """A flat JSON object as a tweet; unknown keys are ignored. Raises `BadRecord`."""
     if not isinstance(value, dict):
         raise BadRecord(f"a tweet is a JSON object, not {_kind(value)}")
-    id_ = next((value[key] for key in ID_KEYS if value.get(key) not in (None, "")), None)
+    id_ = next((value[key] for key in ID_COLUMNS if value.get(key) not in (None, "")), None)
     if id_ is None:
         raise BadRecord("the tweet has no id")
     text = next((value[key] for key in TEXT_COLUMNS if value.get(key) is not None), None)
@@ -71,69 +72,9 @@ def parse_object(value: Any) -> Tweet:
     return Tweet(
         id=_id(id_),
         text=_text(text),
-        author_id=_optional(value, "author_id"),
-        lang=_optional(value, "lang"),
-        topic=_optional(value, "topic"),
+        **{key: _optional(value, key) for key in OPTIONAL},
         created_at=_time(next((value[key] for key in TIME_KEYS if value.get(key) not in (None, "")), None)),
     )
-
-
-def read_tweets(source: TextIO, name: str, *, need_id: bool = True) -> Iterator[tuple[int, Tweet | BadRecord]]:
-    """Every line of a JSONL file, or row of a CSV or TSV file, with its number: a tweet, or what is wrong with it.
-
-    The format follows from the ending; anything else is JSONL if it begins with a brace. Where `need_id` is false a
-    line without an id gets its number for one.
-    """
-    rows = (
-        _csv_rows(source, "\t" if name.endswith(".tsv") else ",") if name.endswith((".csv", ".tsv")) else _lines(source)
-    )
-    for number, value in rows:
-        if isinstance(value, BadRecord):
-            yield number, value
-            continue
-        if not need_id and isinstance(value, dict) and not any(value.get(key) for key in ID_KEYS):
-            value = {**value, "id": str(number)}
-        try:
-            yield number, parse_object(value)
-        except BadRecord as error:
-            yield number, error
-
-
-def open_text(path: str) -> TextIO:
-    """A file of UTF-8, with or without a byte-order mark; bytes that are not become one bad line, not a failed run."""
-    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _lines(source: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(source, start=1):
-        if not line.strip():
-            continue
-        if _has_surrogate(line):
-            yield number, BadRecord("the line is not UTF-8")
-            continue
-        try:
-            yield number, json.loads(line)
-        except (json.JSONDecodeError, RecursionError, ValueError):
-            yield number, BadRecord("the line is not JSON")
-
-
-def _csv_rows(source: TextIO, delimiter: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(source, delimiter=delimiter)
-    number = 1
-    while True:
-        number += 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, BadRecord(f"the row cannot be read: {error}")
-            continue
-        values = {
-            str(key).strip().lower(): value for key, value in row.items() if key is not None and value is not None
-        }
-        bad = any(_has_surrogate(value) for value in values.values())
-        yield number, BadRecord("the row is not UTF-8") if bad else values
 
 
 def _id(value: Any) -> str:
@@ -181,17 +122,9 @@ def _time(value: Any) -> datetime | None:
 def _storable(text: str, what: str) -> str:
     if "\x00" in text:
         raise BadRecord(f"the tweet's {what} holds a NUL character, which databases cannot store")
-    if _has_surrogate(text):
+    if has_bad_bytes(text):
         raise BadRecord(f"the tweet's {what} holds half a surrogate pair, which is no character")
     return text
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _kind(value: Any) -> str:

@@ -164,10 +164,12 @@ def job_summary(database: Database, job: TrainingJob) -> None:
     console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{says}")
     if job.data_report:
         report = job.data_report
-        sizes = report["sizes"]
+        sizes, encoding = report["sizes"], report.get("encoding", "UTF-8")
+        read_as = "" if encoding == "UTF-8" else f", read as {encoding}"
         console.print(
-            f"data: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, {report['blank']} "
-            f"blank, {report['conflicting']} texts under two labels left out); training {sizes['train']}, validation "
+            f"data{read_as}: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, "
+            f"{report['blank']} blank, {report['conflicting']} texts under two labels left out); "
+            f"training {sizes['train']}, validation "
             f"{sizes['valid']}, test {sizes['test']}"
         )
     if job.error:
