@@ -7,7 +7,19 @@ text order is time order and SQLite's date functions read them as they are.
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, String, Text
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    true,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -138,6 +150,7 @@ class EpochMetric(Base):
     valid_accuracy: Mapped[float]
     valid_f1_macro: Mapped[float]
     seconds: Mapped[float]
+    kept: Mapped[bool] = mapped_column(default=True, server_default=true())
 
 
 class ModelVersion(Base):

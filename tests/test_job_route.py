@@ -192,12 +192,12 @@ def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
 
 
 def test_a_failed_job_is_recorded_on_every_database(database: Database, workshop: Workshop, tmp_path: Path) -> None:
-    (tmp_path / "cp932.csv").write_bytes("label,text\n肯定,とても\n".encode("cp932"))
-    job_id = submit(database, tmp_path / "cp932.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
+    job_id = submit(database, tmp_path / "bytes.csv")
     run_next_job(database, workshop, "here", NEVER)
     job = job_of(database, job_id)
     assert job.state == "failed"
-    assert "cp932.csv is not UTF-8" in (job.error or "")
+    assert "row 2 of bytes.csv is not UTF-8" in (job.error or "")
     assert job.finished_at is not None
 
 

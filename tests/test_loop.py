@@ -183,7 +183,7 @@ def test_tensorboard_shows_rate_validation_confusion_and_hyper_parameters(bench:
         assert [event.step for event in events.Scalars(name)] == [6, 12]
     assert [event.step for event in events.Images("confusion")] == [6, 12]
     assert "_hparams_/session_start_info" in events.summary_metadata
-    assert events.Scalars("best/valid_f1_macro")
+    assert events.Scalars("kept/valid_f1_macro")
 
 
 def test_a_run_stopped_between_accumulated_steps_goes_on_to_the_same_end(bench: Make, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from training.data import Dataset, Split, read_rows, split_rows
 from training.encoders import Encoder
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluate import loss_function, metrics, predict, to_probabilities
-from training.fit import Epoch, Hooks, fit
+from training.fit import Epoch, Hooks, as_good, fit
 from training.model import Classifier, build_model
 from training.text import encode, load_tokenizer
 
@@ -155,11 +155,19 @@ def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tm
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     model = made.model()
     epochs = made.fit(model, tmp_path, valid=turned)
-    best = max(epochs, key=lambda epoch: epoch.valid_f1_macro)
-    assert best.epoch < 4
-    assert epochs[-1].valid_f1_macro < best.valid_f1_macro
+    kept = [epoch for epoch in epochs if epoch.kept][-1]
+    assert kept.epoch < 4
+    assert epochs[-1].valid_f1_macro < kept.valid_f1_macro
     left = predict(model, made.rows["valid"], turned.targets, made.config, 4, 0, CPU)
-    assert left.loss == pytest.approx(best.valid_loss, abs=1e-5)
+    assert left.loss == pytest.approx(kept.valid_loss, abs=1e-5)
+
+
+def test_of_epochs_that_few_rows_cannot_tell_apart_the_later_is_kept() -> None:
+    assert as_good(0.88, best=0.9, rows=100)  # one standard error is 0.03
+    assert not as_good(0.88, best=0.9, rows=1_000)  # 0.0095
+    assert as_good(1.0, best=1.0, rows=10)
+    assert not as_good(0.99, best=1.0, rows=10)
+    assert as_good(0.0, best=0.0, rows=10)
 
 
 def stop_at(step: int, *, validating: bool) -> Hooks:

@@ -51,7 +51,7 @@ class Board:
         for name, figure in pictures.items():
             self._writer.add_figure(name, figure, global_step=step)
 
-    def hparams(self, config: TrainConfig, best: Mapping[str, float]) -> None:
+    def hparams(self, config: TrainConfig, kept: Mapping[str, float]) -> None:
         """The run's line in the table that compares runs."""
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -59,7 +59,7 @@ class Board:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._writer.add_hparams(values, {f"best/{name}": value for name, value in best.items()}, run_name=".")
+            self._writer.add_hparams(values, {f"kept/{name}": value for name, value in kept.items()}, run_name=".")
 
     def graph(self, model: Classifier, row: Sequence[int], pad_id: int, device: torch.device) -> None:
         ids, mask = pad([row, row], pad_id)

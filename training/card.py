@@ -88,7 +88,7 @@ def _summary(outcome: Outcome) -> str:
     return (
         f"# {_name(outcome)}\n\nGives a Japanese tweet {kind} {len(labels)} labels: "
         f"{', '.join(map(_code, labels))}. {_base(outcome)} fine-tuned for {len(outcome.history)} epochs; "
-        "the weights are those of the epoch with the best validation macro-F1."
+        "the weights are those of the last epoch that the validation rows cannot tell from the best."
     )
 
 

@@ -27,7 +27,10 @@ NEWEST_KEPT = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step."""
+    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step.
+
+    `kept`: when it ended its weights took the place of those kept before. The last such epoch is the model.
+    """
 
     epoch: int
     train_loss: float
@@ -36,6 +39,7 @@ class Epoch:
     valid_accuracy: float
     valid_f1_macro: float
     seconds: float
+    kept: bool = True
 
 
 @dataclass

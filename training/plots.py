@@ -46,7 +46,7 @@ def epochs(history: Sequence[Epoch]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     numbers = [epoch.epoch for epoch in history]
-    best = max(history, key=lambda epoch: (epoch.valid_f1_macro, epoch.epoch))
+    kept = [epoch.epoch for epoch in history if epoch.kept][-1]
     loss.plot(numbers, [epoch.train_loss for epoch in history], marker="o", label="training")
     loss.plot(numbers, [epoch.valid_loss for epoch in history], marker="o", label="validation")
     loss.set_title("loss")
@@ -54,7 +54,7 @@ def epochs(history: Sequence[Epoch]) -> Figure:
     quality.plot(numbers, [epoch.valid_f1_macro for epoch in history], marker="o", label="F1 macro")
     quality.set_title("validation rows")
     for axes in (loss, quality):
-        axes.axvline(best.epoch, color="gray", linestyle=":", label="kept")
+        axes.axvline(kept, color="gray", linestyle=":", label="kept")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -101,14 +101,14 @@ def epoch_line(epoch: EpochMetric) -> str:
 
 
 def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
-    best = max(epochs, key=lambda epoch: (epoch.valid_f1_macro, epoch.epoch), default=None)
+    kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
     return as_table(
-        "Epochs (the best by validation F1 macro is kept)",
+        "Epochs (kept: the last that the validation rows cannot tell from the best)",
         ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
         [
             (
                 str(e.epoch), f"{e.train_loss:.4f}", f"{e.learning_rate:.2e}", f"{e.valid_loss:.4f}",
-                f"{e.valid_accuracy:.4f}", f"{e.valid_f1_macro:.4f}", f"{e.seconds:.1f}", "best" if e is best else "",
+                f"{e.valid_accuracy:.4f}", f"{e.valid_f1_macro:.4f}", f"{e.seconds:.1f}", "kept" if e is kept else "",
             )
             for e in epochs
         ],
