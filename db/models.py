@@ -90,14 +90,22 @@ class Tweet(Base):
     lang: Mapped[str | None]
     topic: Mapped[str | None]
     tweet_created_at: Mapped[datetime | None]
-    received_at: Mapped[datetime]
+    received_at: Mapped[datetime] = mapped_column(index=True)
+    retweeted_id: Mapped[str | None]
+    quoted_id: Mapped[str | None]
+    replied_to_id: Mapped[str | None]
 
 
 class Prediction(Base):
     """What one model version says of one tweet. The key makes a replay an upsert that changes nothing."""
 
     __tablename__ = "predictions"
-    __table_args__ = (Index(None, "model_version_id", "scored_at"),)
+    __table_args__ = (
+        Index(None, "model_version_id", "scored_at"),
+        Index(
+            None, "model_version_id", "probability", "label"
+        ),  # alone answers which are unsure, and how many have which label
+    )
 
     tweet_id: Mapped[str] = mapped_column(ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True)
     model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"), primary_key=True)
@@ -106,6 +114,23 @@ class Prediction(Base):
     score_signed: Mapped[float | None]
     probabilities: Mapped[dict[str, Any]]
     scored_at: Mapped[datetime]
+
+
+class SentimentRollup(Base):
+    """Sums of predictions by hour (UTC), topic (empty for none) and label, which triggers keep as predictions come and
+    go. A key's rows are added up: in PostgreSQL every connection has its own `shard`, so that workers never wait."""
+
+    __tablename__ = "sentiment_rollup"
+
+    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"), primary_key=True)
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    topic: Mapped[str] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(primary_key=True)
+    shard: Mapped[int] = mapped_column(primary_key=True)
+    tweets: Mapped[int]
+    probability_sum: Mapped[float]
+    score_sum: Mapped[float]
+    with_score: Mapped[int]
 
 
 class TrainingJob(Base):

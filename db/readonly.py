@@ -1,6 +1,7 @@
 """Questions from outside, asked so that they cannot write. Opens connections of its own, never the workers'."""
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from sqlalchemy import make_url
 from db.errors import DatabaseError
 
 STATEMENT_TIMEOUT_MS = 60_000
+# How often SQLite looks at the clock, in steps of its virtual machine: some hundred times a second.
+STEPS_BETWEEN_LOOKS = 100_000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 Answer = tuple[list[str], Iterator[Sequence[Any]]]
@@ -42,10 +45,27 @@ def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
     with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=30)) as connection:
         # mode=ro guards this file; the authorizer also keeps ATTACH and PRAGMA from reaching others.
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
+        clock = Clock()
+        connection.set_progress_handler(clock.is_up, STEPS_BETWEEN_LOOKS)
         cursor = connection.execute(sql)
         if cursor.description is None:
             raise DatabaseError("the query gives no rows; ask with SELECT")
-        yield [column[0] for column in cursor.description], cursor
+        yield [column[0] for column in cursor.description], clock.each(cursor)
+
+
+class Clock:
+    """Ends a question whose next row does not come in time, as PostgreSQL's statement timeout does."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def is_up(self) -> bool:
+        return time.monotonic() - self._began > STATEMENT_TIMEOUT_MS / 1000
+
+    def each(self, rows: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        for row in rows:
+            yield row
+            self._began = time.monotonic()
 
 
 @contextmanager

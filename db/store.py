@@ -3,12 +3,13 @@
 They add and select; the caller owns the transaction.
 """
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, inspect, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, delete, func, inspect, select, text
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
 from db.errors import NotFound
@@ -98,10 +99,29 @@ def prediction_count(session: Session, model_version_id: int | None = None) -> i
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     # Every writer takes row locks in key order: two workers that meet the same tweets wait, and never deadlock.
     keys = [str(column.key) for column in inspect(model).primary_key]
     ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
     # The table, not the class: the session would look at every row for what only mapped objects have.
     table: Any = model.__table__
-    session.execute(insert(table).on_conflict_do_nothing(), ordered)
+    if session.get_bind().dialect.name == "sqlite":
+        session.execute(sqlite.insert(table).on_conflict_do_nothing(), ordered)
+    else:
+        # One statement with one parameter, which the triggers count at once.
+        columns = ", ".join(ordered[0])
+        session.execute(
+            text(
+                f"INSERT INTO {table.name} ({columns}) SELECT {columns} "  # noqa: S608 - names of the schema
+                f"FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) ON CONFLICT DO NOTHING"
+            ),
+            {"rows": json.dumps(ordered, ensure_ascii=False, default=_as_text)},
+        )
+
+
+def _as_text(value: Any) -> str:
+    """As PostgreSQL reads a time or bytes from text."""
+    if isinstance(value, bytes):
+        return f"\\x{value.hex()}"
+    if value.tzinfo is None:
+        raise ValueError(f"{value!r} has no time zone; use an aware datetime in UTC")
+    return str(value.isoformat())

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sqlalchemy import inspect
 from typer.main import get_command
 
 from db.models import Base
+from db.session import Database
 from worker.cli import app
 from worker.health import KINDS
 from worker.settings import Settings, environment_name
@@ -45,6 +47,12 @@ def test_the_schema_names_every_table_and_column() -> None:
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([a-z0-9_, ]+) \|", section("Schema"), re.MULTILINE))
     for name, table in Base.metadata.tables.items():
         assert rows[name].split(", ") == [column.name for column in table.columns]
+
+
+def test_the_schema_names_every_view_and_column(database: Database) -> None:
+    rows = dict(re.findall(r"^\| `(v_[a-z_]+)` \| ([a-z0-9_, ]+) \|", section("Schema"), re.MULTILINE))
+    found = inspect(database.engine)
+    assert rows == {view: ", ".join(c["name"] for c in found.get_columns(view)) for view in found.get_view_names()}
 
 
 def test_every_command_it_shows_exists() -> None:

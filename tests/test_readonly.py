@@ -1,15 +1,18 @@
 """Questions in SQL: answered as a stream of rows, and refused when they would write."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
 
-from db import store
+from db import readonly, store
 from db.errors import DatabaseError
 from db.readonly import ask
+from db.roles import grant_readonly
 from db.session import Database, open_database
 from tests.test_store import answer, everything, tweet_row, url_of, write
 
@@ -115,3 +118,52 @@ def test_sqlite_file_with_url_characters_in_its_name_is_asked(tmp_path: Path) ->
         connection.execute(text("CREATE TABLE t AS SELECT 7 AS n"))
     assert answer(opened, "SELECT n FROM t") == [(7,)]
     opened.close()
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+def test_an_endless_question_is_ended(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readonly, "STATEMENT_TIMEOUT_MS", 300)
+    began = time.monotonic()
+    with (
+        pytest.raises(DatabaseError, match=r"interrupted|statement timeout"),
+        ask(url_of(database), ENDLESS) as (_, rows),
+    ):
+        list(rows)
+    assert 0.2 < time.monotonic() - began < 10
+
+
+def test_a_role_that_may_only_look_can_do_nothing_else(database: Database) -> None:
+    if database.engine.dialect.name == "sqlite":
+        with pytest.raises(DatabaseError, match="SQLite has no roles"):
+            grant_readonly(database, "looker")
+        return
+    write(database, [tweet_row("1")], [])
+    role = f"looker_{make_url(url_of(database)).database}"[:60]
+    with pytest.raises(DatabaseError, match="CREATE ROLE"):
+        grant_readonly(database, role)
+    with database.begin() as session:
+        session.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'x'"))
+    grant_readonly(database, role)
+    with database.begin() as session:  # what comes later can be looked at too
+        session.execute(text("CREATE TABLE later (a INTEGER)"))
+    url = make_url(url_of(database)).set(username=role, password="x").render_as_string(hide_password=False)
+    with ask(url, "SELECT tweet_id FROM v_predictions_current UNION SELECT tweet_id FROM tweets") as (_, rows):
+        assert [tuple(row) for row in rows] == [("1",)]
+    with ask(url, "SELECT count(*) FROM later") as (_, rows):
+        assert [tuple(row) for row in rows] == [(0,)]
+    looker = open_database(url)  # a connection that writes where it may
+    for sql in (
+        "DELETE FROM tweets", "DROP TABLE tweets", "CREATE TABLE mine (a INTEGER)",
+        "CREATE TEMP TABLE mine (a INTEGER)",
+        "COPY tweets TO PROGRAM 'true'", "SET default_transaction_read_only = off; DELETE FROM tweets",
+    ):  # fmt: skip
+        with pytest.raises(DBAPIError, match=r"permission denied|read-only|must be|owner"), looker.begin() as session:
+            session.connection().exec_driver_sql(sql)
+    with looker.read() as session:
+        assert session.scalar(text("SHOW statement_timeout")) == "1min"
+    looker.close()
+    for name in ("postgres", "a; DROP TABLE tweets"):
+        with pytest.raises(DatabaseError, match=r"more than look|no role's name"):
+            grant_readonly(database, name)

@@ -16,7 +16,7 @@ import typer
 
 from db.errors import NotFound, TweetscoreError
 from db.session import public_url
-from worker import cli_dead, cli_jobs, cli_models, embedded, show
+from worker import cli_db, cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.processes import Workers, let_waiting_threads_sleep, workers
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_dead.app, name="dead")
+app.add_typer(cli_db.app, name="db")
 app.command("rescore")(cli_models.rescore)
 
 ROLES = ("train", "score")
@@ -230,7 +231,7 @@ def query(
 
     settings = load_settings()
     open_sql(settings).close()
-    with ask(settings.sql_url, sql) as (columns, rows):
+    with ask(settings.asking_url, sql) as (columns, rows):
         if json or format == "json":
             show.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":

@@ -39,6 +39,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("DATABASE_URL", "database_url"),
         description="SQLite or PostgreSQL; unset: `tweetscore.db` in the home",
     )
+    reader_url: str | None = Field(
+        None,
+        description="the database as a PostgreSQL role that may only look (`tweetscore db grant-readonly`), for "
+        "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
+    )
     model_store: Path | None = Field(None, description="folder of trained models; unset: `models` in the home")
     read_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="further folders that jobs may read datasets and base models from, separated by `:`"
@@ -117,7 +122,7 @@ class Settings(BaseSettings):
                 raise ValueError(str(error)) from error
         return value or None
 
-    @field_validator("database_url")
+    @field_validator("database_url", "reader_url")
     @classmethod
     def _database_scheme(cls, value: str | None) -> str | None:
         if value and not value.startswith(("sqlite", "postgres")):
@@ -162,6 +167,10 @@ class Settings(BaseSettings):
     @property
     def sql_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'tweetscore.db'}"
+
+    @property
+    def asking_url(self) -> str:
+        return self.reader_url or self.sql_url
 
     @property
     def store(self) -> Path:

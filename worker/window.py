@@ -9,7 +9,7 @@ from typing import Any
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.records import Tweet, parse_payload
+from worker.records import OPTIONAL, Tweet, parse_payload
 from worker.scorer import Model, Scores, describe
 from worker.stream import FIELD, Record
 
@@ -107,9 +107,7 @@ def tweet_rows(window: Window) -> list[dict[str, Any]]:
         {
             "tweet_id": tweet.id,
             "text": tweet.text,
-            "author_id": tweet.author_id,
-            "lang": tweet.lang,
-            "topic": tweet.topic,
+            **{key: getattr(tweet, key) for key in OPTIONAL},
             "tweet_created_at": tweet.created_at,
             # The first half of a stream id is the server's clock when the record came in.
             "received_at": datetime.fromtimestamp(min(int(record.id.partition("-")[0]), LAST_MS) / 1000, UTC),

@@ -1,0 +1,32 @@
+"""`tweetscore db`: the schema, and who may look at it."""
+
+from typing import Annotated
+
+import typer
+
+from db.roles import grant_readonly
+from db.session import public_url
+from worker import show
+from worker.runtime import open_sql
+from worker.settings import load_settings
+
+app = typer.Typer(no_args_is_help=True, help="The database: bring it up to date, let others look.")
+
+
+@app.command()
+def upgrade() -> None:
+    """Bring the database to this release's schema. Workers and commands do it too, when they start."""
+    settings = load_settings()
+    open_sql(settings).close()
+    show.console.print(f"{public_url(settings.sql_url)} has the schema of this release", markup=False, soft_wrap=True)
+
+
+@app.command("grant-readonly")
+def grant(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
+    """Let a PostgreSQL role SELECT, and nothing else; name its URL in TWEETSCORE_READER_URL."""
+    database = open_sql(load_settings())
+    try:
+        grant_readonly(database, role)
+    finally:
+        database.close()
+    show.console.print(f"{role} may look at every table and view, and write none")
