@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, inspect, select, text
+from sqlalchemy import ColumnElement, delete, func, inspect, or_, select, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
@@ -94,6 +94,31 @@ def prediction_count(session: Session, model_version_id: int | None = None) -> i
     if model_version_id is not None:
         query = query.where(Prediction.model_version_id == model_version_id)
     return session.scalar(query) or 0
+
+
+def delete_tweets(
+    session: Session, tweet_ids: Sequence[str], authors: Sequence[str], before: datetime | None, limit: int
+) -> int:
+    """Delete up to `limit` tweets, with their predictions, that any of the three names; returns how many."""
+    meant: list[ColumnElement[bool]] = [Tweet.tweet_id.in_(tweet_ids), Tweet.author_id.in_(authors)]
+    if before is not None:
+        meant.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) < before)
+    return _delete(session, or_(*meant), limit)
+
+
+def delete_received_before(session: Session, before: datetime, limit: int) -> int:
+    return _delete(session, Tweet.received_at < before, limit)
+
+
+def _delete(session: Session, meant: ColumnElement[bool], limit: int) -> int:
+    ids = list(session.scalars(select(Tweet.tweet_id).where(meant).order_by(Tweet.tweet_id).limit(limit)))
+    session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))
+    return len(ids)
+
+
+def delete_buried_before(session: Session, before: datetime) -> int:
+    gone = session.execute(delete(DeadLetter).where(DeadLetter.buried_at < before).returning(DeadLetter.record_id))
+    return len(gone.all())
 
 
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:

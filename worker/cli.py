@@ -16,7 +16,7 @@ import typer
 
 from db.errors import NotFound, TweetscoreError
 from db.session import public_url
-from worker import cli_db, cli_dead, cli_jobs, cli_models, embedded, show
+from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.processes import Workers, let_waiting_threads_sleep, workers
@@ -33,7 +33,10 @@ app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_dead.app, name="dead")
 app.add_typer(cli_db.app, name="db")
+app.add_typer(cli_data.app, name="data")
 app.command("rescore")(cli_models.rescore)
+for command in (cli_data.export, cli_data.delete, cli_data.plot):
+    app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
 

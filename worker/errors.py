@@ -9,6 +9,10 @@ class BadSettings(TweetscoreError):
     """Raised when a setting has a value that is not allowed."""
 
 
+class BadRequest(TweetscoreError):
+    """Raised when a command's options do not fit together."""
+
+
 class BadRecord(TweetscoreError):
     """Raised when a record or a line is no tweet: the message says why, never the text itself."""
 

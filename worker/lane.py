@@ -19,6 +19,7 @@ from db import jobs
 from db.errors import TweetscoreError
 from training.job import run_next_job
 from worker.errors import StreamError
+from worker.forget import apply_retention
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
@@ -28,6 +29,8 @@ from worker.settings import Settings
 from worker.stream import Depth, Stream, connect_briefly
 
 log = logging.getLogger(__name__)
+
+RETENTION_EVERY_SECONDS = 3600.0
 
 
 class Lane:
@@ -114,6 +117,9 @@ class Lane:
         why = self.stalled()
         return (STALLED_EXIT, why) if why else None
 
+    def keep_house(self) -> None:
+        """What is to be done now and then, beside the work."""
+
     def has_work(self) -> bool:
         """Look for work nobody announced, waiting for some up to `watch_seconds`."""
         raise NotImplementedError
@@ -135,6 +141,7 @@ class Lane:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             try:
+                self.keep_house()
                 if self._busy.locked():
                     self.stopping.wait(self.settings.watch_seconds)
                 elif self.has_work():
@@ -158,6 +165,7 @@ class ScoringLane(Lane):
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
+        self._forgets_at = time.monotonic()
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         self.champion = Champion(self.database, serving(settings))
@@ -183,6 +191,13 @@ class ScoringLane(Lane):
             return self._gauge.depth()
         except StreamError:
             return None  # a broker that is away lets nothing grow
+
+    def keep_house(self) -> None:
+        """Delete what is older than it may be, once an hour, busy or not."""
+        days, now = self.settings.retention_days, time.monotonic()
+        if days is not None and now >= self._forgets_at:
+            self._forgets_at = now + RETENTION_EVERY_SECONDS
+            apply_retention(self.database, days)
 
     def has_work(self) -> bool:
         # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.

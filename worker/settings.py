@@ -81,6 +81,12 @@ class Settings(BaseSettings):
         1024, ge=4, le=10_000_000, description="memory of the embedded server in MiB; full, publishers wait"
     )
 
+    retention_days: float | None = Field(
+        None,
+        gt=0,
+        le=36_500,
+        description="tweets and dead letters are deleted so long after they came in; unset: never",
+    )
     stall_seconds: float = Field(
         300,
         gt=0,

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
+SAID_EVERY_SECONDS = 10.0
 FIGURES_OF_A_MODEL = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
@@ -47,10 +49,66 @@ def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[
     return shown
 
 
-def bar(*columns: ProgressColumn) -> Progress:
+def bar(*columns: ProgressColumn, on: Console | None = None) -> Progress:
     """A bar with its percentage, then `columns`; the time left, guessed, when there are none."""
     last = columns or (TimeRemainingColumn(),)
-    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=console)
+    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=on or console)
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def long_work(what: str, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+    """A bar on standard error while work goes on, a line every ten seconds where there is no terminal.
+
+    Gives a function to be told (done, total if known, words).
+    """
+    progress, said_at = bar(*columns, on=errors), time.monotonic()
+    shown = progress.add_task(what, total=None, says="")
+
+    def tell(done: int, total: int | None, says: str = "") -> None:
+        nonlocal said_at
+        progress.update(shown, completed=done, total=total, says=says)
+        if not errors.is_terminal and time.monotonic() - said_at > SAID_EVERY_SECONDS:
+            said_at = time.monotonic()
+            of = f" of {total:,}" if total else ""
+            errors.print(f"{what}: {says or f'{done:,}{of}'}", markup=False)
+
+    progress.disable = not errors.is_terminal
+    with progress:
+        yield tell
+
+
+def findings(found: dict[str, Any]) -> None:
+    """What `data check` found."""
+    tokens = found["tokens"]
+    table(
+        f"{found['file']}: {found['format']}, {found['encoding']}",
+        ["what", "finding"],
+        [
+            ("columns", ", ".join(found["columns"]) or "none"),
+            ("rows", f"{found['rows']:,}, and {found['bad_lines']:,} lines that cannot be read"),
+            ("labels", ", ".join(f"{label} {count:,}" for label, count in found["labels"].items()) or "none"),
+            ("duplicates", f"{found['duplicates']:,} texts, {found['repeated_ids']:,} ids"),
+            ("under two labels", f"{found['conflicting']:,}"),
+            (
+                f"tokens ({tokens['base_model']})",
+                f"mean {tokens['mean']:.1f}, median {tokens['median']:.0f}, p99 {tokens['p99']:.0f}, longest "
+                f"{tokens['longest']}; {tokens['truncated']:,} cut at {tokens['max_length']}",
+            ),
+        ],
+    )
+    most = max(tokens["histogram"].values()) or 1
+    table(
+        "Texts by tokens",
+        ["tokens", "texts", ""],
+        [(name, f"{n:,}", "█" * round(40 * n / most)) for name, n in tokens["histogram"].items()],
+    )
+    for line in (*found["bad"], *(f"- {advice}" for advice in found["advice"])):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: None) -> TrainingJob:

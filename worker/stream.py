@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -25,6 +26,8 @@ from redis.retry import Retry
 from worker.errors import StreamDenied, StreamError, StreamFull
 
 FIELD = b"tweet"
+# A Python date ends with the year 9999.
+LAST_MS = 253_402_300_799_000
 WIRE_VERSION = 1
 # Above this many deliveries a record is a suspect: it was in a window that ended badly, twice.
 TRUSTED_DELIVERIES = 2
@@ -47,6 +50,11 @@ class Record:
     payload: bytes | None
     deliveries: int
     fields: dict[bytes, bytes] = field(default_factory=dict)
+
+    @property
+    def came_in(self) -> datetime:
+        """When, by the server's clock: the first half of a record's id. Anybody may XADD an id of his own."""
+        return datetime.fromtimestamp(min(int(self.id.partition("-")[0]), LAST_MS) / 1000, UTC)
 
     @property
     def suspect(self) -> bool:
@@ -251,6 +259,52 @@ class Stream:
         """Take consumers off the list that hold nothing and have not asked for `idle_ms`; returns how many."""
         with _converted():
             return int(self._sweep(keys=[self.key], args=[self.group, idle_ms]))
+
+    # --- taking out for good
+
+    def every(self, count: int) -> Iterator[list[Record]]:
+        """All records of the stream, pending ones too, `count` at a time."""
+        start = "-"
+        while True:
+            with _converted():
+                entries: Any = self._redis.xrange(self.key, min=start, count=count)
+            if not entries:
+                return
+            yield [Record(_text(id_), fields.get(FIELD), 0, fields) for id_, fields in entries]
+            start = f"({_text(entries[-1][0])}"
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Delete records, whoever holds them: their readers go on, and nobody takes them over."""
+        with _converted():
+            for start in range(0, len(ids), CLAIM_CHUNK):
+                self._redis.xdel(self.key, *ids[start : start + CLAIM_CHUNK])
+
+    def held(self) -> set[str]:
+        """The ids of all records that somebody holds, deleted ones too."""
+        found: set[str] = set()
+        start = "-"
+        with _converted():
+            while True:
+                try:
+                    rows: Any = self._redis.xpending_range(self.key, self.group, start, "+", CLAIM_CHUNK)
+                except redis.ResponseError as error:
+                    if "NOGROUP" not in str(error):
+                        raise
+                    return set()
+                if not rows:
+                    return found
+                found |= {_text(row["message_id"]) for row in rows}
+                start = f"({_text(rows[-1]['message_id'])}"
+
+    def rewrite_log(self) -> None:
+        """Have the server write its append-only file anew, without what was removed, and wait for it."""
+        with _converted():
+            self._redis.bgrewriteaof()
+            while True:
+                state = self._redis.info("persistence")
+                if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
+                    return
+                time.sleep(0.05)
 
     # --- looking
 

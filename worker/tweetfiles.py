@@ -31,14 +31,19 @@ def read_tweets(
     or the guide's two, an integer label and a text. Where `need_id` is false one without an id gets its number for
     one; `topic` is for those that have none.
     """
-    rows = {"csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows, "json": _json_values}[source.format](source)
-    for number, value in rows:
+    for number, flat in read_objects(source):
+        yield number, flat if isinstance(flat, BadRecord) else _tweet(flat, number, need_id, topic)
+
+
+def read_objects(source: Source) -> Rows:
+    """The same before it is checked: flat objects, or what is wrong with a line."""
+    for number, value in READERS[source.format](source):
         if isinstance(value, BadRecord):
             yield number, value
             continue
         try:
             for flat in flat_tweets(value):
-                yield number, _tweet(flat, number, need_id, topic)
+                yield number, flat
         except (BadRecord, RecursionError) as error:
             yield number, error if isinstance(error, BadRecord) else BadRecord("the line is nested too deeply")
 
@@ -151,3 +156,6 @@ def _parquet_rows(source: Source) -> Rows:
 
 def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+READERS = {"csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows, "json": _json_values}

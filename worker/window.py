@@ -4,7 +4,7 @@ import base64
 import logging
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from db.models import utc_now
@@ -15,8 +15,6 @@ from worker.stream import FIELD, Record
 
 log = logging.getLogger(__name__)
 
-# Anybody may XADD an id of his own; a Python date ends with the year 9999.
-LAST_MS = 253_402_300_799_000
 STAGES = ("read", "tokenise", "forward", "store")
 TALLY_SECONDS = 10.0
 
@@ -109,8 +107,7 @@ def tweet_rows(window: Window) -> list[dict[str, Any]]:
             "text": tweet.text,
             **{key: getattr(tweet, key) for key in OPTIONAL},
             "tweet_created_at": tweet.created_at,
-            # The first half of a stream id is the server's clock when the record came in.
-            "received_at": datetime.fromtimestamp(min(int(record.id.partition("-")[0]), LAST_MS) / 1000, UTC),
+            "received_at": record.came_in,
         }
         for record, tweet in window.tweets
     ]

@@ -1,0 +1,350 @@
+"""Exports, pictures, a look at a file beforehand; and that what is deleted is gone."""
+
+import codecs
+import csv
+import json
+import subprocess
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from io import BytesIO, StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.image as mpimg
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from db import migrate, registry, store
+from db.errors import NotFound
+from db.models import DeadLetter, Prediction, TestPrediction, Tweet
+from db.session import Database, open_database
+from tests.bench import Bench, wire
+from tests.faults.commands import command
+from tests.test_pipeline import Slow, draining
+from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
+from training.errors import BadSource
+from worker import embedded, pictures
+from worker.check import check_file
+from worker.errors import StreamError
+from worker.export import SCHEMA, export
+from worker.forget import Gone, Wish, apply_retention, forget
+from worker.settings import Settings
+from worker.stream import Stream, connect
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# --- export
+
+TEXTS = {"1": "=1+1", "2": '改行\nと"引用",', "3": "@someone 良い", "4": "普通"}
+
+
+@pytest.fixture
+def scored(database: Database) -> Database:
+    """Four tweets, an hour apart, two topics, under a champion; and one that another model alone scored."""
+    version, other = make_version(database), make_version(database)
+    assign(database, version)
+    hours = {id_: NOON + timedelta(hours=int(id_)) for id_ in [*TEXTS, "5"]}
+    topics = {"1": "映画", "2": "雨", "3": "映画"}
+    write(
+        database,
+        [
+            tweet_row(id_, text=TEXTS.get(id_, "x"), tweet_created_at=when, topic=topics.get(id_))
+            for id_, when in hours.items()
+        ],
+        [prediction_row(id_, version, score_signed=-0.5, scored_at=hours[id_]) for id_ in TEXTS]
+        + [prediction_row("5", other)],
+    )
+    return database
+
+
+def test_csv_defuses_formulas_and_keeps_everything_else(scored: Database, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    assert export(scored, str(tmp_path / "a.csv"), "csv", progress=lambda *at: told.append(at)) == 4
+    assert told[-1] == (4, 4)
+    rows = list(csv.DictReader(StringIO((tmp_path / "a.csv").read_text(encoding="utf-8"), newline="")))
+    assert list(rows[0]) == SCHEMA.names
+    assert [row["text"] for row in rows] == ["'=1+1", TEXTS["2"], "'@someone 良い", TEXTS["4"]]
+    assert [row["score_signed"] for row in rows] == ["-0.5"] * 4  # a number is no formula
+    assert datetime.fromisoformat(rows[0]["tweet_created_at"]) == NOON + timedelta(hours=1)
+    assert list(tmp_path.glob(".a.csv*")) == []
+
+
+def test_excel_gets_its_byte_order_mark(scored: Database, tmp_path: Path) -> None:
+    export(scored, str(tmp_path / "a.csv"), "csv", excel=True)
+    content = (tmp_path / "a.csv").read_bytes()
+    assert content.startswith(codecs.BOM_UTF8)
+    assert content.count(b"\r\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, ["1", "2", "3", "4"]),
+        ({"since": NOON + timedelta(hours=3)}, ["3", "4"]),
+        ({"topic": "映画"}, ["1", "3"]),
+        ({"model": 2}, ["5"]),
+    ],
+)
+def test_jsonl_and_parquet_hold_the_same_rows(
+    scored: Database, tmp_path: Path, how: dict[str, Any], expected: list[str]
+) -> None:
+    for form in ("jsonl", "parquet"):
+        assert export(scored, str(tmp_path / f"a.{form}"), form, **how) == len(expected)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert [line["tweet_id"] for line in lines] == table["tweet_id"].to_pylist() == expected
+    assert table.schema == SCHEMA
+    assert table["scored_at"].to_pylist() == [datetime.fromisoformat(line["scored_at"]) for line in lines]
+
+
+def test_an_export_that_fails_leaves_the_earlier_file(scored: Database, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("earlier")
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(scored, str(tmp_path / "a.csv"), "csv", progress=stop)
+    with pytest.raises(NotFound, match="no model"):
+        export(scored, str(tmp_path / "a.csv"), "csv", model=99)
+    assert (tmp_path / "a.csv").read_text() == "earlier"
+    assert list(tmp_path.glob(".a.csv*")) == []
+
+
+def test_the_command_exports_to_standard_output_and_to_a_file(
+    tweetscore: Run, settings: Settings, tmp_path: Path
+) -> None:
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    version = make_version(database)
+    assign(database, version)
+    write(database, [tweet_row("1", text="良い")], [prediction_row("1", version)])
+    database.close()
+    said = tweetscore("export", "--format", "jsonl")
+    assert (said.returncode, json.loads(said.stdout)["text"]) == (0, "良い")
+    assert tweetscore("export", "--format", "parquet", "--out", str(tmp_path / "a.parquet")).returncode == 0
+    assert pq.read_table(tmp_path / "a.parquet").num_rows == 1
+    refused = tweetscore("export", "--format", "parquet")
+    assert (refused.returncode, "--out" in refused.stderr) == (2, True)
+
+
+# --- pictures
+
+
+def labelled(database: Database, task: str) -> int:
+    labels = ["悲しい", "嬉しい"]
+    version = make_version(database)
+    assign(database, version)
+    rng = np.random.default_rng(1)
+    with database.begin() as session:
+        registry.get(session, version).labels = labels
+        for row in range(60):
+            sure = float(rng.uniform(0.5, 1))
+            actual = labels[row % 2] if task == "single_label" else "|".join(labels[: row % 3])
+            said = {labels[row % 2]: sure, labels[1 - row % 2]: 1 - sure if task == "single_label" else 0.9}
+            session.add(
+                TestPrediction(
+                    model_version_id=version, row_number=row, text="x", actual=actual, predicted=labels[row % 2],
+                    probability=sure, probabilities=said,
+                )
+            )  # fmt: skip
+    hours = [NOON + timedelta(hours=5 * i) for i in range(40)]
+    write(
+        database,
+        [tweet_row(str(i), tweet_created_at=when) for i, when in enumerate(hours)],
+        [prediction_row(str(i), version, label=labels[i % 2], score_signed=i % 2 - 0.5) for i in range(40)],
+    )
+    with database.begin() as session:
+        for i in range(10):
+            store.add_window(
+                session,
+                {
+                    "worker": "w", "model_version_id": version, "started_at": NOON + timedelta(seconds=20 * i),
+                    "tweets": 100, "buried": 0, "tokens": 2000, "padded_tokens": 2100, "read_ms": 1.0,
+                    "tokenise_ms": 2.0, "forward_ms": 50.0, "store_ms": 5.0,
+                },
+            )  # fmt: skip
+    return version
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+@pytest.mark.parametrize("picture", pictures.PICTURES)
+def test_pictures_are_drawn_without_a_missing_glyph(
+    database: Database, picture: str, task: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    labelled(database, task)
+    buffer = BytesIO()
+    pictures.draw(database, picture).savefig(buffer, format="png")
+    assert mpimg.imread(BytesIO(buffer.getvalue())).std() > 0.02  # something is on it
+    assert Image.open(buffer).size[0] > 300
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
+
+
+def test_sentiment_is_drawn_from_the_counts(database: Database) -> None:
+    labelled(database, "single_label")
+    counts, scores = pictures.draw(database, "sentiment").axes
+    assert sum(patch.get_height() for bars in counts.containers for patch in bars) == 40
+    assert [text.get_text() for text in counts.get_legend().get_texts()] == ["嬉しい", "悲しい"]
+    assert np.abs(scores.lines[0].get_ydata()).max() <= 0.5
+
+
+@pytest.mark.parametrize("picture", pictures.PICTURES)
+def test_nothing_to_draw_is_said(database: Database, picture: str) -> None:
+    with pytest.raises(NotFound):
+        pictures.draw(database, picture)
+
+
+# --- data check
+
+
+def test_a_file_is_looked_at_before_it_is_used(tmp_path: Path) -> None:
+    rows = ["良い日,pos", "悪い日,neg", "良い日,pos", "良い日,neg", "https://t.co/a,pos", ",neg", f"{'長い' * 100},pos"]
+    path = tmp_path / "a.csv"
+    path.write_bytes(("id,text,label\n" + "".join(f"{i % 6},{row}\n" for i, row in enumerate(rows))).encode("cp932"))
+    found = check_file(str(path), "starter", 50)
+    assert {key: found[key] for key in ("encoding", "columns", "rows", "bad_lines", "duplicates", "conflicting")} == {
+        "encoding": "cp932", "columns": ["id", "text", "label"], "rows": 6, "bad_lines": 1, "duplicates": 2,
+        "conflicting": 1,
+    }  # fmt: skip
+    assert found["labels"] == {"pos": 4, "neg": 2}
+    assert (found["repeated_ids"], found["conflicting_at"], found["bad"]) == (
+        1, ["lines 2 and 5"], ["line 7: there is no text"]
+    )  # fmt: skip
+    tokens = found["tokens"]
+    assert tokens["truncated"] == 1
+    assert tokens["longest"] > 100
+    assert sum(tokens["histogram"].values()) == 6
+    assert [word for word in ("two labels", "longer than 50", "less than 10", "cannot be read") if not any(
+        word in advice for advice in found["advice"])] == []  # fmt: skip
+
+
+def test_the_command_checks_a_file_of_tweets(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id":1,"text":"良い"}\n{"data":[{"id":"2","text":"悪い"}]}\n', encoding="utf-8")
+    said = tweetscore("data", "check", str(path), "--json")
+    found = json.loads(said.stdout)
+    assert (said.returncode, found["rows"], found["advice"]) == (0, 2, [])
+    shown = tweetscore("data", "check", str(path))
+    assert "up to 8" in shown.stdout
+    assert tweetscore("data", "check", str(tmp_path / "none.csv")).returncode == 2
+    with pytest.raises(BadSource):
+        check_file(str(tmp_path / "none.csv"), "starter", 50)
+
+
+# --- deleting
+
+
+def test_a_deleted_tweet_is_gone_from_stream_tables_and_dead_letters(bench: Bench) -> None:
+    bench.promote()
+    bench.stream.publish([wire(i, author_id="a" if i % 2 else "b") for i in range(40)])
+    bench.worker().drain()
+    bench.stream.publish([wire(100, author_id="a"), wire(101, author_id="b"), b'{"id":"7","author_id":"a"}'])
+    with bench.database.begin() as session:
+        for i, payload in enumerate((b'{"id":"x","author_id":"a"}', b"\xff", b'{"id":"y","author_id":"b","text":""}')):
+            letter = {"record_id": f"{i}-0", "payload": payload, "other_fields": None, "reason": "r", "attempts": 1}
+            store.bury(session, [{**letter, "buried_at": NOON}])
+    gone = forget(bench.database, bench.stream, Wish(authors=("a",)))
+    assert gone == Gone(records=2, tweets=20, dead_letters=1)
+    assert {row["author_id"] for row in bench.rows(Tweet)} == {"b"}
+    assert len(bench.rows(Prediction)) == 20
+    bench.worker().drain()
+    assert len(bench.rows(Prediction)) == 21
+    assert forget(bench.database, bench.stream, Wish(tweet_ids=("0", "101"))) == Gone(0, 2, 0)
+    assert forget(bench.database, bench.stream, Wish(before=datetime(2100, 1, 1, tzinfo=UTC))).tweets == 19
+    assert bench.rows(Prediction) == bench.rows(Tweet) == bench.rows(DeadLetter) == []
+
+
+def test_a_window_under_way_is_waited_for(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    champion = lite.holding(Slow)
+    lite.stream.publish([wire(1, author_id="a")])
+    with draining(lite.worker(champion)):
+        champion.model.begun.wait(10)
+        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 0.3)
+        with pytest.raises(StreamError, match="still holds 1"):
+            forget(lite.database, lite.stream, Wish(authors=("a",)))
+        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 60.0)
+        threading.Timer(0.5, champion.model.go.set).start()
+        forget(lite.database, lite.stream, Wish(authors=("a",)))
+    assert lite.rows(Tweet) == []
+
+
+def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
+    version = make_version(database)
+    old, new = datetime.now(UTC) - timedelta(days=31), datetime.now(UTC) - timedelta(days=29)
+    write(
+        database,
+        [tweet_row("1", received_at=old), tweet_row("2", received_at=new, tweet_created_at=old)],
+        [prediction_row("1", version), prediction_row("2", version)],
+    )
+    with database.begin() as session:
+        for id_, when in (("1-0", old), ("2-0", new)):
+            letter = {"record_id": id_, "payload": b"x", "other_fields": None, "reason": "r", "attempts": 1}
+            store.bury(session, [{**letter, "buried_at": when}])
+    assert apply_retention(database, 30) == Gone(0, 1, 1)
+    assert apply_retention(database, 30) == Gone(0, 0, 0)
+
+
+def test_a_worker_applies_the_retention(settings: Settings, tmp_path: Path) -> None:
+    """A scoring worker with nothing to do takes out what was kept too long."""
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    write(database, [tweet_row("1", received_at=datetime.now(UTC) - timedelta(days=2))], [])
+    given = {"home": settings.home, "retention_days": 1}
+    with embedded.owned(settings.home, 64), command(tmp_path / "log", given, "worker", "score") as worker:
+        worker.says("retention of 1 days: 1 tweets", 60)
+    assert rows_of(database) == 0
+    database.close()
+
+
+def rows_of(database: Database) -> int:
+    with database.read() as session:
+        return session.query(Tweet).count()
+
+
+SECRET = "誰にも言えない秘密の話"
+
+
+def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
+    tweetscore: Run, settings: Settings, tiny_artifact: SimpleNamespace, promote: Any
+) -> None:
+    """Scored, waiting and buried: every file below the home is searched, as UTF-8 and as JSON escapes."""
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    settings.store.mkdir(parents=True)
+    promote(database, settings.store)
+    tweets = [{"id": str(i), "text": f"普通の話{i}", "author_id": "b"} for i in range(50)]
+    tweets += [{"id": f"9{i}", "text": f"{SECRET}{i}", "author_id": "a"} for i in range(50)]
+    with embedded.owned(settings.home, 64) as server:
+        stream = Stream(connect(server.url), settings.stream_key, settings.group)
+        push = tweetscore("push", "-", stdin="".join(json.dumps(t) + "\n" for t in tweets))
+        assert push.returncode == 0, push.stderr
+        bench = Bench(database, stream, connect(server.url), tiny_artifact, promote)
+        bench.worker().drain()
+        stream.publish([json.dumps({"id": "999", "text": f"{SECRET}!", "author_id": "a"}, ensure_ascii=False).encode()])
+        with database.begin() as session:
+            dead = {"payload": f'{{"id":"998","author_id":"a","text":"{SECRET}'.encode() + b'"}', "other_fields": None}
+            store.bury(session, [{"record_id": "1-0", "reason": "r", "attempts": 1, "buried_at": NOON, **dead}])
+        assert found_in(settings.home), "the search finds nothing at all"
+        said = tweetscore("delete", "--author", "a", "--json")
+        assert said.returncode == 0, said.stderr
+        assert json.loads(said.stdout) == {"records": 1, "tweets": 50, "dead_letters": 1}
+        assert found_in(settings.home) == []
+        assert rows_of(database) == 50
+    assert found_in(settings.home) == []
+    database.close()
+    refused = tweetscore("delete")
+    assert (refused.returncode, "nothing is named" in refused.stderr) == (2, True)
+
+
+def found_in(home: Path) -> list[str]:
+    spellings = [SECRET.encode(), json.dumps(SECRET).strip('"').encode(), SECRET.encode("utf-16-le")]
+    return [
+        str(path.relative_to(home))
+        for path in home.rglob("*")
+        if path.is_file() and any(spelling in path.read_bytes() for spelling in spellings)
+    ]
