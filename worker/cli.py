@@ -222,6 +222,21 @@ def tensorboard(
 
 
 @app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8001,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; whoever reaches it can read every tweet.")
+    ] = "127.0.0.1",
+) -> None:
+    """Look at the SQLite database in a browser, until Ctrl-C. Nothing can be written this way."""
+    from worker.dashboard import serve
+
+    settings = load_settings()
+    open_sql(settings).close()
+    serve(settings, host, port, lambda url: show.console.print(f"{url}\nCtrl-C ends it."))
+
+
+@app.command()
 def query(
     sql: Annotated[str, typer.Argument(help="One SELECT.")],
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",  # noqa: A002 - the option's name
