@@ -1,16 +1,19 @@
 """Labelled files -> splits, the cleaner, and the configuration: what is read, what is refused and in which words."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from training.artifact import find_polarity
+from training.artifact import find_polarity, make_spec
 from training.clean import clean, same_text_key
 from training.config import TrainConfig, make_config
 from training.data import Dataset, Rows, read_rows, split_rows
+from training.encoders import STARTER_FOLDER, Encoder
 from training.errors import BadConfig, BadDataset
+from training.text import load_tokenizer
 
 GUIDE = make_config("guide")
 
@@ -239,7 +242,48 @@ def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, 
     ],
 )
 def test_cleaning_drops_what_names_and_keeps_what_feels(tweet: str, cleaned: str) -> None:
-    assert clean(tweet) == cleaned
+    assert [clean(tweet, version) for version in ("1", "2")] == [cleaned, cleaned]
+
+
+@pytest.mark.parametrize(
+    ("tweet", "cleaned"),
+    [
+        ("#映画 と ＃音楽（#日本2026）", "映画 と 音楽（日本2026）"),
+        ("C# と #1 と a#b は違う", "C# と #1 と a#b は違う"),
+        ("すごーーーーーいｗｗｗｗｗｗ！！！！", "すごーーーいｗｗｗ！！！"),
+        ("100000円と0000", "100000円と0000"),
+        ("😭😭😭😭😭 👍🏽 ❤️ 👩‍👧", "😭😭😭 👍 ❤ 👩👧"),
+        ("やった(((o(*ﾟ▽ﾟ*)o)))", "やった(((o(*ﾟ▽ﾟ*)o)))"),
+        ("(´▽｀)(；ω；)ヽ(ﾟ∀ﾟ)ノ", "(´▽｀)(；ω；)ヽ(ﾟ∀ﾟ)ノ"),
+        ("\ufe0f", "\ufe0f"),
+    ],
+)
+def test_the_second_cleaner_keeps_words_and_kaomoji_and_cuts_repetition(tweet: str, cleaned: str) -> None:
+    assert clean(tweet, "2") == cleaned
+    assert clean(cleaned, "2") == cleaned
+
+
+def test_neologdn_makes_widths_one() -> None:
+    assert clean("ﾊﾝｶｸ　と Ｆｕｌｌ #映画 すごーーーーい", "neologdn") == "ハンカクとFull映画すごーい"
+
+
+def test_tokenizers_take_kaomoji_apart_where_a_cleaner_keeps_them() -> None:
+    """What happens, said in `training/clean.py`: NFKC of the tokenizer, as the encoder was pretrained."""
+    tokens = load_tokenizer(STARTER_FOLDER).tokenize(clean("(´▽｀)"))
+    assert "".join(tokens).replace("##", "") == "(\u0301▽`)"
+    assert unicodedata.normalize("NFKC", "(ﾟДﾟ)") == "(\u309aД\u309a)"
+
+
+def test_a_model_is_scored_with_the_cleaner_it_was_trained_with() -> None:
+    rows = rows_of(*many("pos", 20), *many("neg", 20), ("pos", "#映画 ｗｗｗｗｗｗ"))
+    for cleaner, cleaned in (("1", "#映画 ｗｗｗｗｗｗ"), ("2", "映画 ｗｗｗ")):
+        data = split_rows(rows, make_config("fast", cleaner=cleaner))
+        assert cleaned in [*data.train.texts, *data.valid.texts, *data.test.texts]
+        encoder, tokenizer = Encoder("starter", STARTER_FOLDER), load_tokenizer(STARTER_FOLDER)
+        spec = make_spec(["neg", "pos"], make_config("fast", cleaner=cleaner), encoder, tokenizer)
+        assert clean("#映画 ｗｗｗｗｗｗ", spec.cleaner_version) == cleaned
+    with pytest.raises(BadConfig, match="cleaner is '3'"):
+        make_config("fast", cleaner="3")
 
 
 def test_the_guide_preset_holds_the_guides_values() -> None:

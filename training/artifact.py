@@ -94,7 +94,8 @@ def make_spec(
         encoder.name,
         encoder.revision,
         mecab_dictionary(tokenizer),
-        temperature=temperature,
+        config.cleaner,
+        temperature,
     )
 
 

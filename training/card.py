@@ -20,6 +20,10 @@ MEASURED = {
     "ece": "Calibration error (ECE), scaled", "ece_uncalibrated": "Calibration error (ECE), before scaling",
 }  # fmt: skip
 
+CLEANED = {"1": "HTML entities resolved, links and mentions dropped, white space folded"}
+CLEANED["2"] = f"{CLEANED['1']}, hashtags reduced to their word, emoji to one form, repeated characters to three"
+CLEANED["neologdn"] = f"{CLEANED['2']}, then normalised by neologdn"
+
 
 def write_card(folder: Path, outcome: Outcome) -> None:
     """Write README.md and its PNGs into an artifact."""
@@ -101,8 +105,8 @@ def _use(outcome: Outcome) -> str:
         'classifier = pipeline("text-classification", "path/of/this/folder", truncation=True, '
         f'max_length={spec.config.max_length})\nclassifier("最高の一日")\n```\n\n'
         "The logits are tweetscore's. Its probabilities are those of the logits divided by the temperature, "
-        f"{spec.temperature:.3f}, and it cleans a text first (cleaner {spec.cleaner_version}: HTML entities are "
-        "resolved, links and mentions dropped, white space folded)."
+        f"{spec.temperature:.3f}, and it cleans a text first (cleaner {spec.cleaner_version}: "
+        f"{CLEANED[spec.cleaner_version]})."
     )
 
 

@@ -21,6 +21,7 @@ class TrainConfig(BaseModel):
     # Label name -> -1..1, for `score_signed`. None knows the common names of positive, neutral and negative.
     polarity: dict[str, float] | None = None
 
+    cleaner: Literal["1", "2", "neologdn"] = "2"
     head: Literal["guide", "linear"] = "guide"
     # `auto` is the architecture's own under a linear head (`native`), else its pooler, else the masked mean.
     pooling: Literal["auto", "native", "pooler", "mean", "cls"] = "auto"

@@ -120,7 +120,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     _check_enough(rows, named, kept, names, config)
 
     position = {name: index for index, name in enumerate(names)}
-    texts = [clean(rows.texts[i]) for i in kept]
+    texts = [clean(rows.texts[i], config.cleaner) for i in kept]
     targets = np.zeros((len(kept), len(names)), dtype=np.float32)
     for row, i in enumerate(kept):
         for name in named[i]:
