@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 from db import migrate, registry, store
 from db.errors import NotFound
@@ -27,7 +29,7 @@ from tests.faults.commands import command
 from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
-from worker import embedded, pictures
+from worker import embedded, pictures, show
 from worker.check import check_file
 from worker.errors import StreamError
 from worker.export import SCHEMA, export
@@ -348,3 +350,30 @@ def found_in(home: Path) -> list[str]:
         for path in home.rglob("*")
         if path.is_file() and any(spelling in path.read_bytes() for spelling in spellings)
     ]
+
+
+def test_long_work_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "errors", Console(stderr=True, highlight=False, width=100))
+    monkeypatch.setattr(show, "SAID_EVERY_SECONDS", 0.0)
+    with show.long_work("exporting") as tell:
+        print("a row")
+        tell(1_000, 2_000)
+        tell(5, None, "5 tweets")
+    said = capsys.readouterr()
+    assert said.out == "a row\n"
+    assert said.err.splitlines() == ["exporting: 1,000 of 2,000", "exporting: 5 tweets"]
+
+
+def test_on_a_terminal_a_bar_is_drawn_on_standard_error_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = StringIO()
+    monkeypatch.setattr(show, "errors", Console(file=drawn, force_terminal=True, width=100))
+    with show.long_work("exporting", MofNCompleteColumn()) as tell:
+        tell(1_000, 2_000)
+        print("a row")
+    assert capsys.readouterr().out == "a row\n"
+    assert "1000/2000" in drawn.getvalue()
+    assert "50%" in drawn.getvalue()

@@ -1,6 +1,7 @@
 """`tweetscore data | export | delete | plot`: what goes in looked at beforehand, and what comes out beside SQL."""
 
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -70,7 +71,7 @@ def export(
     settings = load_settings()
     open_sql(settings).close()
     began = time.monotonic()
-    with show.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn()) as tell:
+    with show.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
         done = write(
             open_database(settings.asking_url), out, format, model=model, since=since and since.replace(tzinfo=UTC),
             topic=topic, excel=excel, progress=tell,
@@ -94,7 +95,7 @@ def delete(
         raise BadRequest("nothing is named; say --tweet-id, --author or --before")
     settings = load_settings()
     database = open_sql(settings)
-    with embedded.running(settings.home, settings.server_memory_mb) if settings.embedded else show.nothing():
+    with embedded.running(settings.home, settings.server_memory_mb) if settings.embedded else nullcontext():
         stream = open_stream(settings, stream_url(settings))
         with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
             gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db import registry
 from worker import show
@@ -176,16 +176,13 @@ def rescore(
     database = open_sql(settings)
     os.nice(NICENESS)  # for whoever scores new tweets on this machine
     began = time.monotonic()
-    show.console.quiet = json
-    with show.bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        shown = bar.add_task(f"model {model}", total=None)
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeRemainingColumn())
+    with show.long_work(f"model {model}", *columns) as tell:
 
         def progress(done: int, total: int, waiting: bool) -> None:
-            says = "new tweets first" if waiting else "stored tweets"
-            bar.update(shown, completed=done, total=total, description=f"model {model}: {says}")
+            tell(done, total, f"{done:,} of {total:,}, new tweets first" if waiting else "")
 
         scored = backfill(database, settings, model, since and since.replace(tzinfo=UTC), glance(settings), progress)
-    show.console.quiet = False
     seconds = time.monotonic() - began
     if json:
         show.as_json({"model_version_id": model, "scored": scored, "seconds": seconds})

@@ -58,14 +58,17 @@ def push_file(
         show.bar(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()) as progress,
     ):
         progress.disable = quiet
-        pushed.encoding = source.encoding_name
+        pushed.encoding, said_at = source.encoding_name, began
         shown = progress.add_task("publishing", total=source.size, rate="")
         for flush in batched(_good(source, pushed, topic=topic), FLUSH_TWEETS):
             payloads = [tweet.payload() for tweet in flush]
-            send(stream, payloads, settings, lambda said: tell(progress, shown, said))
+            send(stream, payloads, settings, lambda said: _say(progress, shown, said))
             nudge(app, SCORING)
             pushed.published += len(flush)
             rate = pushed.published / max(time.monotonic() - began, 1e-9)
+            if not progress.console.is_terminal and not quiet and time.monotonic() - said_at > show.SAID_EVERY_SECONDS:
+                said_at = time.monotonic()
+                progress.console.print(f"publishing: {pushed.published:,} tweets, {rate:,.0f} a second")
             progress.update(
                 shown,
                 description="publishing",
@@ -77,7 +80,7 @@ def push_file(
     return pushed
 
 
-def tell(progress: Progress, shown: TaskID, said: str) -> None:
+def _say(progress: Progress, shown: TaskID, said: str) -> None:
     """On a terminal beside the bar; elsewhere as a line, when it is another one than the last."""
     known = progress.tasks[shown].description
     progress.update(shown, description=said)
@@ -95,11 +98,15 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
             raise NotFound("there is no champion yet; train a model and promote it, or name one with --model")
         version = registry.get(session, wanted)
     pushed = Pushed()
-    with open_source(file) as source:
+    with (
+        open_source(file) as source,
+        show.long_work("scoring", TimeRemainingColumn(), prints=True) as tell,
+    ):
         model = None
         for window in batched(_good(source, pushed, need_id=False), settings.window_tweets):
             model = model or load_model(version, serving(settings))
             scores = model.score([tweet.text for tweet in window])
+            tell(source.position() or 0, source.size)
             if as_lines:
                 for tweet, said in zip(window, scores, strict=True):
                     print(json.dumps({"id": tweet.id, "model_version_id": version.id, **said}, ensure_ascii=False))

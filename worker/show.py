@@ -52,19 +52,19 @@ def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[
 def bar(*columns: ProgressColumn, on: Console | None = None) -> Progress:
     """A bar with its percentage, then `columns`; the time left, guessed, when there are none."""
     last = columns or (TimeRemainingColumn(),)
-    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=on or console)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=on or console,
+        # What is printed meanwhile must not follow a bar to standard error.
+        redirect_stdout=on is None, redirect_stderr=on is None,
+    )  # fmt: skip
 
 
 @contextmanager
-def nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def long_work(what: str, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+def long_work(what: str, *columns: ProgressColumn, prints: bool = False) -> Iterator[Callable[..., None]]:
     """A bar on standard error while work goes on, a line every ten seconds where there is no terminal.
 
-    Gives a function to be told (done, total if known, words).
+    Gives a function to be told (done, total if known, words). With `prints` the work itself is seen on standard output:
+    on a terminal that is enough.
     """
     progress, said_at = bar(*columns, on=errors), time.monotonic()
     shown = progress.add_task(what, total=None, says="")
@@ -77,7 +77,7 @@ def long_work(what: str, *columns: ProgressColumn) -> Iterator[Callable[..., Non
             of = f" of {total:,}" if total else ""
             errors.print(f"{what}: {says or f'{done:,}{of}'}", markup=False)
 
-    progress.disable = not errors.is_terminal
+    progress.disable = not errors.is_terminal or (prints and console.is_terminal)
     with progress:
         yield tell
 
