@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from db.session import Database
 from training.data import read_rows
 from training.errors import BadDataset, BadSource
 from training.sources import Source, guess_encoding, open_source
 from worker.errors import BadRecord
+from worker.intake import submit_job, submit_training
 from worker.records import Tweet
+from worker.settings import Settings
 from worker.tweetfiles import read_tweets
 
 LONG = "今日の展示はとても良かった。" * 20
@@ -176,6 +179,11 @@ def test_without_need_of_ids_a_line_is_named_by_its_number_and_a_topic_fills_gap
     assert tweets(path, need_id=False, topic="t") == [Tweet("1", "a", topic="t"), Tweet("x", "b", topic="y")]
 
 
+def test_a_name_that_tells_no_format_is_json_of_tweets_and_csv_of_labelled_rows(tmp_path: Path) -> None:
+    assert tweets(written(tmp_path, "a.txt", '{"id":"1","text":"良い"}\n')) == [Tweet("1", "良い")]
+    assert read_rows(written(tmp_path, "b.txt", "label,text\np,良い\n")).texts == ["良い"]
+
+
 def test_parquet_gives_rows_and_datasets(tmp_path: Path) -> None:
     table = pa.table({"tweet_id": [2**53 + 1, 2], "Text": ["良い", None], "label": ["pos", "neg"]})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -219,6 +227,20 @@ def test_urls_are_opened_by_fsspec_and_never_shown_with_their_keys(tmp_path: Pat
         with pytest.raises(BadSource) as refused, open_source(url):
             pass
         assert "SECRET" not in str(refused.value)
+
+
+def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, labelled_csv: Path) -> None:
+    """Packed, and named by a URL with a query: the copy in the home keeps the ending."""
+    packed = labelled_csv.with_name("labelled.csv.gz")
+    packed.write_bytes(gzip.compress(labelled_csv.read_bytes()))
+    job = submit_training(settings, sqlite, f"file://{packed}")
+    assert Path(job.dataset).parent == settings.datasets
+    assert Path(job.dataset).name.endswith(".csv.gz")
+    assert len(read_rows(Path(job.dataset)).texts) == 60
+    with pytest.raises(BadSource, match="is it there"):
+        submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
+    with pytest.raises(BadDataset, match="outside the folders"):
+        submit_job(settings, sqlite, f"file://{packed}", None, {}, "a")  # for whoever only sends a message
 
 
 def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def read_rows(path: Path) -> Rows:
     """
     _check_there(path)
     try:
-        with open_source(path) as source:
+        with open_source(path, otherwise="csv") as source:
             header, table = TABLES[source.format](source, path)
             encoding = source.encoding_name
     except BadSource as error:

@@ -1,11 +1,12 @@
 """A table on its way in: where it lies, how it is packed and encoded. Knows no tweet and no label.
 
-By its name: a path, a URL that fsspec opens, or `-`; `.gz` is unpacked; CSV, TSV and Parquet by ending, JSON otherwise.
+By its name: a path, a URL that fsspec opens, or `-`; `.gz` is unpacked, and the format follows from the ending.
 """
 
 import codecs
 import gzip
 import io
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from training.paths import is_file
 
 # What the encoding is judged by; of a pipe, as much of it as comes at once.
 SAMPLE_BYTES = 1 << 20
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # Half-width kana make up so much of what EUC-JP looks like when it is read as cp932, and hardly anything of real text.
 TOO_MANY_HALF_WIDTH = 0.3
@@ -52,8 +53,8 @@ class Source:
         return self.stored.tell() if self.stored is not None and self.size else None
 
 
-def format_of(name: str) -> str:
-    return FORMATS.get(Path(name.removesuffix(".gz")).suffix.lower(), "json")
+def format_of(name: str, otherwise: str) -> str:
+    return FORMATS.get(Path(name.removesuffix(".gz")).suffix.lower(), otherwise)
 
 
 def ending_of(path: Path) -> str:
@@ -62,15 +63,18 @@ def ending_of(path: Path) -> str:
 
 
 @contextmanager
-def open_source(name: str | Path) -> Iterator[Source]:
-    """A file, URL or standard input; raises `BadSource` when it is not there, empty, or cannot be unpacked."""
+def open_source(name: str | Path, otherwise: str = "json") -> Iterator[Source]:
+    """A file, URL or standard input; `otherwise` is the format where the name tells none.
+
+    Raises `BadSource` when it is not there, empty, or cannot be unpacked.
+    """
     name = str(name)
     with ExitStack() as stack:
         if name == "-":
-            yield _decoded(Source("stdin", "json"), sys.stdin.buffer.raw, stack)  # type: ignore[union-attr]
+            yield _decoded(Source("stdin", otherwise), sys.stdin.buffer.raw, stack)  # type: ignore[union-attr]
             return
         shown = name.partition("?")[0] if "://" in name else Path(name).name
-        source = Source(plain(shown), format_of(shown))
+        source = Source(plain(shown), format_of(shown, otherwise))
         source.stored = stack.enter_context(_bytes(name))
         source.size = _size(source.stored)
         if source.size == 0:
@@ -85,6 +89,12 @@ def open_source(name: str | Path) -> Iterator[Source]:
             yield _decoded(source, content, stack)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise BadSource(f"{source.name} cannot be unpacked ({plain(error)}); fetch it again") from error
+
+
+def download(url: str, target: Path) -> None:
+    """The bytes behind a URL into a file. Raises `BadSource`."""
+    with _bytes(url) as content, target.open("wb") as file:
+        shutil.copyfileobj(content, file, SAMPLE_BYTES)
 
 
 def guess_encoding(sample: bytes) -> str:

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db.session import open_database
 from worker import embedded, show
-from worker.errors import BadRequest
+from worker.errors import BadRequest, StreamDenied
 from worker.runtime import open_sql, open_stream, stream_url
 from worker.settings import load_settings
 from worker.show import Json
@@ -100,7 +100,13 @@ def delete(
         with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
             gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))
         if compact:
-            rewrite(database, stream)
+            try:
+                rewrite(database, stream)
+            except StreamDenied as error:
+                show.errors.print(
+                    f"{error}; what was deleted leaves its append-only file when an administrator says BGREWRITEAOF",
+                    markup=False, soft_wrap=True,
+                )  # fmt: skip
     database.close()
     if json:
         show.as_json(vars(gone))

@@ -90,7 +90,10 @@ def apply_retention(database: Database, days: float) -> Gone:
 
 
 def compact(database: Database, stream: Stream | None) -> None:
-    """Rewrite the files, so that nothing of what was deleted is left in them. Others wait meanwhile, for seconds."""
+    """Rewrite the files, so that nothing of what was deleted is left in them. Others wait meanwhile, for seconds.
+
+    Raises `StreamDenied` when the stream's server does not let us rewrite its log, the database's part done.
+    """
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if database.engine.dialect.name == "sqlite":
             raw: Any = connection.connection.driver_connection

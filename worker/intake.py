@@ -6,9 +6,13 @@ A job never depends on a file that may change: submitting takes a copy, named by
 import json
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from db import jobs
 from db.errors import plain, shown
@@ -19,7 +23,7 @@ from training.data import find_dataset, read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.paths import file_sha256, is_file, is_folder, real_path
-from training.sources import ending_of
+from training.sources import download, ending_of
 from worker.settings import Settings
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
@@ -30,17 +34,30 @@ def submit_training(
 ) -> TrainingJob:
     """Queue a job on any dataset and base model this process can read.
 
-    Raises `BadConfig`, `BadDataset` or `ModelUnavailable`, and leaves nothing behind, when the job could only fail.
+    A URL is fetched first. Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and leaves nothing
+    behind, when the job could only fail.
     """
+    with _at_hand(str(dataset)) as path:
+        config = job_config(settings, preset, options)
+        split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
+        config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
+        return _queue(database, take_dataset(settings, path), config, uuid.uuid4().hex)
+
+
+@contextmanager
+def _at_hand(dataset: str) -> Iterator[Path]:
+    if "://" in dataset:
+        with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
+            fetched = Path(folder) / (Path(urlsplit(dataset).path).name or "dataset")
+            download(dataset, fetched)
+            yield fetched
+        return
     path = real_path(dataset)
     if path is None:
         raise BadDataset(
             f"there is no file {plain(dataset)}; name a CSV, TSV, JSONL or Parquet file with labels and texts"
         )
-    config = job_config(settings, preset, options)
-    split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
-    config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
-    return _queue(database, take_dataset(settings, path), config, uuid.uuid4().hex)
+    yield path
 
 
 def submit_job(
