@@ -53,6 +53,9 @@ def test_the_schema_names_every_view_and_column(database: Database) -> None:
     rows = dict(re.findall(r"^\| `(v_[a-z_]+)` \| ([a-z0-9_, ]+) \|", section("Schema"), re.MULTILINE))
     found = inspect(database.engine)
     assert rows == {view: ", ".join(c["name"] for c in found.get_columns(view)) for view in found.get_view_names()}
+    explained = section("Schema").partition("| column of a view |")[2].partition("\n\n")[0]
+    named = {name for line in explained.splitlines() for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+    assert named == {name for columns in rows.values() for name in columns.split(", ")}
 
 
 def test_every_command_it_shows_exists() -> None:
