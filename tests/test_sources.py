@@ -296,6 +296,13 @@ def test_euc_jp_is_not_taken_for_half_width_kana() -> None:
     assert guess_encoding(text.encode("cp932")) == "cp932"
 
 
+def test_a_stray_nul_does_not_make_a_file_utf_16(tmp_path: Path) -> None:
+    assert guess_encoding("1,《映画》\n2,《雨》《雪》\n".encode("utf-16-le")) == "utf-16-le"
+    (_, first), (_, second) = read(written(tmp_path, "a.jsonl", b'{"id":"1","text":"a\x00"}\n{"id":"2","text":"b"}\n'))
+    assert str(first) == "the line is not JSON"
+    assert second == Tweet("2", "b")
+
+
 def test_a_dataset_says_what_it_was_read_as(tmp_path: Path) -> None:
     rows = read_rows(written(tmp_path, "a.csv", "ラベル,本文\n良,髙い山\n悪,低い山\n".encode("cp932")))
     assert (rows.texts, rows.labels, rows.encoding) == (["髙い山", "低い山"], ["良", "悪"], "cp932")

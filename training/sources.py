@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 
 from db.errors import plain
 from training.errors import BadSource
@@ -105,9 +106,12 @@ def guess_encoding(sample: bytes) -> str:
     for mark, name in BOMS:
         if sample.startswith(mark):
             return name
-    zeros = [sample[half::2].count(0) for half in (0, 1)]
-    if sum(zeros) > len(sample) / 100:
-        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    for name, code in (("utf-16-le", "<u2"), ("utf-16-be", ">u2")):
+        # Line ends of two bytes each; of the bytes 0x0A a quarter, since letters like 上 hold one too. A NUL that
+        # strayed into other text is left alone.
+        ends = int((np.frombuffer(sample, code, len(sample) // 2) == ord("\n")).sum())
+        if 4 * ends >= max(1, sample.count(b"\n")):
+            return name
     lines = [line for line in sample.splitlines() if not line.isascii()]
     if len(sample) == SAMPLE_BYTES and len(lines) > 1:
         lines.pop()  # cut in the middle
