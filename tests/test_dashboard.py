@@ -25,6 +25,7 @@ from worker.settings import Settings, load_settings
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["悲しい", "嬉しい"]
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> 映画が良い & 楽しい"
+DESK = {"width": 1300, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
 
@@ -89,9 +90,9 @@ class Watched:
         page.on("response", lambda answer: answer.ok or self.said.append(f"{answer.status} {answer.url}"))
 
 
-@pytest.fixture(params=["desk", "phone"])
+@pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
 def watched(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Watched]:
-    page = browser.new_page(viewport=PHONE if request.param == "phone" else {"width": 1300, "height": 900})
+    page = browser.new_page(viewport=request.param)
     page.set_default_timeout(15_000)
     yield Watched(page)
     page.close()
@@ -114,10 +115,9 @@ def test_every_chart_draws_and_nothing_else_happens(address: str, watched: Watch
     assert overflow <= 1, "the page is wider than the screen"
 
 
+@pytest.mark.parametrize("watched", [DESK], indirect=True, ids=["desk"])
 @pytest.mark.parametrize("name", ["labels", "unsure", "wrong", "dead", "words?word=映画", "topic?topic=映画"])
 def test_canned_questions_say_what_they_are_and_run(address: str, watched: Watched, name: str) -> None:
-    if watched.page.viewport_size == PHONE and name != "labels":
-        pytest.skip("one question is looked at on a phone")
     watched.page.goto(f"{address}/tweetscore/{quote(name, safe='?=')}", wait_until="networkidle")
     assert watched.page.locator("h1").count() == 1
     assert watched.page.locator(".metadata-description").inner_text().strip().endswith(".")

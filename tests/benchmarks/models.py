@@ -57,7 +57,7 @@ def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fi
     data = split_rows(read_rows(SAMPLE_LABELLED), config)
 
     def rows(split: Split) -> list[list[int]]:
-        return encode([clean(text, "1") for text in split.texts], config.max_length)
+        return encode([clean(text) for text in split.texts], config.max_length)
 
     model.eval()
     if fit:

@@ -340,7 +340,7 @@ def _speed(work: Callable[[], object], texts: Sequence[str]) -> Callable[[], flo
 def _reference_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     from training.clean import clean
 
-    return encode(tokenizer, [clean(text, "1") for text in texts], 200)
+    return encode(tokenizer, [clean(text) for text in texts], 200)
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:
