@@ -34,6 +34,12 @@ def unscored(
     return [(id_, text) for id_, text in session.execute(query.order_by(Tweet.tweet_id).limit(limit))]
 
 
+def present(session: Session, tweet_ids: Sequence[str]) -> set[str]:
+    """Which of these tweets there are; they stay until the transaction ends."""
+    query = select(Tweet.tweet_id).where(Tweet.tweet_id.in_(tweet_ids)).order_by(Tweet.tweet_id)
+    return set(session.scalars(query.with_for_update(read=True, key_share=True)))
+
+
 def unscored_count(session: Session, model_version_id: int, since: datetime | None, until: datetime) -> int:
     query = select(func.count()).select_from(Tweet).where(*_lacking(model_version_id, since, until))
     return session.scalar(query) or 0

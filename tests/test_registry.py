@@ -165,6 +165,24 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
         assert session.scalar(select(func.count()).where(Prediction.label.in_(LABELS))) == 300
 
 
+def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
+    database: Database, settings: Settings, promote: Promote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = promote(database, settings.store)
+    keep(database, 5)
+    score = backfill._score
+
+    def score_and_delete(*given: Any) -> Any:
+        with database.begin() as session:
+            store.delete_tweets(session, ["0002"], [], None, 10)
+        return score(*given)
+
+    monkeypatch.setattr(backfill, "_score", score_and_delete)
+    rescore(database, settings, version, None, NOBODY)
+    with database.read() as session:
+        assert sorted(session.scalars(select(Prediction.tweet_id))) == ["0000", "0001", "0003", "0004"]
+
+
 def test_since_takes_tweets_by_when_they_were_written_or_came(
     database: Database, settings: Settings, promote: Promote
 ) -> None:

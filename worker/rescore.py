@@ -58,7 +58,8 @@ def rescore(
             return done
         rows = _score(model, chunk)
         with database.begin() as session:
-            store.add_predictions(session, rows)
+            there = store.present(session, [id_ for id_, _ in chunk])  # some may have been deleted meanwhile
+            store.add_predictions(session, [row for row in rows if row["tweet_id"] in there])
         done, after = done + len(chunk), chunk[-1][0]
         progress(done, max(total, done), False)
 
