@@ -150,9 +150,9 @@ def test_what_tweets_refer_to_travels_in_the_wire_format() -> None:
 
 
 def test_jsonl_lines_are_numbered_and_a_bad_one_does_not_stop_the_rest() -> None:
-    text = io.StringIO('{"id":"1","text":"一"}\n\n{broken\n{"id":"2","text":"二"}\n')
+    text = io.StringIO('\n{"id":"1","text":"一"}\n\n{broken\n{"id":"2","text":"二"}\n')
     found = list(read_tweets(Source("tweets.jsonl", "json", text=text)))
-    assert [(number, type(value)) for number, value in found] == [(1, Tweet), (3, BadRecord), (4, Tweet)]
+    assert [(number, type(value)) for number, value in found] == [(2, Tweet), (4, BadRecord), (5, Tweet)]
     assert str(found[1][1]) == "the line is not JSON"
 
 
@@ -223,7 +223,7 @@ def test_urls_are_opened_by_fsspec_and_never_shown_with_their_keys(tmp_path: Pat
     with open_source(f"file://{path}") as source:
         assert [tweet for _, tweet in read_tweets(source)] == [Tweet("1", "良い")]
         assert source.size == source.position() == path.stat().st_size
-    for url in ("memory://none/a.csv?sig=SECRET", "nosuch://a/b.csv?sig=SECRET"):
+    for url in ("memory://none/a.csv?sig=SECRET", "nosuch://me:SECRET@a/b.csv?sig=SECRET"):
         with pytest.raises(BadSource) as refused, open_source(url):
             pass
         assert "SECRET" not in str(refused.value)

@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 
 from db.errors import plain
+from db.session import public_url
 from training.errors import BadSource
 from training.paths import is_file
 
@@ -74,7 +75,7 @@ def open_source(name: str | Path, otherwise: str = "json") -> Iterator[Source]:
         if name == "-":
             yield _decoded(Source("stdin", otherwise), sys.stdin.buffer.raw, stack)  # type: ignore[union-attr]
             return
-        shown = name.partition("?")[0] if "://" in name else Path(name).name
+        shown = public_url(name).partition("?")[0] if "://" in name else Path(name).name
         source = Source(plain(shown), format_of(shown, otherwise))
         source.stored = stack.enter_context(_bytes(name))
         source.size = _size(source.stored)
@@ -170,11 +171,11 @@ def _bytes(name: str) -> Iterator[Any]:
         opened = fsspec.open(name, "rb").open()
     except ImportError as error:
         raise BadSource(f"{name.partition('://')[0]}:// cannot be read: {plain(error)}") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # every storage has errors of its own
         # Not quoted beyond its beginning: what follows may hold a key.
+        shown = plain(public_url(name).partition("?")[0])
         raise BadSource(
-            f"{plain(name.partition('?')[0])} cannot be opened ({type(error).__name__}); is it there, and are its "
-            "credentials in the environment?"
+            f"{shown} cannot be opened ({type(error).__name__}); is it there, and are its credentials in the environment?"
         ) from error
     with opened:
         yield opened

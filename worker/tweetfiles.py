@@ -62,15 +62,14 @@ def _tweet(flat: Any, number: int, need_id: bool, topic: str | None) -> Tweet | 
 
 def _json_values(source: Source) -> Rows:
     """The value of each line; of one document over many lines, its value."""
-    for first in source.text:
-        if first.strip():
-            break
-    else:
+    filled = ((number, line) for number, line in enumerate(source.text, start=1) if line.strip())
+    number, first = next(filled, (0, ""))
+    if not first:
         return
     if first.strip() in ("{", "[", "[{") or (source.name.endswith((".json", ".json.gz")) and not _is_json(first)):
-        yield from _document(first, source.text, source.encoding_name)
+        yield from _document(number, first, source.text, source.encoding_name)
     else:
-        yield from _lines(chain([first], source.text), source.encoding_name)
+        yield from _lines(number, chain([first], source.text), source.encoding_name)
 
 
 def _is_json(line: str) -> bool:
@@ -81,19 +80,19 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _document(first: str, rest: TextIO, encoding: str) -> Rows:
+def _document(number: int, first: str, rest: TextIO, encoding: str) -> Rows:
     text = first + rest.read(MAX_DOCUMENT_CHARS)
     if len(text) >= MAX_DOCUMENT_CHARS:
-        yield 1, BadRecord("the document is too large to be read whole; write a tweet a line (JSONL)")
+        yield number, BadRecord("the document is too large to be read whole; write a tweet a line (JSONL)")
         return
     try:
-        yield 1, json.loads(text)
+        yield number, json.loads(text)
     except (ValueError, RecursionError):
-        yield from _lines(text.split("\n"), encoding)  # lines after all, the first of them broken
+        yield from _lines(number, text.split("\n"), encoding)  # lines after all, the first of them broken
 
 
-def _lines(lines: Iterable[str], encoding: str) -> Rows:
-    for number, line in enumerate(lines, start=1):
+def _lines(start: int, lines: Iterable[str], encoding: str) -> Rows:
+    for number, line in enumerate(lines, start):
         if not line.strip():
             continue
         if has_bad_bytes(line):
