@@ -175,7 +175,7 @@ def _bytes(name: str) -> Iterator[Any]:
         # Not quoted beyond its beginning: what follows may hold a key.
         shown = plain(public_url(name).partition("?")[0])
         raise BadSource(
-            f"{shown} cannot be opened ({type(error).__name__}); is it there, and are its credentials in the environment?"
+            f"{shown} cannot be opened ({type(error).__name__}); is it there, and are credentials in the environment?"
         ) from error
     with opened:
         yield opened

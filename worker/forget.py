@@ -48,14 +48,14 @@ class Gone:
 
 
 def forget(
-    database: Database, stream: Stream | None, wish: Wish, progress: Callable[[str, int], None] = lambda what, n: None
+    database: Database, stream: Stream, wish: Wish, progress: Callable[[str, int], None] = lambda what, n: None
 ) -> Gone:
     """Delete tweets with their predictions, their dead letters and their records. `progress` is told (of what, count).
 
     The stream comes first, so that no tweet that waits there is scored after its row is gone. Raises `StreamError` when
     a worker still holds what it held a minute ago: then it is to be said again.
     """
-    records = _from_stream(stream, wish, progress) if stream is not None else 0
+    records = _from_stream(stream, wish, progress)
     tweets = _in_portions(
         database, lambda session: store.delete_tweets(session, *_asked(wish), PORTION), "tweets", progress
     )
@@ -89,7 +89,7 @@ def apply_retention(database: Database, days: float) -> Gone:
     return gone
 
 
-def compact(database: Database, stream: Stream | None) -> None:
+def compact(database: Database, stream: Stream) -> None:
     """Rewrite the files, so that nothing of what was deleted is left in them. Others wait meanwhile, for seconds.
 
     Raises `StreamDenied` when the stream's server does not let us rewrite its log, the database's part done.
@@ -102,8 +102,7 @@ def compact(database: Database, stream: Stream | None) -> None:
         else:
             for table in ("predictions", "tweets", "dead_letters"):
                 connection.execute(text(f"VACUUM FULL {table}"))
-    if stream is not None:
-        stream.rewrite_log()
+    stream.rewrite_log()
 
 
 def _asked(wish: Wish) -> tuple[Sequence[str], Sequence[str], datetime | None]:
