@@ -1,7 +1,6 @@
 """`tweetscore data | export | delete | plot`: what goes in looked at beforehand, and what comes out beside SQL."""
 
 import time
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -11,9 +10,9 @@ import typer
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db.session import open_database
-from worker import embedded, show
+from worker import show
 from worker.errors import BadRequest, StreamDenied
-from worker.runtime import open_sql, open_stream, stream_url
+from worker.runtime import broker, open_sql, open_stream
 from worker.settings import load_settings
 from worker.show import Json
 
@@ -95,8 +94,8 @@ def delete(
         raise BadRequest("nothing is named; say --tweet-id, --author or --before")
     settings = load_settings()
     database = open_sql(settings)
-    with embedded.running(settings.home, settings.server_memory_mb) if settings.embedded else nullcontext():
-        stream = open_stream(settings, stream_url(settings))
+    with broker(settings) as url:
+        stream = open_stream(settings, url)
         with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
             gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))
         if compact:

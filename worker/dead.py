@@ -21,7 +21,7 @@ def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | 
     Raises `NotFound`, and does nothing, when one of `ids` is none.
     """
     done = 0
-    for letters in _chunks(database, ids):
+    for letters in chunks(database, ids):
         stream.add([unpack_fields(letter.payload, letter.other_fields) for letter in letters])
         # After the stream has them: a crash between leaves both, and the tweet's id absorbs the repeat.
         with database.begin() as session:
@@ -34,14 +34,14 @@ def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | 
 def drop(database: Database, ids: Sequence[str] | None) -> int:
     """Forget dead letters, all of them when `ids` is None. Returns how many; raises `NotFound` as `retry` does."""
     done = 0
-    for letters in _chunks(database, ids):
+    for letters in chunks(database, ids):
         with database.begin() as session:
             store.drop_dead(session, [letter.record_id for letter in letters])
         done += len(letters)
     return done
 
 
-def _chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
+def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
     """Letters in portions: there may be more than fit into memory. Those that come meanwhile are not among them."""
     if ids is not None:
         with database.read() as session:

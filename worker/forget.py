@@ -13,6 +13,7 @@ from sqlalchemy import text
 from db import store
 from db.models import utc_now
 from db.session import Database
+from worker import dead
 from worker.errors import BadRecord, StreamError
 from worker.records import parse_payload
 from worker.stream import Stream
@@ -60,19 +61,11 @@ def forget(
         database, lambda session: store.delete_tweets(session, *_asked(wish), PORTION), "tweets", progress
     )
     letters = 0
-    with database.read() as session:
-        last = store.newest_dead(session)
-    after = ""
-    while last is not None:
+    for portion in dead.chunks(database, None):
+        going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
         with database.begin() as session:
-            portion = store.dead_after(session, after, last, PORTION)
-            if not portion:
-                break
-            after = portion[-1].record_id
-            going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
-            if going:
-                store.drop_dead(session, going)
-            letters += len(going)
+            store.drop_dead(session, going)
+        letters += len(going)
         progress("dead letters", letters)
     return Gone(records, tweets, letters)
 
