@@ -1,9 +1,11 @@
 """The root of every error whose message is meant for a user, those of the SQL side, and values inside sentences."""
 
+import re
 from collections.abc import Iterable
 
 SHOWN_CHARS = 200
 LISTED_CHARS = 300
+SECRET = re.compile(r"(?<=password=)[^&]*", re.IGNORECASE)
 
 
 class TweetscoreError(Exception):
@@ -53,3 +55,12 @@ def listed(names: Iterable[object]) -> str:
             return f"{', '.join(taken)} and {len(rest) - len(taken)} more"
         taken.append(plain(name))
     return ", ".join(taken)
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be shown or logged: no password, neither before the host nor in a query field."""
+    scheme, there, rest = url.partition("://")
+    place, asks, query = rest.partition("?")
+    who, at, where = place.rpartition("@")
+    user, colon, _ = who.partition(":")
+    return f"{scheme}{there}{user}{colon and ':***'}{at}{where}{asks}{SECRET.sub('***', query)}"

@@ -9,8 +9,8 @@ from alembic.util import CommandError
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.errors import DatabaseError
-from db.session import Database, public_url
+from db.errors import DatabaseError, public_url
+from db.session import Database
 
 
 def upgrade(database: Database) -> None:

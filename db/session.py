@@ -5,7 +5,6 @@ begins: a deferred one that turns from reading to writing fails at once with "da
 timeout says.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
-SECRET = re.compile(r"(?<=password=)[^&]*", re.IGNORECASE)
 
 
 class Database:
@@ -71,15 +69,6 @@ def open_database(url: str) -> Database:
         if not isinstance(error, NoSuchModuleError):
             raise DatabaseError(f"DATABASE_URL cannot be opened ({type(error).__name__}); mend it") from error
         raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
-
-
-def public_url(url: str) -> str:
-    """A URL as it may be shown or logged: no password, neither before the host nor in a query field."""
-    scheme, there, rest = url.partition("://")
-    place, asks, query = rest.partition("?")
-    who, at, where = place.rpartition("@")
-    user, colon, _ = who.partition(":")
-    return f"{scheme}{there}{user}{colon and ':***'}{at}{where}{asks}{SECRET.sub('***', query)}"
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

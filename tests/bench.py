@@ -13,13 +13,15 @@ from db.models import Base, DeadLetter, Prediction
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact
+from training.cache import Cache
+from training.storage import Store
 from worker.choices import Choice
 from worker.engines import TorchEngine
 from worker.pipeline import Limits, Pipeline
 from worker.scorer import Champion, Model, Serving
 from worker.stream import Depth, Stream
 
-CPU = Serving(Path("/"), device="cpu")  # the tests' models lie here and there
+CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the tests' models lie here and there
 DRAINED = Depth(length=0, lag=0, pending=0)
 
 

@@ -34,7 +34,7 @@ def test_training_with_wait_runs_a_worker_of_its_own(
         m for m in told["metrics"] if m["metric"] == "accuracy"
     ).items()
     # The job worked on a copy: what the folder becomes later is no concern of its model's.
-    assert Path(told["config"]["base_model"]).is_relative_to(settings.encoders)
+    assert Path(told["config"]["base_model"]).is_relative_to(settings.inputs.folder)
     assert embedded.find(settings.home) is None
     assert running_on(settings.home) == []
 
@@ -106,4 +106,4 @@ def test_a_base_model_that_cannot_be_one_leaves_no_job_behind(
     assert repr(model) in ended.stderr
     with open_database(settings.sql_url).read() as session:
         assert jobs.recent(session) == []
-    assert not settings.datasets.exists()
+    assert not settings.inputs.folder.exists()

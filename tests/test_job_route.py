@@ -20,6 +20,7 @@ from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, Test
 from db.session import Database
 from tests.conftest import wait_until
 from training.artifact import load_artifact, make_reference
+from training.cache import Cache
 from training.checkpoint import Epoch
 from training.config import make_config
 from training.data import Dataset, Split
@@ -28,6 +29,7 @@ from training.job import run_next_job
 from training.outcome import Outcome
 from training.paths import file_sha256
 from training.register import register_model
+from training.storage import Store
 from training.workshop import Workshop
 
 NEVER = threading.Event()
@@ -35,9 +37,12 @@ NEVER = threading.Event()
 
 @pytest.fixture
 def workshop(tmp_path: Path, tiny_encoder: Path) -> Workshop:
+    cache = Cache(tmp_path / "cache", 1_000_000_000)
     return Workshop(
-        model_store=tmp_path / "models",
+        model_store=Store(tmp_path / "models", cache),
+        input_store=Store(tmp_path, cache),
         jobs_folder=tmp_path / "jobs",
+        checkpoint_store=None,
         boards_folder=tmp_path / "boards",
         read_roots=(tmp_path, tiny_encoder.parent),
         device="cpu",
@@ -187,7 +192,7 @@ def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
     assert [fragment for fragment in fragments if fragment not in job.error] == []
     assert "\n" not in job.error
     assert "Error:" not in job.error  # a user's mistake is told in words, not as a Python exception
-    assert (count(sqlite, ModelVersion), left_in(workshop.model_store)) == (0, [])
+    assert (count(sqlite, ModelVersion), left_in(workshop.model_store.folder)) == (0, [])
     assert run_next_job(sqlite, workshop, "here", NEVER) is None
 
 
@@ -211,7 +216,8 @@ def test_cancelling_a_running_job_ends_it_and_leaves_no_model(
     assert (job.state, job.error) == ("cancelled", None)
     assert job.total_steps is not None
     assert 0 < job.step < job.total_steps
-    assert (count(database, ModelVersion), left_in(workshop.model_store), left_in(workshop.jobs_folder)) == (0, [], [])
+    assert count(database, ModelVersion) == 0
+    assert (left_in(workshop.model_store.folder), left_in(workshop.jobs_folder)) == ([], [])
 
 
 def test_a_worker_that_must_end_gives_the_job_back_and_the_next_goes_on(
@@ -260,7 +266,7 @@ def test_a_trainer_whose_job_was_taken_over_stops_and_leaves_everything_to_the_o
         claim_again(database, job_id)
     job = job_of(database, job_id)
     assert (job.state, job.lease_owner, job.fencing_token, job.error) == ("running", "there", 2, None)
-    assert (count(database, ModelVersion), left_in(workshop.model_store)) == (0, [])
+    assert (count(database, ModelVersion), left_in(workshop.model_store.folder)) == (0, [])
     assert left_in(workshop.jobs_folder) == [str(job_id)]  # its checkpoints are the successor's now
 
 
@@ -283,11 +289,11 @@ def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
     parts = (loaded.model, loaded.tokenizer, make_reference([[2, 5, 3]], split.targets))
     with pytest.raises(LeaseLost):
         register_model(database, workshop.model_store, *parts, outcome)
-    assert left_in(workshop.model_store) == []
+    assert left_in(workshop.model_store.folder) == []
     assert [count(database, table) for table in (ModelVersion, TestMetric, TestPrediction)] == [0, 0, 0]
     assert job_of(database, job_id).state == "running"
     register_model(database, workshop.model_store, *parts, replace(outcome, fencing_token=token + 1))
-    assert left_in(workshop.model_store) == [f"job-{job_id}-{token + 1}"]
+    assert left_in(workshop.model_store.folder) == [f"job-{job_id}-{token + 1}"]
     assert job_of(database, job_id).state == "succeeded"
     with database.begin() as session:
         assert registry.metrics(session, registry.of_job(session, job_id).id) == figures

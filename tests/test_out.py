@@ -317,8 +317,8 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     """Scored, waiting and buried: every file below the home is searched, as UTF-8 and as JSON escapes."""
     database = open_database(settings.sql_url)
     migrate.upgrade(database)
-    settings.store.mkdir(parents=True)
-    promote(database, settings.store)
+    settings.models.folder.mkdir(parents=True)
+    promote(database, settings.models.folder)
     tweets = [{"id": str(i), "text": f"普通の話{i}", "author_id": "b"} for i in range(50)]
     tweets += [{"id": f"9{i}", "text": f"{SECRET}{i}", "author_id": "a"} for i in range(50)]
     with embedded.owned(settings.home, 64) as server:

@@ -143,7 +143,7 @@ NOBODY: Callable[[], Depth | None] = lambda: None  # noqa: E731
 def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
     database: Database, settings: Settings, promote: Promote
 ) -> None:
-    version = promote(database, settings.store)
+    version = promote(database, settings.models.folder)
     keep(database, 300)
     with database.begin() as session:
         store.add_predictions(session, [said(f"{i:04}", version) for i in range(10)])  # the stream's
@@ -168,7 +168,7 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
 def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
     database: Database, settings: Settings, promote: Promote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = promote(database, settings.store)
+    version = promote(database, settings.models.folder)
     keep(database, 5)
     score = backfill._score
 
@@ -186,7 +186,7 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
 def test_since_takes_tweets_by_when_they_were_written_or_came(
     database: Database, settings: Settings, promote: Promote
 ) -> None:
-    version = promote(database, settings.store)
+    version = promote(database, settings.models.folder)
     new, old = datetime(2026, 5, 2, tzinfo=UTC), datetime(2026, 4, 1, tzinfo=UTC)
     keep(database, 2, first=0, tweet_created_at=old, received_at=new)
     keep(database, 3, first=10, tweet_created_at=new, received_at=new)
@@ -201,7 +201,7 @@ def test_since_takes_tweets_by_when_they_were_written_or_came(
 def test_new_tweets_come_first_and_a_stream_that_is_never_empty_only_slows(
     sqlite: Database, settings: Settings, promote: Promote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = promote(sqlite, settings.store)
+    version = promote(sqlite, settings.models.folder)
     keep(sqlite, 4)
     looks = iter([Depth(9, 9, 0), Depth(3, 0, 3)])
     waited: list[bool] = []
@@ -231,7 +231,7 @@ def home(tmp_path: Path, promote: Promote, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("TWEETSCORE_ENGINE", "torch-float32")
     settings = load_settings()
     database = open_sql(settings)
-    version = promote(database, settings.store)
+    version = promote(database, settings.models.folder)
     keep(database, 30)
     yield SimpleNamespace(settings=settings, database=database, version=version)
     database.close()
@@ -247,7 +247,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
 
     with home.database.begin() as session:
         old = registry.get(session, first)
-        folder = shutil.copytree(home.settings.store / "tiny", home.settings.store / "second")
+        folder = shutil.copytree(home.settings.models.folder / "tiny", home.settings.models.folder / "second")
         second = registry.add_version(
             session,
             ModelVersion(base_model="tiny", artifact_url=folder.as_uri(), sha256=old.sha256, labels=LABELS,
@@ -266,7 +266,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
     assert (refused.returncode, "is the champion" in refused.stderr) == (2, True)
     assert tweetscore("models", "delete", str(second)).returncode == 0
     assert not folder.exists()
-    assert (home.settings.store / "tiny").is_dir()
+    assert (home.settings.models.folder / "tiny").is_dir()
     assert f"model {second} was deleted" in tweetscore("rescore", "--model", str(second)).stderr
     listed = json.loads(tweetscore("models", "list", "--deleted", "--json").stdout)
     assert [(row["id"], row["deleted_at"] is not None) for row in listed] == [(second, True), (first, False)]
@@ -278,9 +278,9 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
 def test_a_model_at_the_store_itself_does_not_take_the_store_with_it(home: SimpleNamespace, tweetscore: Run) -> None:
     version = version_of(home.database)
     with home.database.begin() as session:
-        registry.get(session, version).artifact_url = home.settings.store.as_uri()
+        registry.get(session, version).artifact_url = home.settings.models.folder.as_uri()
     assert tweetscore("models", "delete", str(version)).returncode == 2
-    assert (home.settings.store / "tiny").is_dir()
+    assert (home.settings.models.folder / "tiny").is_dir()
 
 
 def test_tensorboard_opens_on_the_folder_of_the_runs(home: SimpleNamespace, tweetscore: Run) -> None:

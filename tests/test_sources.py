@@ -234,7 +234,7 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
     packed = labelled_csv.with_name("labelled.csv.gz")
     packed.write_bytes(gzip.compress(labelled_csv.read_bytes()))
     job = submit_training(settings, sqlite, f"file://{packed}")
-    assert Path(job.dataset).parent == settings.datasets
+    assert Path(job.dataset).parent == settings.inputs.folder
     assert Path(job.dataset).name.endswith(".csv.gz")
     assert len(read_rows(Path(job.dataset)).texts) == 60
     with pytest.raises(BadSource, match="is it there"):

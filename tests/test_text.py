@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.artifact import load_artifact, seal
+from training.artifact import load_artifact
 from training.config import make_config
 from training.encoders import STARTER, STARTER_FOLDER, Encoder, resolve_encoder
 from training.errors import BadArtifact, ModelUnavailable
 from training.model import build_model
+from training.sealed import seal
 from training.text import encode, load_tokenizer, mecab_dictionary
 
 # ipadic has 公務員 as one word, unidic-lite cuts it into 公務 and 員.

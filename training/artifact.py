@@ -9,10 +9,7 @@ SHA256SUMS                       the digest of every file above; its own digest 
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +22,15 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from training import failpoint
 from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
 from training.encoders import Encoder
-from training.errors import BadArtifact, CannotSave
+from training.errors import BadArtifact
 from training.model import Classifier, empty_model, load_encoder_config
-from training.paths import file_sha256, sync_folder
+from training.paths import file_sha256
+from training.sealed import SUMS, drafted, verify
 from training.text import load_tokenizer, mecab_dictionary
 
-SUMS = "SHA256SUMS"
 SPEC = "tweetscore.json"
 WEIGHTS = "model.safetensors"
 REFERENCE = "reference.safetensors"
@@ -171,61 +167,6 @@ def _load_reference(path: Path) -> Reference | None:
     ends = np.cumsum(arrays["lengths"])
     rows = [row.tolist() for row in np.split(arrays["ids"], ends[:-1])]
     return Reference(rows, arrays["logits"])
-
-
-@contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all went well and is gone when not.
-
-    Raises `CannotSave` when something could not be written.
-    """
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        seal(draft, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's
-        shutil.rmtree(draft, ignore_errors=True)
-        raise CannotSave(
-            f"{folder} could not be written ({str(error).splitlines()[0]}); make room for it, then "
-            "`tweetscore jobs retry` goes on from the newest checkpoint"
-        ) from error
-
-
-def seal(draft: Path, folder: Path) -> str:
-    """Digest every file of `draft`, push all to the disk, rename it to `folder`. Returns the digest of the digests."""
-    failpoint.passing("draft", [folder.name])
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir()) if path.name != SUMS]
-    (draft / SUMS).write_text("".join(lines), encoding="utf-8")
-    digest = file_sha256(draft / SUMS)
-    sync_folder(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(draft, folder)
-    _sync_entry(folder.parent)
-    return digest
-
-
-def _sync_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def verify(folder: Path, sha256: str | None = None) -> None:
-    """Raises `BadArtifact` unless every file is there with its digest, and all of them have this one."""
-    sums = folder / SUMS
-    if not sums.is_file():
-        raise BadArtifact(f"{folder} has no {SUMS}; it was never finished or is no artifact")
-    if sha256 is not None and file_sha256(sums) != sha256:
-        raise BadArtifact(f"{folder} is not the artifact that was registered (sha256 differs); train or restore it")
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        path = folder / name
-        if not path.is_file() or file_sha256(path) != digest:
-            raise BadArtifact(f"{path} is missing or damaged (sha256 differs); train or restore the model")
 
 
 def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:

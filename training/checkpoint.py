@@ -4,6 +4,7 @@ step-STEP-WRITER     everything that decides the next step; names the best weigh
 best-EPOCH-WRITER    weights of an epoch that was the best when it ended
 
 Both are sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one before it.
+With a remote store another machine can go on: what the folder holds follows there, from a thread of its own.
 WRITER keeps processes apart: one that was given up for dead and wakes writes beside its successor, never over it.
 """
 
@@ -11,14 +12,17 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
 
-from training.artifact import WEIGHTS, drafted, save_weights, verify
+from training.artifact import WEIGHTS, save_weights
 from training.errors import BadArtifact
+from training.mirror import Mirror
 from training.model import Classifier
+from training.sealed import drafted, verify
+from training.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +71,28 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; `writer` is a number no other process that writes there has."""
+    """The checkpoints of one run in `folder`; `writer` is a number no other process that writes there has.
 
-    def __init__(self, folder: Path, writer: int = 0) -> None:
+    As a context that an error ends it waits until the store, if there is one, has what the folder has.
+    """
+
+    def __init__(self, folder: Path, writer: int = 0, store: Store | None = None) -> None:
         self.folder = folder
         self._writer = writer
+        self._mirror = None if store is None else Mirror(folder, writer, store)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._mirror is not None:
+            self._mirror.close(needed=kind is not None)
+
+    def clear(self) -> None:
+        """The run has ended and needs none any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._mirror is not None:
+            self._mirror.clear()
 
     def save(self, state: RunState) -> Path:
         """Keep the state as it is now. Raises `CannotSave`, with the earlier ones as they were."""
@@ -89,6 +110,8 @@ class Checkpoints:
                 draft / "state.pt",
             )
         self._prune()
+        if self._mirror is not None:
+            self._mirror.follow()
         return place
 
     def save_best(self, epoch: int, model: Classifier) -> str:
@@ -100,6 +123,8 @@ class Checkpoints:
 
     def restore(self, state: RunState) -> bool:
         """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
+        if self._mirror is not None:
+            self._mirror.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)

@@ -60,7 +60,8 @@ def check_hub_name(name: str) -> None:
 
 
 def looks_local(name: str) -> bool:
-    return name.startswith(("/", ".", "~"))
+    """Whether a name means files of the user's rather than a repository: a path, or a URL in a store."""
+    return name.startswith(("/", ".", "~")) or "://" in name
 
 
 def _local_folder(name: str, roots: Sequence[Path]) -> Path:

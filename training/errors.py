@@ -27,6 +27,10 @@ class CannotSave(TweetscoreError):
     """Raised when a checkpoint or a model cannot be written, for want of space above all."""
 
 
+class StoreAway(TweetscoreError):
+    """Raised when a remote store does not answer, or not to us; nothing is wrong with what lies there."""
+
+
 class Cancelled(Exception):
     """Raised inside the loop when the job was asked to stop for good."""
 

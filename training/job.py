@@ -4,11 +4,9 @@ The row is the truth: this file claims it, and everything it later writes names 
 """
 
 import logging
-import shutil
 import threading
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
 
@@ -22,11 +20,12 @@ from training.baselines import baselines
 from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints, Epoch, Progress
 from training.config import make_config
-from training.data import Split, find_dataset, read_rows, split_rows
-from training.encoders import present_name, resolve_encoder
-from training.errors import BadDataset, Cancelled, StopRequested
+from training.data import Split, read_rows, split_rows
+from training.encoders import present_name
+from training.errors import Cancelled, StopRequested, StoreAway
 from training.evaluate import Floats, model_figures, predict
 from training.fit import Hooks, fit
+from training.inputs import dataset_at_hand, encoder_at_hand
 from training.lease import Lease
 from training.model import build_model, pick_device
 from training.outcome import Outcome
@@ -49,7 +48,8 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
     ended: str | None = None
     with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
         try:
-            version = _work(database, workshop, job, lease)
+            with ExitStack() as at_hand:
+                version = _work(database, workshop, job, lease, at_hand)
             log.info("job %d: succeeded, model %d", job.id, version)
             ended = "succeeded"
         except StopRequested:
@@ -64,6 +64,10 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
             # The database is away. The lease lapses, and whoever claims the job goes on from its checkpoint.
             log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
             return job.id
+        except StoreAway as error:
+            # The same, of what a remote store holds; the job fails when it was begun too often this way.
+            log.warning("job %d: left to its lease: %s", job.id, error)
+            return job.id
         except Cancelled:
             ended = _finish(database, lease, "cancelled", None)
         except TweetscoreError as error:
@@ -72,15 +76,16 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
             log.exception("job %d failed", job.id)
             ended = _finish(database, lease, "failed", f"{type(error).__name__}: {error}")
     if ended in ("succeeded", "cancelled"):  # one that failed may be retried, and goes on from its checkpoint
-        shutil.rmtree(workshop.jobs_folder / str(job.id), ignore_errors=True)
+        _checkpoints(workshop, job).clear()
     return job.id
 
 
-def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease) -> int:
+def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, at_hand: ExitStack) -> int:
     config = make_config("guide", **job.config)
 
-    dataset = _open_dataset(job, workshop.read_roots)
-    data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
+    inputs, roots = workshop.input_store, workshop.read_roots
+    with dataset_at_hand(job.dataset, job.dataset_sha256, inputs, roots) as dataset:
+        data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
     with database.begin() as session:
         jobs.record_data(session, job.id, lease.token, sha256, data.report)
     failpoint.passing("split")
@@ -88,7 +93,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     with database.read() as session:
         pinned = registry.revision_used(session, present_name(config.base_model))
-    encoder = resolve_encoder(config.base_model, config.base_revision or pinned, workshop.read_roots)
+    encoder = at_hand.enter_context(encoder_at_hand(config.base_model, config.base_revision or pinned, inputs, roots))
     tokenizer = load_tokenizer(encoder.folder)
     encode = TextEncoder(tokenizer)
     rows = {
@@ -110,7 +115,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         config,
         pad_id=tokenizer.pad_token_id,
         device=device,
-        checkpoints=Checkpoints(workshop.jobs_folder / str(job.id), lease.token),
+        checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),
         board_folder=workshop.boards_folder / f"job-{job.id}",
         hooks=_hooks(database, lease),
     )
@@ -133,11 +138,8 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     return register_model(database, workshop.model_store, model, tokenizer, reference, outcome)
 
 
-def _open_dataset(job: TrainingJob, roots: Sequence[Path]) -> Path:
-    path = find_dataset(job.dataset, roots)
-    if job.dataset_sha256 is not None and file_sha256(path) != job.dataset_sha256:
-        raise BadDataset(f"dataset {job.dataset!r} changed after the job was submitted; submit it again")
-    return path
+def _checkpoints(workshop: Workshop, job: TrainingJob) -> Checkpoints:
+    return Checkpoints(workshop.jobs_folder / str(job.id), job.fencing_token, workshop.checkpoint_store)
 
 
 def _hooks(database: Database, lease: Lease) -> Hooks:

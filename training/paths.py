@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -71,12 +70,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def remove_model(url: str, store: Path) -> None:
-    """Remove an artifact and the engines kept beside it. Raises as `folder_of` does; what is gone already is gone."""
-    folder = folder_of(url, store)
-    if folder == store.resolve():
-        raise BadArtifact("the model lies at the model store itself, which holds others; it is not removed")
-    for path in (folder, folder.with_name(f"{folder.name}.engines")):
-        shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Artifact into the model store, then its row: in this order, so that a row never names what is not there."""
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from db.session import Database
 from training import failpoint
 from training.artifact import Reference, save_artifact
 from training.card import write_card
+from training.errors import StoreAway
 from training.evaluate import certainty, choose, confusion, label_text
 from training.model import Classifier
 from training.outcome import Outcome
+from training.storage import Store
 
 
 def register_model(
     database: Database,
-    store: Path,
+    store: Store,
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     reference: Reference,
@@ -31,8 +33,12 @@ def register_model(
     """
     job_id, token, spec = outcome.job_id, outcome.fencing_token, outcome.spec
     # The token is part of the name: a stale trainer that wakes late cannot write over its successor's artifact.
-    folder = store / f"job-{job_id}-{token}"
-    sha256 = save_artifact(folder, model, tokenizer, spec, reference, lambda draft: write_card(draft, outcome))
+    name = f"job-{job_id}-{token}"
+
+    def write(folder: Path) -> str:
+        return save_artifact(folder, model, tokenizer, spec, reference, lambda draft: write_card(draft, outcome))
+
+    sha256 = store.publish(name, write)
     try:
         failpoint.passing("artifact")
         with database.begin() as session:
@@ -41,7 +47,7 @@ def register_model(
                 job_id=job_id,
                 base_model=spec.base_model,
                 base_revision=spec.base_revision,
-                artifact_url=folder.as_uri(),
+                artifact_url=store.url_of(name),
                 sha256=sha256,
                 labels=spec.labels,
                 cleaner_version=spec.cleaner_version,
@@ -58,13 +64,14 @@ def register_model(
                 _prediction_rows(outcome),
             )
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        store.remove_named(name)
         raise
     failpoint.passing("registered")
     # What a trainer that was killed here left behind; no row names it, and its token can register nothing any more.
-    for orphan in [*store.glob(f"job-{job_id}-*"), *store.glob(f".job-{job_id}-*.draft")]:
-        if orphan != folder and orphan.name.removesuffix(".engines") != folder.name:
-            shutil.rmtree(orphan, ignore_errors=True)
+    with suppress(StoreAway):
+        for orphan in store.names(f"job-{job_id}-"):
+            if orphan.removesuffix(".engines") != name:
+                store.remove_named(orphan)
     return version.id
 
 

@@ -18,8 +18,7 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 
-from db.errors import plain
-from db.session import public_url
+from db.errors import plain, public_url
 from training.errors import BadSource
 from training.paths import is_file
 

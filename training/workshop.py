@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.storage import Store
+
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where jobs are worked on and what they may reach; values, never the environment."""
+    """Where jobs are worked on and what they may reach; values, never the environment.
 
-    model_store: Path
+    `checkpoint_store` is a remote one that follows what `jobs_folder` holds; None where that is all there is.
+    """
+
+    model_store: Store
+    input_store: Store
     jobs_folder: Path
+    checkpoint_store: Store | None
     boards_folder: Path
     read_roots: Sequence[Path]
     device: str

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from db.errors import NotFound, TweetscoreError
-from db.session import public_url
+from db.errors import NotFound, TweetscoreError, public_url
 from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
@@ -75,7 +74,7 @@ def up() -> None:
         signal.signal(number, stop)
     with _own_broker(settings) as url, workers(settings, ROLES, show.console.print) as running:
         started.append(running)
-        show.console.print(f"stream    {url}", f"database  {_place(settings)}", f"models    {settings.store}", sep="\n")
+        show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
         while not stopping.wait(1):
             running.watch()

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from db.errors import public_url
 from db.roles import grant_readonly
-from db.session import public_url
 from worker import show
 from worker.runtime import open_sql
 from worker.settings import load_settings

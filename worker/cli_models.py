@@ -48,7 +48,6 @@ def models_list(
 @app.command("show")
 def models_show(model: int, json: Json = False) -> None:
     """One model: where it lies, which engine scores with it and why, its test figures, and where it errs most."""
-    from training.paths import folder_of
     from worker.choices import kept_choices
 
     settings = load_settings()
@@ -57,7 +56,7 @@ def models_show(model: int, json: Json = False) -> None:
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         spells = [row for row in registry.history(session) if row.model_version_id == model]
-    engines = kept_choices(folder_of(version.artifact_url, settings.store))
+    engines = kept_choices(settings.models.place(version.artifact_url, version.sha256))
     if json:
         written = {
             "metrics": show.metric_rows(figures),
@@ -147,13 +146,11 @@ def models_delete(
     json: Json = False,
 ) -> None:
     """Delete a model's artifact. Its figures stay, and so does what it said of tweets unless --predictions is given."""
-    from training.paths import remove_model
-
     settings = load_settings()
     with open_sql(settings).begin() as session:
         version = registry.mark_deleted(session, model, predictions)
     # After the commit: an artifact without a row does no harm, a row without its artifact would.
-    remove_model(version.artifact_url, settings.store)
+    settings.models.remove(version.artifact_url, version.sha256)
     if json:
         show.as_json(show.fields(version))
     else:

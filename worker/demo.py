@@ -5,9 +5,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from db import registry, store
-from db.errors import TweetscoreError
+from db.errors import TweetscoreError, public_url
 from db.readonly import ask
-from db.session import Database, public_url
+from db.session import Database
 from worker import embedded, show
 from worker.app import SCORING, TRAINING, make_app
 from worker.doors import nudge
@@ -63,7 +63,7 @@ def run_demo(settings: Settings) -> None:
     say(
         f"done in {time.monotonic() - began:.0f} s; nothing is left running\n",
         f"database     {public_url(settings.sql_url)}",
-        f"model        {settings.store}",
+        f"model        {settings.models}",
         f"TensorBoard  {settings.boards}",
         "\nwhat next:",
         "  tweetscore up                                  keep server and workers running",

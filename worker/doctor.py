@@ -114,17 +114,26 @@ def _device(settings: Settings) -> str:
 
 
 def _store(settings: Settings) -> str:
-    settings.store.mkdir(parents=True, exist_ok=True)
-    if not os.access(settings.store, os.W_OK):
-        raise TweetscoreError(f"{settings.store} cannot be written; set TWEETSCORE_MODEL_STORE to a folder of yours")
-    return str(settings.store)
+    for store in (settings.models, settings.inputs):
+        if store.remote is not None:
+            store.remote.names()
+            continue
+        store.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(store.folder, os.W_OK):
+            raise TweetscoreError(
+                f"{store} cannot be written; set TWEETSCORE_MODEL_STORE and TWEETSCORE_DATASET_STORE to places of yours"
+            )
+    return f"models in {settings.models}, datasets in {settings.inputs}"
 
 
 def _base_model(settings: Settings) -> str:
     from training.encoders import STARTER, looks_local, resolve_encoder
+    from training.storage import is_remote
 
     if settings.base_model != STARTER and not looks_local(settings.base_model):
         return f"{settings.base_model}, fetched from the hub when a job needs it"
+    if is_remote(settings.base_model):
+        return f"{settings.base_model}, fetched from its store when a job needs it"
     return f"{settings.base_model}: {resolve_encoder(settings.base_model, None, settings.workshop().read_roots).folder}"
 
 

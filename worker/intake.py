@@ -1,11 +1,9 @@
 """The doors: training jobs and tweets from the command line, from Python, and from a plain Celery client.
 
-A job never depends on a file that may change: submitting takes a copy, named by its digest, into the home.
+A job never depends on a file that may change: submitting takes a copy, named by its digest, into the dataset store.
 """
 
 import json
-import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,11 +20,11 @@ from training.config import TrainConfig, make_config
 from training.data import find_dataset, read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
+from training.inputs import keep_dataset, keep_encoder
 from training.paths import file_sha256, is_file, is_folder, real_path
-from training.sources import download, ending_of
+from training.sources import download
+from training.storage import is_remote
 from worker.settings import Settings
-
-ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
 
 
 def submit_training(
@@ -41,7 +39,8 @@ def submit_training(
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
         config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
-        return _queue(database, take_dataset(settings, path), config, uuid.uuid4().hex)
+        dataset, sha256 = keep_dataset(settings.inputs, path), file_sha256(path)
+        return _queue(database, dataset, sha256, config, uuid.uuid4().hex)
 
 
 @contextmanager
@@ -70,16 +69,16 @@ def submit_job(
     config = job_config(settings, preset, options)
     path = find_dataset(dataset, settings.workshop().read_roots)
     split_rows(read_rows(path), config)
-    return _queue(database, path, config, request_id)
+    return _queue(database, str(path), file_sha256(path), config, request_id)
 
 
-def _queue(database: Database, path: Path, config: TrainConfig, request_id: str) -> TrainingJob:
+def _queue(database: Database, dataset: str, sha256: str, config: TrainConfig, request_id: str) -> TrainingJob:
     with database.begin() as session:
         return jobs.submit(
             session,
             request_id=request_id,
-            dataset=str(path),
-            dataset_sha256=file_sha256(path),
+            dataset=dataset,
+            dataset_sha256=sha256,
             config=config.model_dump(mode="json"),
         )
 
@@ -115,32 +114,15 @@ def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) 
     return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
 
 
-def take_dataset(settings: Settings, path: Path) -> Path:
-    """A copy of a dataset in the home, under its digest."""
-    target = settings.datasets / f"{file_sha256(path)[:16]}{ending_of(path)}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(path, draft)
-        os.rename(draft, target)
-    return target
-
-
 def take_encoder(settings: Settings, name: str) -> str:
-    """A local base model copied into the home under its weights' digest; any other name as it is."""
-    folder = real_path(name)
+    """A local base model copied into the store under its digest; any other name as it is."""
+    inputs, folder = settings.inputs, real_path(name)
+    if is_remote(name) and inputs.remote is not None:
+        inputs.remote.name_of(name)
+        return name
     if not looks_local(name) and (folder is None or not is_folder(folder)):
         check_hub_name(name)
         return name
     if folder is None or not is_file(folder / "config.json"):
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
-    files = sorted({path for pattern in ENCODER_FILES for path in folder.glob(pattern)})
-    digest = "".join(file_sha256(path) for path in files)
-    target = settings.encoders / f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_OID, digest).hex[:16]}"
-    if not target.exists():
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.mkdir(parents=True)
-        for path in files:
-            shutil.copyfile(path, draft / path.name)
-        os.rename(draft, target)
-    return str(target)
+    return keep_encoder(inputs, folder)

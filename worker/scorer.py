@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays
 from training.clean import clean
-from training.errors import BadArtifact
+from training.errors import BadArtifact, StoreAway
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.model import pick_device
-from training.paths import folder_of
+from training.storage import Store
 from training.text import TextEncoder
 from worker.batch import plan_batches
 from worker.choices import Choice
@@ -40,6 +39,8 @@ from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# A store that does not answer is asked again after this.
+STORE_PAUSE_SECONDS = 5.0
 # What a healthy device scores without complaint.
 PROBE = "今日はいい天気です。"
 
@@ -136,7 +137,7 @@ class Serving:
     `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache.
     """
 
-    store: Path
+    store: Store
     device: str = "auto"
     engine: str = "auto"
     token_budget: int | None = None
@@ -144,7 +145,7 @@ class Serving:
 
 
 def serving(settings: Settings) -> Serving:
-    return Serving(settings.store, settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
+    return Serving(settings.models, settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
 
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
@@ -172,8 +173,9 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
 def load_model(version: ModelVersion, serving: Serving) -> Model:
     """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
     device = pick_device(serving.device)
-    artifact = load_artifact(folder_of(version.artifact_url, serving.store), version.sha256)
-    engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
+    with serving.store.fetched(version.artifact_url, version.sha256) as folder:
+        artifact = load_artifact(folder, version.sha256)
+        engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
     log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)
     model.token_budget = serving.token_budget or choice.token_budget
@@ -206,6 +208,7 @@ class Champion:
         self._model: Model | None = None
         self._loading: Loading | None = None
         self._refused: int | None = None
+        self._store_away_until = 0.0  # by `time.monotonic`
         self._told_absent = False
         self._one_at_a_time = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "load")
@@ -239,7 +242,7 @@ class Champion:
         """Whether another model than the present one is to be loaded. Promoted again, one that was refused is tried
         again: it may have been mended."""
         serves = self._model is not None and self._model.version_id == version_id
-        return not serves and assignment != self._refused
+        return not serves and assignment != self._refused and time.monotonic() >= self._store_away_until
 
     def _take(self, loading: Loading, wanted: bool) -> None:
         """Make what was loaded the champion, unless the alias has moved on meanwhile."""
@@ -251,7 +254,10 @@ class Champion:
                 self._refused, self._told_absent = None, False
                 log.info("model %d is the champion now", loading.version_id)
         except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it
-            self._refused = loading.assignment
+            if isinstance(error, StoreAway):  # nothing is wrong with the model
+                self._store_away_until = time.monotonic() + STORE_PAUSE_SECONDS
+            else:
+                self._refused = loading.assignment
             old = f"model {self._model.version_id} goes on scoring" if self._model else "tweets wait in the stream"
             log.error("the champion, model %d, cannot be loaded, %s: %s", loading.version_id, old, error)
         finally:

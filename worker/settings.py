@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+from fsspec.registry import known_implementations
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from db.errors import shown
 from training import failpoint
+from training.cache import Cache
 from training.config import PRESETS
 from training.errors import BadConfig
+from training.storage import Store, is_remote, local_path
 from training.workshop import Workshop
 from worker.errors import BadSettings, StreamError
 from worker.stream import connect
@@ -44,7 +47,22 @@ class Settings(BaseSettings):
         description="the database as a PostgreSQL role that may only look (`tweetscore db grant-readonly`), for "
         "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
     )
-    model_store: Path | None = Field(None, description="folder of trained models; unset: `models` in the home")
+    model_store: str | None = Field(
+        None, description="folder or URL (`s3://bucket/models`) of trained models; unset: `models` in the home"
+    )
+    dataset_store: str | None = Field(
+        None,
+        description="folder or URL that submitted datasets and local base models are copied to; unset: `datasets` in "
+        "the home",
+    )
+    checkpoint_store: str | None = Field(
+        None,
+        description="folder or URL of the checkpoints of running jobs, which another machine can then go on from; "
+        "unset: `jobs` in the home",
+    )
+    cache_mb: int = Field(
+        20_000, ge=1, le=100_000_000, description="most MiB of copies kept here of what lies behind such URLs"
+    )
     read_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="further folders that jobs may read datasets and base models from, separated by `:`"
     )
@@ -99,17 +117,22 @@ class Settings(BaseSettings):
 
     failpoints: str = Field("", description="where a worker is made to die, sleep or fail, to rehearse faults")
 
-    @field_validator("home", "model_store")
+    @field_validator("home")
     @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else _expanded(value).absolute()
+    def _absolute(cls, value: Path) -> Path:
+        return _expanded(value).absolute()
 
-    @field_validator("model_store", mode="before")
+    @field_validator("model_store", "dataset_store", "checkpoint_store", mode="before")
     @classmethod
-    def _folder(cls, value: Any) -> Any:
-        if isinstance(value, str) and "://" in value:
-            raise ValueError("it must be a folder on this machine")
-        return value
+    def _place(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path):
+            return value
+        text = str(value)
+        if not is_remote(text):
+            return str(_expanded(local_path(text)).absolute()) if text else None
+        if text.partition("://")[0] not in known_implementations:
+            raise ValueError("it must be a folder or a URL that fsspec opens, such as s3://bucket/models")
+        return text
 
     @field_validator("read_roots", mode="before")
     @classmethod
@@ -179,20 +202,20 @@ class Settings(BaseSettings):
         return self.reader_url or self.sql_url
 
     @property
-    def store(self) -> Path:
-        return self.model_store or self.home / "models"
+    def models(self) -> Store:
+        return self._store(self.model_store, "models")
+
+    @property
+    def inputs(self) -> Store:
+        """What jobs are made from: datasets, and base models below `encoders`."""
+        return self._store(self.dataset_store, "datasets")
+
+    def _store(self, place: str | None, otherwise: str) -> Store:
+        return Store(place or self.home / otherwise, Cache(self.home / "cache", self.cache_mb * 1024 * 1024))
 
     @property
     def boards(self) -> Path:
         return self.home / "runs"
-
-    @property
-    def datasets(self) -> Path:
-        return self.home / "datasets"
-
-    @property
-    def encoders(self) -> Path:
-        return self.home / "encoders"
 
     @property
     def run(self) -> Path:
@@ -204,11 +227,16 @@ class Settings(BaseSettings):
         return self.home / "logs"
 
     def workshop(self) -> Workshop:
+        checkpoints = self._store(self.checkpoint_store, "jobs")
+        inputs = self.inputs
         return Workshop(
-            model_store=self.store,
-            jobs_folder=self.home / "jobs",
+            model_store=self.models,
+            input_store=inputs,
+            # A remote store is followed from a folder here, which the trainer writes to.
+            jobs_folder=self.home / "jobs" if checkpoints.remote else checkpoints.folder,
+            checkpoint_store=checkpoints if checkpoints.remote else None,
             boards_folder=self.boards,
-            read_roots=(self.datasets, self.encoders, *self.read_roots),
+            read_roots=(*(() if inputs.remote else (inputs.folder,)), *self.read_roots),
             device=self.device,
             lease_seconds=self.lease_seconds,
             max_attempts=self.max_attempts,

@@ -130,4 +130,4 @@ def test_28_a_stale_trainer_that_wakes_and_wants_to_register_is_refused(world: W
         sleeper.send(signal.SIGCONT)
         wait_for_log(sleeper, f"job {job_id} was taken over by another worker; this one stops")
     assert sorted(map(repr, world.rows(ModelVersion) + world.rows(TestPrediction))) == before
-    assert [path.name for path in world.settings.store.glob("*job-*")] == [f"job-{job_id}-2"]
+    assert [path.name for path in world.settings.models.folder.glob("*job-*")] == [f"job-{job_id}-2"]

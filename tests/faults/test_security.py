@@ -22,9 +22,9 @@ from sqlalchemy.exc import StatementError
 
 import worker as tweetscore_package
 from db import migrate
-from db.errors import DatabaseError, TweetscoreError
+from db.errors import DatabaseError, TweetscoreError, public_url
 from db.models import ModelVersion, TrainingJob
-from db.session import Database, open_database, public_url
+from db.session import Database, open_database
 from tests.bench import wire
 from tests.conftest import wait_until
 from tests.faults.commands import worker

@@ -95,7 +95,7 @@ def starter_world(own: World, tmp_path: Path) -> World:
     """The starter encoder under an untrained head as champion: as large as what users score with."""
     config = make_config("fast", base_model=STARTER)
     encoder, tokenizer, labels = Encoder(STARTER, STARTER_FOLDER), load_tokenizer(STARTER_FOLDER), ["bad", "good"]
-    folder = own.settings.store / "job-0-1"
+    folder = own.settings.models.folder / "job-0-1"
     model = build_model(encoder, 2, config)
     sha256 = save_artifact(folder, model, tokenizer, make_spec(labels, model.config, encoder, tokenizer))
     with own.database.begin() as session:

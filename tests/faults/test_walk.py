@@ -39,4 +39,4 @@ def test_a_trainer_killed_at_any_step_is_followed_by_one_that_ends_the_job_as_if
     assert [row["job_id"] for row in world.rows(ModelVersion) if row["job_id"]] == [job_id]
     assert world.count(TestPrediction) == 6
     # What a killed trainer left is cleared away after its successor's commit.
-    assert [path.name for path in world.settings.store.glob("*job-*")] == [f"job-{job_id}-{job.attempts}"]
+    assert [path.name for path in world.settings.models.folder.glob("*job-*")] == [f"job-{job_id}-{job.attempts}"]
