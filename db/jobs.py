@@ -8,7 +8,7 @@ seconds long, clocks kept by NTP differ by milliseconds.
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -42,6 +42,12 @@ def get(session: Session, job_id: int) -> TrainingJob:
 
 def recent(session: Session, limit: int = 20) -> list[TrainingJob]:
     return list(session.scalars(select(TrainingJob).order_by(TrainingJob.id.desc()).limit(limit)))
+
+
+def counts(session: Session) -> dict[str, int]:
+    """Jobs by state."""
+    query = select(TrainingJob.state, func.count()).group_by(TrainingJob.state)
+    return {state: int(number) for state, number in session.execute(query)}
 
 
 def epochs(session: Session, job_id: int) -> list[EpochMetric]:

@@ -39,6 +39,7 @@ from worker.stream import Stream, connect
 if TYPE_CHECKING:
     from tests.bench import Bench
 
+pytest_plugins = ["tests.world"]
 LABELS = ["negative", "neutral", "positive"]
 torch.set_num_threads(1)  # test processes share the cores
 # A busy machine is slow, not wrong.

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from sqlalchemy.exc import OperationalError
+from structlog.contextvars import bound_contextvars
 
 from db import jobs, registry
 from db.errors import LeaseLost, TweetscoreError
@@ -26,7 +27,7 @@ from training.errors import Cancelled, StopRequested, StoreAway
 from training.evaluate import Floats, model_figures, predict
 from training.fit import Hooks, fit
 from training.inputs import dataset_at_hand, encoder_at_hand
-from training.lease import Lease
+from training.lease import Lease, losses
 from training.model import build_model, pick_device
 from training.outcome import Outcome
 from training.paths import file_sha256
@@ -43,6 +44,11 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
         job = jobs.claim(session, owner=owner, lease_seconds=workshop.lease_seconds, max_attempts=workshop.max_attempts)
     if job is None:
         return None
+    with bound_contextvars(job=job.id):
+        return _run(database, workshop, job, owner, stopping)
+
+
+def _run(database: Database, workshop: Workshop, job: TrainingJob, owner: str, stopping: threading.Event) -> int:
     log.info("job %d: claimed by %s, start %d", job.id, owner, job.attempts)
     failpoint.passing("claimed")
     ended: str | None = None
@@ -58,6 +64,7 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
             log.info("job %d: given back to the queue at its checkpoint", job.id)
             return job.id
         except LeaseLost as error:
+            losses.inc()
             log.warning("%s", error)
             return job.id
         except OperationalError as error:
@@ -177,6 +184,7 @@ def _finish(database: Database, lease: Lease, state: str, error: str | None) -> 
         hint = f"; `tweetscore jobs show {lease.job_id}` says why" if error else ""
         log.info("job %d: %s%s", lease.job_id, state, hint)
     except LeaseLost as lost:
+        losses.inc()
         log.warning("%s", lost)
         return None
     return state

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from prometheus_client import Counter
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
@@ -14,6 +15,8 @@ from db.session import Database
 from training.errors import Cancelled, StopRequested
 
 log = logging.getLogger(__name__)
+
+losses = Counter("tweetscore_lease_losses", "jobs this worker held that another took over")
 
 # Progress is written, and cancellation looked for, at most this often: often enough to watch, too seldom to cost.
 PROGRESS_SECONDS = 0.5

@@ -95,9 +95,11 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
 
     # A plain Celery client that names no queue sends to `celery`; without a reader there its job would wait forever.
     queues = f"{TRAINING},celery" if role == "train" else SCORING
+    # Celery's banner is for people; a log of JSON lines is not.
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
     # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.
     arguments = f"worker -Q {queues} --pool threads -c 2 -n {role}-%h-{os.getpid()} --without-mingle --without-gossip"
-    celery.worker_main(arguments.split())
+    celery.worker_main([*quiet, *arguments.split()])
 
 
 @app.command()

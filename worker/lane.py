@@ -20,6 +20,7 @@ from db.errors import TweetscoreError
 from training.job import run_next_job
 from worker.errors import StreamError
 from worker.forget import apply_retention
+from worker.metrics import Looks
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
@@ -43,6 +44,9 @@ class Lane:
         self.stopping = threading.Event()
         self.ended = threading.Event()
         self.database = open_sql(settings)
+        # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
+        self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
+        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database)
         self._nudge = nudge
         self._busy = threading.Lock()
         self._nudged = threading.Event()
@@ -104,6 +108,10 @@ class Lane:
         if self.stopping.is_set():
             return "ending"
         return "working" if self._busy.locked() else "idle"
+
+    def model_version(self) -> int | None:
+        """Which model scores here, None where none does."""
+        return None
 
     def stalled(self) -> str | None:
         """Why the work at hand is taken to hang; None while it does not."""
@@ -171,14 +179,15 @@ class ScoringLane(Lane):
         self.champion = Champion(self.database, serving(settings))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
         self._stall = Stall(settings.stall_seconds)
-        # Asked by the pulse, which must not wait as long for a broker as the route does.
-        self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
 
     def work(self) -> int:
         return self.pipeline.drain()
 
     def state(self) -> str:
         return "loading a model" if self.champion.loading_since is not None else super().state()
+
+    def model_version(self) -> int | None:
+        return self.champion.version_id
 
     def stalled(self) -> str | None:
         since, longest = self.champion.loading_since, PATIENCE * self.settings.stall_seconds

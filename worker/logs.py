@@ -5,9 +5,12 @@ than the database is.
 """
 
 import logging
+import sys
 import traceback
 from types import TracebackType
+from typing import TextIO
 
+import structlog
 from celery.worker.consumer.consumer import INVALID_TASK_ERROR, MESSAGE_DECODE_ERROR, UNKNOWN_FORMAT, UNKNOWN_TASK_ERROR
 from sqlalchemy.exc import DBAPIError
 
@@ -19,10 +22,39 @@ PLAIN_ERRORS = (OSError, DBAPIError, RuntimeError, StreamError)
 LONGEST_LINE = 300
 
 
-def keep_discreet() -> None:
-    """Let every handler of the root logger pass on only what may be said."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(discreet)
+def set_up() -> None:
+    """Every handler of the root logger passes on only what may be said."""
+    logging.basicConfig(level="INFO", handlers=[handler(sys.stderr)])
+    for each in logging.getLogger().handlers:
+        each.addFilter(discreet)
+
+
+def handler(output: TextIO) -> logging.Handler:
+    """Lines for a terminal, a JSON object a line for anything else, with what is bound: job, window, model version."""
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if output.isatty():
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    made = logging.StreamHandler(output)
+    made.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.contextvars.merge_contextvars,
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper("iso", utc=True),
+                _tell_exception,
+            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    return made
+
+
+def _tell_exception(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What `discreet` left of a traceback."""
+    if event["_record"].exc_text:
+        event["exception"] = event["_record"].exc_text
+    return event
 
 
 def discreet(record: logging.LogRecord) -> bool:

@@ -23,10 +23,11 @@ from sqlalchemy.exc import DataError, InterfaceError, InternalError, Operational
 from db import store
 from db.session import Database
 from training import failpoint
+from worker import metrics
 from worker.errors import StreamError
 from worker.scorer import PROBE, Champion, Model
 from worker.stream import MAX_ISOLATED_ATTEMPTS, Record, Stream
-from worker.window import Tally, Window, dead_letter, parse, prediction_rows, tweet_rows, window_row
+from worker.window import Tally, Window, dead_letter, named, parse, prediction_rows, tweet_rows, window_row
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Pipeline:
 
     # --- the stages, in their order
 
+    @named
     def tokenise(self, window: Window) -> None:
         parse(window)
         began = time.perf_counter()
@@ -103,6 +105,7 @@ class Pipeline:
         window.took("tokenise", began)
         failpoint.passing("tokenised", window.texts)
 
+    @named
     def forward(self, window: Window) -> None:
         began = time.perf_counter()
         failpoint.passing("forwarding", window.texts)
@@ -113,6 +116,7 @@ class Pipeline:
             self._device_left_at = time.perf_counter()
         failpoint.passing("forwarded", window.texts)
 
+    @named
     def store(self, window: Window) -> int:
         """Commit, then acknowledge. Returns how many tweets were scored."""
         self.commit(window)
@@ -125,6 +129,7 @@ class Pipeline:
         self.stream.trim()
         failpoint.passing("trimmed", window.texts)
         self.tally.add(window)
+        metrics.count(window)
         return len(window.tweets)
 
     def route(self, window: Window) -> int:
@@ -185,6 +190,7 @@ class Pipeline:
         failpoint.passing("counted")
         return self.route(window)
 
+    @named
     def isolate(self, window: Window, error: BaseException) -> int:
         """A window failed in this process. If the device is well, one of its records is to blame: score each alone.
 

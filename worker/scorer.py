@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from cachetools import LRUCache
+from structlog.contextvars import bound_contextvars
 
 from db import registry
 from db.errors import TweetscoreError
@@ -173,10 +174,13 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
 def load_model(version: ModelVersion, serving: Serving) -> Model:
     """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
     device = pick_device(serving.device)
-    with serving.store.fetched(version.artifact_url, version.sha256) as folder:
+    with (
+        bound_contextvars(model_version=version.id),
+        serving.store.fetched(version.artifact_url, version.sha256) as folder,
+    ):
         artifact = load_artifact(folder, version.sha256)
         engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
-    log.info("model %d: %s %s", version.id, choice.engine, choice.why)
+        log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)
     model.token_budget = serving.token_budget or choice.token_budget
     return model
@@ -237,6 +241,11 @@ class Champion:
                 if self._model is not None and not self._loading.model.done():
                     return self._model
                 self._take(self._loading, wanted and self._loading.assignment == assigned.id)
+
+    @property
+    def version_id(self) -> int | None:
+        """Which version scores now."""
+        return self._model.version_id if self._model else None
 
     def _wanted(self, assignment: int, version_id: int) -> bool:
         """Whether another model than the present one is to be loaded. Promoted again, one that was refused is tried

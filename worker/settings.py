@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
     max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")
 
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="each worker answers `/metrics` on the first free port from this one on, 0 takes any; unset: none",
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is answered on")
+
     failpoints: str = Field("", description="where a worker is made to die, sleep or fail, to rehearse faults")
 
     @field_validator("home")

@@ -322,6 +322,24 @@ class Stream:
                 return Depth(length, group["lag"], int(group["pending"]))
         return Depth(length, length, 0)
 
+    def oldest(self) -> datetime | None:
+        """When the record came in that has waited longest for its acknowledgement; None when there is none."""
+        with _converted():
+            try:
+                groups = {_text(group["name"]): group for group in self._redis.xinfo_groups(self.key)}
+                if self.group not in groups:
+                    waiting = self._redis.xrange(self.key, count=1)
+                elif groups[self.group]["pending"]:
+                    waiting = [(self._redis.xpending(self.key, self.group)["min"], {})]
+                else:
+                    unread = f"({_text(groups[self.group]['last-delivered-id'])}"
+                    waiting = self._redis.xrange(self.key, unread, count=1)
+            except redis.ResponseError as error:
+                if "no such key" not in str(error):
+                    raise
+                return None
+        return Record(_text(waiting[0][0]), None, 0).came_in if waiting and waiting[0][0] else None
+
 
 @contextmanager
 def _converted() -> Iterator[None]:

@@ -10,7 +10,7 @@ from celery.utils.nodenames import worker_direct
 
 from db.errors import TweetscoreError
 from training import failpoint
-from worker import logs
+from worker import logs, metrics
 from worker.app import SCORING, TRAINING, app
 from worker.intake import record_refusal, submit_job
 from worker.lane import Lane, ScoringLane, TrainingLane
@@ -70,6 +70,8 @@ def _open_lanes(hostname: str, queues: set[str]) -> None:
         lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(queue=own, retry=False))
     if TRAINING in queues:
         lanes[TRAINING] = TrainingLane(settings, lambda: train.apply_async(queue=own, retry=False))
+    if settings.metrics_port is not None:
+        metrics.serve(settings.metrics_host, settings.metrics_port, [lane.looks for lane in lanes.values()])
     for lane in lanes.values():
         lane.start()
 
@@ -102,8 +104,7 @@ def _end_lanes(**_: Any) -> None:
 
 @setup_logging.connect
 def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logs.keep_discreet()
+    logs.set_up()
     # Celery logs every nudge it receives and ends; the routes log what was done.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)

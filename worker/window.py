@@ -3,9 +3,13 @@
 import base64
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+
+from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
@@ -15,6 +19,7 @@ from worker.stream import FIELD, Record
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 STAGES = ("read", "tokenise", "forward", "store")
 TALLY_SECONDS = 10.0
 
@@ -47,6 +52,17 @@ class Window:
     @property
     def ids(self) -> list[str]:
         return [record.id for record in self.records]
+
+
+def named(step: Callable[..., Result]) -> Callable[..., Result]:
+    """A method over a window, which is named in all it logs: by its first record, and the model that scores it."""
+
+    @wraps(step)
+    def run(route: Any, window: Window, *more: Any) -> Result:
+        with bound_contextvars(window=window.ids[0], model_version=window.model.version_id):
+            return step(route, window, *more)
+
+    return run
 
 
 def parse(window: Window) -> None:

@@ -10,7 +10,7 @@ from db import jobs
 from db.models import ModelVersion, TestPrediction, utc_now
 from tests.conftest import wait_until
 from tests.faults.actors import wait_for_log
-from tests.faults.conftest import World
+from tests.world import World
 
 Epochs = dict[int, float]
 

@@ -20,7 +20,7 @@ from db import migrate
 from db.session import open_database
 from tests.bench import wire
 from tests.conftest import wait_until
-from tests.faults.conftest import World
+from tests.world import World
 from worker import embedded
 from worker.doors import send
 from worker.stream import CLIENT_TIMEOUT_SECONDS, connect

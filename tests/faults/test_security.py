@@ -28,8 +28,8 @@ from db.session import Database, open_database
 from tests.bench import wire
 from tests.conftest import wait_until
 from tests.faults.commands import worker
-from tests.faults.conftest import World
 from tests.test_readme import ROOT, section
+from tests.world import World
 from training.config import make_config
 from training.data import find_dataset
 from training.encoders import Encoder, resolve_encoder

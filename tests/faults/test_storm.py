@@ -19,7 +19,7 @@ from tests.bench import wire
 from tests.conftest import wait_until
 from tests.faults.actors import Actor
 from tests.faults.commands import Command
-from tests.faults.conftest import World
+from tests.world import World
 from training.artifact import make_spec, save_artifact
 from training.config import make_config
 from training.encoders import STARTER, STARTER_FOLDER, Encoder

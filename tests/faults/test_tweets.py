@@ -12,7 +12,7 @@ from db.models import ModelVersion, Prediction, Tweet
 from tests.bench import DRAINED, Bench, wire
 from tests.conftest import LABELS, wait_until
 from tests.faults.actors import wait_for_log
-from tests.faults.conftest import World
+from tests.world import World
 from worker.pipeline import SWEEP_IDLES
 from worker.stream import Depth, Record, Stream
 

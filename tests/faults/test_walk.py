@@ -6,7 +6,7 @@ import pytest
 
 from db.models import ModelVersion, TestPrediction
 from tests.bench import wire
-from tests.faults.conftest import World
+from tests.world import World
 from training.failpoint import JOB_POINTS, TWEET_POINTS
 
 TWEETS = 30

@@ -16,7 +16,7 @@ from celery import Celery
 from tests.bench import wire
 from tests.conftest import wait_until
 from tests.faults.commands import command, worker
-from tests.faults.conftest import World
+from tests.world import World
 from worker import embedded
 from worker.app import broker_url
 from worker.errors import StreamFull
