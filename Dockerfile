@@ -1,10 +1,24 @@
-FROM python:3.11-slim
-WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+# Two stages: what builds does not run. TORCH is `cpu`, or a CUDA build's name, such as `cu128`.
+FROM python:3.11.13-bookworm AS build
+ARG TORCH=cpu
+ENV PATH=/venv/bin:$PATH
+WORKDIR /src
+# What changes seldom comes first, so that a change of ours costs seconds: torch, then all else that we need.
+RUN python -m venv /venv \
+    && pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" "torch==2.13.*"
+COPY pyproject.toml ./
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = project['optional-dependencies']; print('\n'.join(project['dependencies'] + extras['s3'] + extras['flower']))" > needed.txt \
+    && pip install --no-cache-dir -r needed.txt
+COPY README.md LICENSE ./
 COPY db db
 COPY training training
 COPY worker worker
-RUN pip install --no-cache-dir . && useradd --create-home tweetscore && install -d -o tweetscore /data
-USER tweetscore
-ENV TWEETSCORE_HOME=/data
+RUN pip install --no-cache-dir --no-deps .
+
+FROM python:3.11.13-slim-bookworm
+ENV PATH=/venv/bin:$PATH TWEETSCORE_HOME=/data
+# Volumes take over whose their folders are. Models come from a store or the hub, never with the image.
+RUN useradd --uid 10001 --create-home tweetscore && install -d -o tweetscore /data /models
+COPY --from=build /venv /venv
+USER 10001
 CMD ["tweetscore", "doctor"]

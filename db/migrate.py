@@ -12,6 +12,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from db.errors import DatabaseError, public_url
 from db.session import Database
 
+INSUFFICIENT_PRIVILEGE = "42501"
+
 
 def upgrade(database: Database) -> None:
     """Run every missing migration; raises `DatabaseError` when the database cannot be reached or is too new."""
@@ -29,6 +31,11 @@ def upgrade(database: Database) -> None:
     except CommandError as error:
         raise DatabaseError(f"the database has a newer schema ({error}); upgrade tweetscore") from error
     except SQLAlchemyError as error:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
+            raise DatabaseError(
+                "the database lacks this release's schema, or this role the rights to it: let its owner run "
+                "`tweetscore db upgrade` and `tweetscore db grant-worker`"
+            ) from error
         shown = public_url(database.engine.url.render_as_string(hide_password=True))
         raise DatabaseError(f"the database {shown!r} cannot be used: {_first_line(error)}") from error
 

@@ -3,15 +3,12 @@
 import re
 from pathlib import Path
 
-import pytest
-import yaml
 from sqlalchemy import inspect
 from typer.main import get_command
 
 from db.models import Base
 from db.session import Database
 from worker.cli import app
-from worker.health import KINDS
 from worker.settings import Settings, environment_name
 
 ROOT = Path(__file__).parent.parent
@@ -73,16 +70,3 @@ def test_the_test_line_is_the_one_ci_runs() -> None:
     pattern = re.search(r"grep -oP \"(.+)\" README", script)[1]  # type: ignore[index]
     found = re.findall(pattern.replace(r"\K", ""), README, re.MULTILINE)
     assert len(found) == 1
-
-
-@pytest.mark.parametrize("name", ["trainer", "scorer"])
-def test_the_compose_file_runs_commands_that_exist(name: str) -> None:
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
-    service = compose["services"][name]
-    assert service["command"][0] == "tweetscore"
-    assert service["command"][1] in get_command(app).commands  # type: ignore[attr-defined]
-    assert service["healthcheck"]["test"][:3] == ["CMD", "tweetscore", "health"]
-    assert service["healthcheck"]["test"][3] in KINDS
-    assert int(service["stop_grace_period"].rstrip("s")) > Settings.model_fields["grace_seconds"].default
-    settings = {environment_name(field) for field in Settings.model_fields}
-    assert set(service["environment"]) <= settings

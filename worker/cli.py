@@ -212,6 +212,7 @@ def tensorboard(
 ) -> None:
     """Look at training runs in TensorBoard, until Ctrl-C."""
     boards = load_settings().boards
+    boards.mkdir(parents=True, exist_ok=True)  # TensorBoard finds what comes later
     folder = boards if job is None else boards / f"job-{job}"
     if not folder.is_dir():
         raise NotFound(f"there is no run in {folder}; a job writes its run where its worker works")

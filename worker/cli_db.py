@@ -1,11 +1,13 @@
 """`tweetscore db`: the schema, and who may look at it."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from db.errors import public_url
-from db.roles import grant_readonly
+from db.roles import grant_readonly, grant_worker
+from db.session import Database
 from worker import show
 from worker.runtime import open_sql
 from worker.settings import load_settings
@@ -21,12 +23,23 @@ def upgrade() -> None:
     show.console.print(f"{public_url(settings.sql_url)} has the schema of this release", markup=False, soft_wrap=True)
 
 
+@app.command("grant-worker")
+def let_work(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
+    """Let a PostgreSQL role read and write rows, and change no schema: what workers need."""
+    _grant(grant_worker, role)
+    show.console.print(f"{role} may read and write the rows of every table, and change no schema")
+
+
 @app.command("grant-readonly")
-def grant(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
+def let_look(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
     """Let a PostgreSQL role SELECT, and nothing else; name its URL in TWEETSCORE_READER_URL."""
+    _grant(grant_readonly, role)
+    show.console.print(f"{role} may look at every table and view, and write none")
+
+
+def _grant(grant: Callable[[Database, str], None], role: str) -> None:
     database = open_sql(load_settings())
     try:
-        grant_readonly(database, role)
+        grant(database, role)
     finally:
         database.close()
-    show.console.print(f"{role} may look at every table and view, and write none")

@@ -7,6 +7,7 @@ alone. The defaults are the embedded ones: a Valkey and an SQLite file below the
 import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from fsspec.registry import known_implementations
 from pydantic import AliasChoices, Field, ValidationError, field_validator
@@ -28,6 +29,9 @@ ENGINES = (
 )  # fmt: skip
 
 
+WITH_PASSWORD = ("redis", "database", "reader")
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TWEETSCORE_", frozen=True, extra="ignore", populate_by_name=True)
 
@@ -37,16 +41,27 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("REDIS_URL", "redis_url"),
         description="Redis or Valkey for broker and stream; unset: the embedded Valkey",
     )
+    redis_password_file: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("REDIS_PASSWORD_FILE", "redis_password_file"),
+        description="file with the password of the user that `REDIS_URL` names, as secrets are handed to containers",
+    )
     database_url: str | None = Field(
         None,
         validation_alias=AliasChoices("DATABASE_URL", "database_url"),
         description="SQLite or PostgreSQL; unset: `tweetscore.db` in the home",
+    )
+    database_password_file: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("DATABASE_PASSWORD_FILE", "database_password_file"),
+        description="the same for `DATABASE_URL`",
     )
     reader_url: str | None = Field(
         None,
         description="the database as a PostgreSQL role that may only look (`tweetscore db grant-readonly`), for "
         "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
     )
+    reader_password_file: Path | None = Field(None, description="the same for `TWEETSCORE_READER_URL`")
     model_store: str | None = Field(
         None, description="folder or URL (`s3://bucket/models`) of trained models; unset: `models` in the home"
     )
@@ -274,11 +289,31 @@ def load_settings(**overrides: Any) -> Settings:
         raise BadSettings(
             f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; name a folder of yours"
         ) from error
-    return settings
+    return settings.model_copy(update={f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD})
+
+
+def _with_password(settings: Settings, name: str) -> str | None:
+    """A URL with the password that a file holds; one that has a password keeps it."""
+    url: str | None = getattr(settings, f"{name}_url")
+    file: Path | None = getattr(settings, f"{name}_password_file")
+    if url is None or file is None:
+        return url
+    try:
+        password = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        name_of_file = environment_name(f"{name}_password_file")
+        raise BadSettings(
+            f"{name_of_file} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
+        ) from error
+    parts = urlsplit(url)
+    who, at, where = parts.netloc.rpartition("@")
+    if ":" in who or not at:
+        return url
+    return urlunsplit(parts._replace(netloc=f"{who}:{quote(password, safe='')}@{where}"))
 
 
 def environment_name(field: str) -> str:
-    return field.upper() if field in ("redis_url", "database_url") else f"TWEETSCORE_{field.upper()}"
+    return field.upper() if field.startswith(("redis_", "database_")) else f"TWEETSCORE_{field.upper()}"
 
 
 def _sentence(fault: Any) -> str:
