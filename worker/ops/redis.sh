@@ -9,7 +9,7 @@ umask 077
 users=$(mktemp)
 cat > "$users" <<END
 user default off
-user producer on #$(digest redis_producer) resetkeys resetchannels -@all +xadd +auth +hello +ping +select +client|setinfo ~tweets
+user producer on #$(digest redis_producer) resetkeys resetchannels -@all +xadd +auth +hello +ping +select ~tweets
 user worker on #$(digest redis_worker) resetkeys resetchannels &* +@all -@admin -@dangerous +info ~tweets ~tweets:* ~scoring* ~training* ~celery* ~_kombu.* ~unacked* ~*.pidbox* ~/*
 END
 
