@@ -17,6 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
+# Of a PostgreSQL connection pool, one a process. A scorer has a thread that stores, one that asks which model is the
+# champion and a watcher that does the same; a trainer has the job and its heartbeat; either has one for `/metrics`. The
+# overflow is for moments such as retention. With at most five a worker, a server of 100 connections takes nineteen.
+POOL_SIZE, POOL_OVERFLOW = 3, 2
 
 
 class Database:
@@ -63,7 +67,11 @@ def open_database(url: str) -> Database:
             event.listen(engine, "begin", _begin_sqlite)
             return Database(engine)
         # A connection that died with a restarted server is replaced before use instead of failing a window.
-        return Database(create_engine(parsed, pool_pre_ping=True, hide_parameters=True))
+        return Database(
+            create_engine(
+                parsed, pool_pre_ping=True, hide_parameters=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW
+            )
+        )
     except (ImportError, ArgumentError, ValueError, TypeError, OSError) as error:
         # NoSuchModuleError is an ArgumentError. The URL itself is not quoted: it may hold a password.
         if not isinstance(error, NoSuchModuleError):

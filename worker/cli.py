@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sente
 are imported where they are needed, so that a look at the jobs does not wait for torch.
 """
 
+import importlib.metadata
 import os
 import signal
 import sys
@@ -38,6 +39,21 @@ for command in (cli_data.export, cli_data.delete, cli_data.plot):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        show.console.print(f"tweetscore {importlib.metadata.version('tweetscore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -1,0 +1,56 @@
+"""Many scorers on one stream: each has its share, nothing is done twice, and they may come and go."""
+
+import signal
+from collections import Counter
+from contextlib import ExitStack
+
+from db.models import ScoringWindow
+from tests.bench import wire
+from tests.conftest import wait_until
+from tests.faults.actors import Actor
+from tests.world import World
+
+TWEETS = 6_000
+
+
+def shares(world: World) -> Counter[str]:
+    """Worker -> tweets it scored."""
+    found: Counter[str] = Counter()
+    for row in world.rows(ScoringWindow):
+        found[row["worker"]] += row["tweets"]
+    return found
+
+
+def publish(world: World, first: int, count: int) -> None:
+    world.stream.publish([wire(i, f"雨が降る{i}") for i in range(first, first + count)])
+
+
+def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World) -> None:
+    with ExitStack() as stack:
+        actors = [stack.enter_context(world.worker(window_tweets=64, min_idle_seconds=30)) for _ in range(4)]
+        wait_until(lambda: all("is the champion now" in actor.said() for actor in actors), 60)
+        publish(world, 0, TWEETS)
+        world.drained(120)
+    assert world.predictions() == world.passes() == TWEETS
+    found = shares(world)
+    assert len(found) == 4
+    # A fair share is a quarter; processes that take turns on two cores have at least a third of that.
+    assert min(found.values()) > TWEETS / 12, found
+    assert world.dead() == []
+
+
+def test_scorers_that_join_and_leave_under_load_lose_nothing_and_do_nothing_twice(world: World) -> None:
+    given = {"window_tweets": 64, "min_idle_seconds": 30}
+    with ExitStack() as stack:
+        actors: list[Actor] = [stack.enter_context(world.worker(**given)) for _ in range(2)]
+        for portion in range(4):
+            publish(world, portion * 1_000, 1_000)
+            wait_until(lambda portion=portion: world.predictions() > portion * 1_000, 60)
+            actors.append(stack.enter_context(world.worker(**given)))
+            leaving = actors.pop(0)
+            leaving.send(signal.SIGTERM)
+            assert leaving.ended() == 0
+        world.drained(120)
+    # They left in order, so nobody had to take over what they held.
+    assert world.predictions() == world.passes() == 4_000
+    assert world.dead() == []
