@@ -45,6 +45,7 @@ from training.job import run_next_job
 from training.model import build_model
 from training.text import encode, load_tokenizer
 from training.workshop import Workshop
+from worker.settings import load_settings
 
 TEXTS = ["今日は最高の一日でした", "電車が遅れて最悪", "[SEP]という文字", "猫が好き！"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -131,9 +132,14 @@ def shape_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return shape
 
 
+def here(home: Path, *roots: Path) -> Workshop:
+    """A trainer's workshop in `home`, which may read below `roots`."""
+    return load_settings(home=home, device="cpu", lease_seconds=30, read_roots=roots).workshop()
+
+
 def fine_tuned(database: Database, home: Path, base: Path, dataset: Path, **settings: Any) -> ModelVersion:
     """One epoch by the route of a job."""
-    workshop = Workshop(home / "models", home / "jobs", home / "boards", (home, base.parent), "cpu", 30, 3)
+    workshop = here(home, home, base.parent)
     config = make_config(
         "fast", base_model=str(base), **{"epochs": 1, "train_batch_size": 8, "baseline": False, **settings}
     )
@@ -278,7 +284,7 @@ def test_the_first_model_of_a_hub_name_pins_its_revision_for_all_that_follow(
                 session, request_id=name, dataset=str(labelled_csv), dataset_sha256=None,
                 config=config.model_dump(mode="json"),
             )  # fmt: skip
-        workshop = Workshop(tmp_path / "m", tmp_path / "j", tmp_path / "b", (tmp_path,), "cpu", 30, 3)
+        workshop = here(tmp_path / "home", tmp_path)
         run_next_job(database, workshop, "here", threading.Event())
     assert asked == [None, "1" * 40]
     with database.read() as session:

@@ -39,7 +39,7 @@ def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> E
     """
     if name == STARTER:
         return Encoder(STARTER, STARTER_FOLDER)
-    if looks_local(name):
+    if looks_local(name) and "://" not in name:
         return Encoder(name, _local_folder(name, roots))
     check_hub_name(name)
     name = present_name(name)
