@@ -21,7 +21,8 @@ from tests.conftest import LABELS, wait_until
 from tests.s3 import S3, s3_server
 from tests.test_job_route import count, job_of, left_in, running, shorten
 from training.cache import Cache
-from training.errors import BadArtifact, StoreAway
+from training.errors import BadArtifact, ModelUnavailable, StoreAway
+from training.inputs import encoder_at_hand, keep_encoder
 from training.job import run_next_job
 from training.paths import file_sha256
 from training.sealed import SUMS, seal, verify
@@ -216,6 +217,20 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     assert len(after) == done + 2
     prefix = str(here.checkpoint_store).removeprefix("s3://tweetscore/")
     assert [name for name in s3.names() if name.startswith(prefix)] == []
+
+
+def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
+    machine: Callable[[str], Settings], tiny_encoder: Path
+) -> None:
+    inputs = machine("home").inputs
+    name = keep_encoder(inputs, tiny_encoder)
+    with pytest.raises(BadArtifact, match="a checkpoint"), encoder_at_hand(name, None, inputs, []):
+        raise BadArtifact("a checkpoint is damaged")
+    with (
+        pytest.raises(ModelUnavailable, match="is not in"),
+        encoder_at_hand(name.replace("tiny-", "other-"), None, machine("another").inputs, []),
+    ):
+        pass
 
 
 # --- the server goes away

@@ -40,9 +40,10 @@ class Cache:
         folder that may hold what an earlier try left.
         """
         place, draft = self.folder / key, self.folder / f".{key}.draft"
+        proven = False  # by this call: hundreds of megabytes are not hashed twice
         while True:
             with self._locked(key, fcntl.LOCK_SH):
-                if _is_whole(place, check):
+                if (proven and place.is_dir()) or _is_whole(place, check):
                     now = time.time_ns()  # the file system's own clock ticks in milliseconds
                     os.utime(place, ns=(now, now))
                     yield place
@@ -61,6 +62,7 @@ class Cache:
                         raise
                     sync_folder(draft)
                     os.rename(draft, place)
+                proven = True
 
     @contextmanager
     def outgoing(self, name: str) -> Iterator[Path]:

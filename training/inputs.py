@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from db.errors import plain
@@ -43,12 +43,13 @@ def dataset_at_hand(name: str, sha256: str | None, store: Store, roots: Sequence
     Raises `BadDataset` when it lies neither in the store nor below `roots`, or is not the one that was submitted.
     """
     if store.remote is not None and sha256 is not None and is_remote(name):
-        try:
-            with store.fetched_file(name, sha256) as path:
-                yield path
-                return
-        except BadArtifact as error:
-            raise BadDataset(str(error)) from error
+        with ExitStack() as held:
+            try:
+                path = held.enter_context(store.fetched_file(name, sha256))
+            except BadArtifact as error:
+                raise BadDataset(str(error)) from error
+            yield path
+            return
     path = find_dataset(name, roots)
     if sha256 is not None and file_sha256(path) != sha256:
         raise BadDataset(f"dataset {plain(name)} changed after the job was submitted; submit it again")
@@ -57,7 +58,10 @@ def dataset_at_hand(name: str, sha256: str | None, store: Store, roots: Sequence
 
 def keep_encoder(store: Store, folder: Path) -> str:
     """A copy of a local base model in the store, under its digest. Returns the path or URL a job names it by."""
-    with tempfile.TemporaryDirectory(prefix="tweetscore-") as drafts:
+    place = None if store.remote else store.folder / ENCODERS
+    if place is not None:  # drafted beside its place, so that it is copied once
+        place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tweetscore-", dir=place) as drafts:
         draft, sealed = Path(drafts) / "draft", Path(drafts) / folder.name
         draft.mkdir()
         for path in {path for pattern in ENCODER_FILES for path in folder.glob(pattern)}:
@@ -67,13 +71,9 @@ def keep_encoder(store: Store, folder: Path) -> str:
             if not store.remote.has(name):
                 store.remote.upload(sealed, name)
             return store.url_of(name)
-        target = store.folder / name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            near = target.with_name(f".{target.name}.{os.getpid()}")
-            shutil.copytree(sealed, near)
-            near.rename(target)
-    return str(target)
+        if not (store.folder / name).exists():
+            sealed.rename(store.folder / name)
+    return str(store.folder / name)
 
 
 @contextmanager
@@ -83,8 +83,9 @@ def encoder_at_hand(name: str, revision: str | None, store: Store, roots: Sequen
     if store.remote is None or not is_remote(name):
         yield resolve_encoder(name, revision, roots)
         return
-    try:
-        with store.fetched(name, name.rpartition("-")[2]) as folder:
-            yield Encoder(name, folder)
-    except BadArtifact as error:
-        raise ModelUnavailable(f"base model: {error}") from error
+    with ExitStack() as held:
+        try:  # of the fetch alone: a damaged checkpoint, met while the encoder is held, is none of its faults
+            folder = held.enter_context(store.fetched(name, name.rpartition("-")[2]))
+        except BadArtifact as error:
+            raise ModelUnavailable(f"base model: {error}") from error
+        yield Encoder(name, folder)

@@ -64,7 +64,8 @@ def register_model(
                 _prediction_rows(outcome),
             )
     except BaseException:
-        store.remove_named(name)
+        with suppress(StoreAway):  # what keeps it from being registered is the error to tell
+            store.remove_named(name)
         raise
     failpoint.passing("registered")
     # What a trainer that was killed here left behind; no row names it, and its token can register nothing any more.

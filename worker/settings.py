@@ -1,7 +1,8 @@
 """The settings: read from the environment once, validated, frozen. Everything below receives values.
 
 Every name is `TWEETSCORE_` and the field in capitals; the two everybody knows, `REDIS_URL` and `DATABASE_URL`, stand
-alone. The defaults are the embedded ones: a Valkey and an SQLite file below the home.
+alone, and so do the files with their passwords. The defaults are the embedded ones: a Valkey and an SQLite file below
+the home.
 """
 
 import re

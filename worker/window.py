@@ -59,7 +59,7 @@ def named(step: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(step)
     def run(route: Any, window: Window, *more: Any) -> Result:
-        with bound_contextvars(window=window.ids[0], model_version=window.model.version_id):
+        with bound_contextvars(window=window.records[0].id, model_version=window.model.version_id):
             return step(route, window, *more)
 
     return run
