@@ -200,18 +200,6 @@ def load_encoder_config(folder: str) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto` takes the GPU if there is one; raises `BadConfig` for a device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadConfig(f"device {wanted!r} cannot be used here; use auto or cpu") from error
-    return device
-
-
 def half_precision(device: torch.device, precision: str) -> bool:
     """Whether to compute in bfloat16: `auto` does where the device has it, since emulated it is slower than float32."""
     if precision != "auto":

@@ -11,6 +11,7 @@ from training.storage import Store
 class Workshop:
     """Where jobs are worked on and what they may reach; values, never the environment.
 
+    `devices` are one a process that trains: the first is where a model is tested and, if it is the only one, trained.
     `checkpoint_store` is a remote one that follows what `jobs_folder` holds; None where that is all there is.
     """
 
@@ -20,6 +21,6 @@ class Workshop:
     checkpoint_store: Store | None
     boards_folder: Path
     read_roots: Sequence[Path]
-    device: str
+    devices: Sequence[str]
     lease_seconds: float
     max_attempts: int

@@ -107,7 +107,7 @@ def _mecab(settings: Settings) -> str:
 
 
 def _device(settings: Settings) -> str:
-    from training.model import pick_device
+    from training.devices import pick_device
 
     device = pick_device(settings.device)
     return f"{device}" + ("" if device.type == "cuda" else f", {os.cpu_count()} cores")

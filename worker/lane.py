@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import TweetscoreError
+from training.devices import claim_devices
 from training.job import run_next_job
 from worker.errors import StreamError
 from worker.forget import apply_retention
@@ -55,6 +56,10 @@ class Lane:
         self._grace = threading.Thread(
             target=end_after, args=(self.stopping, settings.grace_seconds), name="grace", daemon=True
         )
+
+    def claim(self, count: int) -> list[str]:
+        """So many devices, this process's until it ends: no other worker of this kind takes the same GPU."""
+        return claim_devices(self.settings.device, count, self.settings.run / "gpus", self.kind)
 
     def start(self) -> None:
         self._watcher.start()
@@ -176,7 +181,8 @@ class ScoringLane(Lane):
         self._forgets_at = time.monotonic()
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
-        self.champion = Champion(self.database, serving(settings))
+        [device] = self.claim(1)
+        self.champion = Champion(self.database, serving(settings, device))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
         self._stall = Stall(settings.stall_seconds)
 
@@ -235,12 +241,13 @@ class TrainingLane(Lane):
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+        self.workshop = settings.workshop(self.claim(settings.train_processes))
 
     def work(self) -> int:
         done = 0
-        workshop = self.settings.workshop()
         while (
-            not self.stopping.is_set() and run_next_job(self.database, workshop, self.owner, self.stopping) is not None
+            not self.stopping.is_set()
+            and run_next_job(self.database, self.workshop, self.owner, self.stopping) is not None
         ):
             done += 1
         return done

@@ -26,9 +26,9 @@ from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays
 from training.clean import clean
+from training.devices import pick_device
 from training.errors import BadArtifact, StoreAway
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
-from training.model import pick_device
 from training.storage import Store
 from training.text import TextEncoder
 from worker.batch import plan_batches
@@ -145,8 +145,11 @@ class Serving:
     repeats: int = 0
 
 
-def serving(settings: Settings) -> Serving:
-    return Serving(settings.models, settings.device, settings.engine, settings.token_budget, settings.repeat_cache)
+def serving(settings: Settings, device: str | None = None) -> Serving:
+    """As the settings have it, on a `device` that was claimed if it is given."""
+    return Serving(
+        settings.models, device or settings.device, settings.engine, settings.token_budget, settings.repeat_cache
+    )
 
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ the home.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -84,7 +85,13 @@ class Settings(BaseSettings):
     )
     base_model: str = Field("starter", min_length=1, description="base model of a job that names none")
     preset: str = Field("fast", description="preset of a job that names none: `guide` or `fast`")
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    device: str = Field(
+        "auto",
+        description="`cpu`, `cuda:1`, or `auto` and `cuda`: the first GPU that no other worker of the kind has",
+    )
+    train_processes: int = Field(
+        1, ge=1, le=64, description="processes that train one job together, each on a GPU of its own, or on the CPU"
+    )
     engine: str = Field(
         "auto",
         description="what runs the model when scoring: `auto` takes the fastest that agrees with float32; or one of "
@@ -250,7 +257,8 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self) -> Workshop:
+    def workshop(self, devices: Sequence[str] | None = None) -> Workshop:
+        """`devices` are those a worker has claimed; by default as the settings have them, for all to use."""
         checkpoints = self._store(self.checkpoint_store, "jobs")
         inputs = self.inputs
         return Workshop(
@@ -261,7 +269,7 @@ class Settings(BaseSettings):
             checkpoint_store=checkpoints if checkpoints.remote else None,
             boards_folder=self.boards,
             read_roots=(*(() if inputs.remote else (inputs.folder,)), *self.read_roots),
-            device=self.device,
+            devices=devices or [self.device] * self.train_processes,
             lease_seconds=self.lease_seconds,
             max_attempts=self.max_attempts,
         )
