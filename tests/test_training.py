@@ -24,7 +24,7 @@ from training.data import Dataset, Split, read_rows, split_rows
 from training.encoders import Encoder
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluate import loss_function, metrics, predict, to_probabilities
-from training.fit import Epoch, Hooks, as_good, fit
+from training.fit import Epoch, FitInputs, Hooks, as_good, fit
 from training.model import Classifier, build_model
 from training.text import encode, load_tokenizer
 
@@ -48,9 +48,14 @@ class Bench:
         self, model: Classifier, folder: Path, valid: Split | None = None, hooks: Hooks | None = None
     ) -> list[Epoch]:
         return fit(
-            model, self.data.train, valid or self.data.valid, self.rows["train"], self.rows["valid"], self.data.labels,
-            self.config, pad_id=self.tokenizer.pad_token_id, device=CPU, board_folder=folder / "board",
+            model, self.inputs(valid), device=CPU, board_folder=folder / "board",
             checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
+        ).history  # fmt: skip
+
+    def inputs(self, valid: Split | None = None) -> FitInputs:
+        return FitInputs(
+            self.data.train, valid or self.data.valid, self.rows["train"], self.rows["valid"], self.data.labels,
+            self.config, self.tokenizer.pad_token_id,
         )  # fmt: skip
 
     def predict(self, model: Classifier, part: str = "valid", batch_size: int = 4) -> Any:

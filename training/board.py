@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training import plots
 from training.batches import pad
+from training.checkpoint import Epoch
 from training.config import TrainConfig
 from training.data import Split
 from training.evaluate import Floats
@@ -38,10 +39,14 @@ class Board:
         self._writer.add_scalar("training loss", loss, step)
         self._writer.add_scalar("learning rate", learning_rate, step)
 
-    def epoch(
-        self, step: int, figures: Mapping[str, float], valid: Split, said: Floats, labels: list[str], task: str
-    ) -> None:
-        """`figures` by name, and pictures of what was `said` (N, K) of the validation rows."""
+    def epoch(self, step: int, epoch: Epoch, valid: Split, said: Floats, labels: list[str], task: str) -> None:
+        """An epoch's figures, and pictures of what was `said` (N, K) of the validation rows."""
+        figures = {
+            "epoch loss": epoch.train_loss,
+            "validation loss": epoch.valid_loss,
+            "validation accuracy": epoch.valid_accuracy,
+            "validation f1 macro": epoch.valid_f1_macro,
+        }
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         pictures = {

@@ -69,6 +69,10 @@ class RunState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Progress
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
 
 class Checkpoints:
     """The checkpoints of one run in `folder`; `writer` is a number no other process that writes there has.
@@ -78,7 +82,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, writer: int = 0, store: Store | None = None) -> None:
         self.folder = folder
-        self._writer = writer
+        self.writer = writer
         self._mirror = None if store is None else Mirror(folder, writer, store)
 
     def __enter__(self) -> Self:
@@ -94,9 +98,20 @@ class Checkpoints:
         if self._mirror is not None:
             self._mirror.clear()
 
+    def fetch(self) -> None:
+        """Bring what another machine left in the store, if there is one."""
+        if self._mirror is not None:
+            self._mirror.fetch()
+
+    def follow(self) -> None:
+        """Let the store, if there is one, have what the folder has, soon."""
+        if self._mirror is not None:
+            self._mirror.follow()
+
     def save(self, state: RunState) -> Path:
         """Keep the state as it is now. Raises `CannotSave`, with the earlier ones as they were."""
-        place = self.folder / f"step-{state.progress.step:08d}-{self._writer:04d}"
+        device = state.device
+        place = self.folder / f"step-{state.progress.step:08d}-{self.writer:04d}"
         with drafted(place) as draft:
             save_weights(draft / WEIGHTS, state.model)
             torch.save(
@@ -105,34 +120,34 @@ class Checkpoints:
                     "scheduler": state.scheduler.state_dict(),
                     "progress": asdict(state.progress),
                     "cpu_rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                    # Of the device at work: another machine may have more of them, or fewer.
+                    "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 },
                 draft / "state.pt",
             )
         self._prune()
-        if self._mirror is not None:
-            self._mirror.follow()
+        self.follow()
         return place
 
     def save_best(self, epoch: int, model: Classifier) -> str:
         """Keep an epoch's weights; returns the name a checkpoint refers to them by. Raises `CannotSave`."""
-        place = self.folder / f"best-{epoch:04d}-{self._writer:04d}"
+        place = self.folder / f"best-{epoch:04d}-{self.writer:04d}"
         with drafted(place) as draft:
             save_weights(draft / WEIGHTS, model)
         return place.name
 
     def restore(self, state: RunState) -> bool:
         """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
-        if self._mirror is not None:
-            self._mirror.fetch()
+        self.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)
                 saved: dict[str, Any] = torch.load(place / "state.pt", weights_only=True)
                 progress = Progress(**saved["progress"])
+                device_rng = saved["device_rng"]
                 if progress.best is not None:
                     verify(self.folder / progress.best)
-            except (BadArtifact, TypeError) as error:  # the latter of fields that another version wrote
+            except (BadArtifact, TypeError, KeyError) as error:  # the latter two of what another version wrote
                 log.warning("checkpoint %s cannot be used, trying the one before: %s", place.name, error)
                 continue
             state.model.network.load_state_dict(load_file(str(place / WEIGHTS)))
@@ -140,8 +155,8 @@ class Checkpoints:
             state.scheduler.load_state_dict(saved["scheduler"])
             state.progress = progress
             torch.set_rng_state(saved["cpu_rng"])
-            if saved["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            if device_rng is not None and state.device.type == "cuda":
+                torch.cuda.set_rng_state(device_rng, state.device)
             return True
         return False
 

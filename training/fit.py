@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -19,8 +20,9 @@ from training.checkpoint import Checkpoints, Epoch, Progress, RunState
 from training.config import TrainConfig
 from training.data import Split
 from training.errors import StopRequested
-from training.evaluate import loss_function, metrics, predict
+from training.evaluate import Floats, loss_function, metrics, predict
 from training.model import Classifier, half_precision
+from training.team import Team
 
 # Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
@@ -35,136 +37,219 @@ class Hooks:
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
 
 
+@dataclass(frozen=True)
+class FitInputs:
+    """What is to be learned and how, as plain values: they can be sent to another process. Rows are token ids."""
+
+    train: Split
+    valid: Split
+    train_rows: list[list[int]]
+    valid_rows: list[list[int]]
+    labels: list[str]
+    config: TrainConfig
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Every epoch's figures, and the checkpoint folder's name of the weights that were kept."""
+
+    history: list[Epoch]
+    best: str
+
+
 def fit(
     model: Classifier,
-    train: Split,
-    valid: Split,
-    train_rows: list[list[int]],
-    valid_rows: list[list[int]],
-    labels: list[str],
-    config: TrainConfig,
+    inputs: FitInputs,
     *,
-    pad_id: int,
     device: torch.device,
     checkpoints: Checkpoints,
     board_folder: Path,
     hooks: Hooks,
-) -> list[Epoch]:
-    """Train, keeping the best epoch's weights (the guide keeps the last; see `as_good`). Returns every epoch's figures.
+    team: Team | None = None,
+) -> Fitted:
+    """Train, leaving the best epoch's weights in `model` (the guide keeps the last; see `as_good`).
 
     Goes on from the newest checkpoint when there is one, to the same result as an unbroken run: the order of the
     batches follows from seed and epoch, everything else is in the checkpoint. A `StopRequested` raised by a hook leaves
-    a checkpoint behind.
+    a checkpoint behind. With a `team`, every process of it calls this with the same arguments; checkpoints, board and
+    hooks are the leader's.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(inputs.config.seed)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model.to(device)
-    targets = torch.from_numpy(train.targets)
-    lengths = [len(row) for row in train_rows]
-    # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
-    steps_per_epoch = len(_steps(lengths, config, device, epoch=0))
-    total_steps = steps_per_epoch * config.epochs
-    optimizer = build_optimizer(model, config)
-    run = RunState(model, optimizer, build_scheduler(optimizer, config, steps_per_epoch), Progress())
-    checkpoints.restore(run)
-    at = run.progress
-    hooks.on_resume(at)
-    loss_of = loss_function(config, train.targets).to(device)
-    # The weights stay float32; what a forward and a backward compute is bfloat16 where that is as good and faster.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, config.precision))
+    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks, team or Team())
+    leads = loop.team.leads
+    with Board(board_folder, loop.at.step) if leads else nullcontext() as board:
+        loop.look_up()
+        while loop.at.epoch <= inputs.config.epochs and not out_of_patience(loop.at.history, inputs.config):
+            started = time.monotonic()
+            loop.train(board, started)
+            epoch, said = loop.validate(started)
+            loop.keep(epoch)
+            if board is not None:
+                board.epoch(loop.at.step, epoch, inputs.valid, said, inputs.labels, inputs.config.task)
+            loop.team.tell(lambda epoch=epoch: hooks.on_epoch(epoch))  # type: ignore[misc]
+        best = loop.end()
+        model.eval()
+        if board is not None:
+            board.graph(model, inputs.train_rows[0], inputs.pad_id, device)
+            board.hparams(inputs.config, [figures for figures in loop.at.history if figures["kept"]][-1])
+    return Fitted([Epoch(**figures) for figures in loop.at.history], best)  # type: ignore[arg-type]
 
-    def look_up(loss: float | None = None, samples_per_second: float | None = None) -> None:
+
+class _Loop:
+    """A run under way: what `fit` goes through, a part at a time."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        inputs: FitInputs,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        hooks: Hooks,
+        team: Team,
+    ) -> None:
+        self.inputs, self.config, self.device, self.team = inputs, inputs.config, device, team
+        self.checkpoints, self.hooks = checkpoints, hooks
+        self.lengths = [len(row) for row in inputs.train_rows]
+        self.targets = torch.from_numpy(inputs.train.targets)
+        # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
+        steps_per_epoch = len(_steps(self.lengths, self.config, epoch=0))
+        self.total_steps = steps_per_epoch * self.config.epochs
+        self.network = team.wrap(model)
+        optimizer = build_optimizer(model, self.config)
+        self.run = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
+        checkpoints.restore(self.run)
+        self.at = at = self.run.progress
+        if int(team.sum(torch.tensor(at.step))) != at.step * team.size:
+            raise RuntimeError("the processes that train together did not begin from the same checkpoint")
+        team.tell(lambda: hooks.on_resume(at))
+        self.loss_of = loss_function(self.config, inputs.train.targets).to(device)
+        # The weights stay float32; what is computed is bfloat16 where that is as good and faster.
+        half = half_precision(device, self.config.precision)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+    def look_up(self, loss: float | None = None, samples_per_second: float | None = None) -> None:
+        """Between steps and between batches of a validation: whether to go on."""
+        at = self.at
         try:
-            hooks.on_step(at.step, total_steps, loss, samples_per_second)
+            self.team.tell(lambda: self.hooks.on_step(at.step, self.total_steps, loss, samples_per_second))
         except StopRequested:
-            checkpoints.save(run)
+            if self.team.leads:
+                self.checkpoints.save(self.run)
             raise
 
-    with Board(board_folder, at.step) as board:
-        look_up()
-        while at.epoch <= config.epochs and not out_of_patience(at.history, config):
-            started, trained = time.monotonic(), 0
-            model.train()
-            for batches in _steps(lengths, config, device, at.epoch)[at.batch :]:
-                rows_of_step = sum(map(len, batches))
-                value = 0.0
-                for index in batches:
-                    ids, mask = pad([train_rows[i] for i in index], pad_id)
-                    with autocast:
-                        logits = model(ids.to(device), mask.to(device))
-                    # Each row weighs the same, in whichever of the step's batches it stands.
-                    loss = loss_of(logits.float(), targets[index].to(device)) * (len(index) / rows_of_step)
-                    loss.backward()
-                    value += loss.item()
-                if config.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                at.learning_rate = optimizer.param_groups[0]["lr"]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                run.scheduler.step()
-                at.loss_sum += value * rows_of_step
-                at.batch += 1
-                at.step += 1
-                trained += rows_of_step
+    def train(self, board: Board | None, started: float) -> None:
+        """The rest of an epoch's steps; `started` by `time.monotonic`."""
+        at, trained = self.at, 0
+        self.run.model.train()
+        for batches in _steps(self.lengths, self.config, at.epoch)[at.batch :]:
+            rows = sum(map(len, batches))
+            self.team.begin_step(self.config.seed, at.step)
+            value = self._backward(batches, rows)
+            if self.config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.max_grad_norm)
+            at.learning_rate = self.run.optimizer.param_groups[0]["lr"]
+            self.run.optimizer.step()
+            self.run.optimizer.zero_grad(set_to_none=True)
+            self.run.scheduler.step()
+            at.loss_sum += value * rows
+            at.batch += 1
+            at.step += 1
+            trained += rows
+            if board is not None:
                 board.step(at.step, value, at.learning_rate)
-                failpoint.passing("stepped")
-                look_up(value, trained / (time.monotonic() - started))
+            failpoint.passing("stepped")
+            self.look_up(value, trained / (time.monotonic() - started))
 
-            with autocast:
-                scored = predict(
-                    model, valid_rows, valid.targets, config, config.valid_batch_size, pad_id, device, look_up
-                )
-            figures = metrics(valid.targets, scored.probabilities, labels, config.task)
-            failpoint.passing("validated")
-            at.best_f1_macro = max(at.best_f1_macro, figures["f1_macro", ""])
-            epoch = Epoch(
-                at.epoch,
-                at.loss_sum / len(train_rows),
-                at.learning_rate,
-                scored.loss,
-                figures["accuracy", ""],
-                figures["f1_macro", ""],
-                time.monotonic() - started,
-                as_good(figures["f1_macro", ""], at.best_f1_macro, len(valid)),
+    def _backward(self, batches: list[list[int]], rows_of_step: int) -> float:
+        """The gradient of one step and its loss, the mean over the step's rows, of which this process takes a share."""
+        pieces = [
+            (piece, weight)
+            for mine, weight in map(self.team.share, batches)
+            for piece in _pieces(mine, self.lengths, self.config, self.device)
+        ]
+        value = torch.zeros((), dtype=torch.float64)
+        for number, (index, weight) in enumerate(pieces, 1):
+            ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
+            with nullcontext() if number == len(pieces) else self.team.unsynced(self.network):
+                with self.autocast:
+                    logits = self.network(ids.to(self.device), mask.to(self.device))
+                # Each row weighs the same, in whichever of the step's batches it stands.
+                loss = self.loss_of(logits.float(), self.targets[index].to(self.device))
+                loss = loss * (weight * len(index) / rows_of_step)
+                # What several processes find is averaged, and is to be the sum.
+                (loss * self.team.size).backward()
+            value += loss.item()
+        return float(self.team.sum(value))
+
+    def validate(self, started: float) -> tuple[Epoch, Floats]:
+        """The epoch's figures and what is said of the validation rows (N, K)."""
+        at, inputs, config = self.at, self.inputs, self.config
+        with self.autocast:
+            scored = predict(
+                self.run.model,
+                inputs.valid_rows,
+                inputs.valid.targets,
+                config,
+                config.valid_batch_size,
+                inputs.pad_id,
+                self.device,
+                self.look_up,
+                self.team,
             )
-            at.history.append(asdict(epoch))
-            if epoch.kept:
-                at.best = checkpoints.save_best(at.epoch, model)
-                failpoint.passing("best")
-            at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
-            checkpoints.save(run)
-            failpoint.passing("checkpointed")
-            shown = {
-                "epoch loss": epoch.train_loss,
-                "validation loss": epoch.valid_loss,
-                "validation accuracy": epoch.valid_accuracy,
-                "validation f1 macro": epoch.valid_f1_macro,
-            }
-            board.epoch(at.step, shown, valid, scored.probabilities, labels, config.task)
-            hooks.on_epoch(epoch)
-        if at.epoch <= config.epochs:  # stopped early: no more steps are to come
-            hooks.on_step(at.step, at.step, None, None)
+        figures = metrics(inputs.valid.targets, scored.probabilities, inputs.labels, config.task)
+        failpoint.passing("validated")
+        best = max(at.best_f1_macro, figures["f1_macro", ""])
+        epoch = Epoch(
+            at.epoch,
+            at.loss_sum / len(inputs.train_rows),
+            at.learning_rate,
+            scored.loss,
+            figures["accuracy", ""],
+            figures["f1_macro", ""],
+            time.monotonic() - started,
+            as_good(figures["f1_macro", ""], best, len(inputs.valid)),
+        )
+        return self.team.tell(lambda: epoch), scored.probabilities  # by the leader's clock and rounding
+
+    def keep(self, epoch: Epoch) -> None:
+        """Weights, if they are the best so far, and a checkpoint from which the next epoch begins."""
+        at = self.at
+        at.best_f1_macro = max(at.best_f1_macro, epoch.valid_f1_macro)
+        at.history.append(asdict(epoch))
+        if epoch.kept:
+            at.best = self.team.tell(lambda: self.checkpoints.save_best(at.epoch, self.run.model))
+            failpoint.passing("best")
+        at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
+        self.team.tell(lambda: self.checkpoints.save(self.run))
+        failpoint.passing("checkpointed")
+
+    def end(self) -> str:
+        """Load the best weights; returns their name."""
+        at = self.at
+        if at.epoch <= self.config.epochs:  # stopped early: no more steps are to come
+            self.team.tell(lambda: self.hooks.on_step(at.step, at.step, None, None))
         assert at.best is not None  # noqa: S101 - the first epoch is better than none
-        optimizer.state.clear()  # twice the weights, and the best weights come beside the last
-        checkpoints.load_best(at.best, model)
-        model.eval()
-        board.graph(model, train_rows[0], pad_id, device)
-        board.hparams(config, [figures for figures in at.history if figures["kept"]][-1])
-    return [Epoch(**figures) for figures in at.history]  # type: ignore[arg-type]
+        self.run.optimizer.state.clear()  # twice the weights, and the best weights come beside the last
+        self.checkpoints.load_best(at.best, self.run.model)
+        return at.best
 
 
-def _steps(lengths: list[int], config: TrainConfig, device: torch.device, epoch: int) -> list[list[list[int]]]:
+def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
     """One epoch's optimizer steps, each a few batches of row numbers."""
     batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)
     together = config.gradient_accumulation_steps
-    steps = [batches[i : i + together] for i in range(0, len(batches), together)]
+    return [batches[i : i + together] for i in range(0, len(batches), together)]
+
+
+def _pieces(batch: list[int], lengths: list[int], config: TrainConfig, device: torch.device) -> list[list[int]]:
+    """A batch of long texts goes in pieces: the gradient is the same, the memory that of shorter ones."""
     if config.head == "guide":
-        return steps  # BatchNorm would see smaller batches than were asked for
-    # A batch of long texts goes in pieces: the gradient is the same, the memory that of shorter ones.
-    budget = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
-    return [[piece for batch in step for piece in cut(batch, lengths, budget)] for step in steps]
+        return [batch]  # BatchNorm would see smaller batches than were asked for
+    return cut(batch, lengths, TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"]))
 
 
 def as_good(f1_macro: float, best: float, rows: int) -> bool:

@@ -22,13 +22,15 @@ from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints, Epoch, Progress
 from training.config import make_config
 from training.data import Split, read_rows, split_rows
+from training.devices import pick_device
 from training.encoders import present_name
-from training.errors import Cancelled, StopRequested, StoreAway
+from training.errors import Cancelled, StopRequested, StoreAway, TeamBroken
 from training.evaluate import Floats, model_figures, predict
-from training.fit import Hooks, fit
+from training.fit import FitInputs, Hooks
 from training.inputs import dataset_at_hand, encoder_at_hand
+from training.launch import fit_on
 from training.lease import Lease, losses
-from training.model import build_model, pick_device
+from training.model import build_model
 from training.outcome import Outcome
 from training.paths import file_sha256
 from training.register import register_model
@@ -71,8 +73,8 @@ def _run(database: Database, workshop: Workshop, job: TrainingJob, owner: str, s
             # The database is away. The lease lapses, and whoever claims the job goes on from its checkpoint.
             log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
             return job.id
-        except StoreAway as error:
-            # The same, of what a remote store holds; the job fails when it was begun too often this way.
+        except (StoreAway, TeamBroken) as error:
+            # The same, of a remote store or a process that trained here; begun too often this way, the job fails.
             log.warning("job %d: left to its lease: %s", job.id, error)
             return job.id
         except Cancelled:
@@ -90,8 +92,8 @@ def _run(database: Database, workshop: Workshop, job: TrainingJob, owner: str, s
 def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, at_hand: ExitStack) -> int:
     config = make_config("guide", **job.config)
 
-    inputs, roots = workshop.input_store, workshop.read_roots
-    with dataset_at_hand(job.dataset, job.dataset_sha256, inputs, roots) as dataset:
+    store, roots = workshop.input_store, workshop.read_roots
+    with dataset_at_hand(job.dataset, job.dataset_sha256, store, roots) as dataset:
         data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
     with database.begin() as session:
         jobs.record_data(session, job.id, lease.token, sha256, data.report)
@@ -100,28 +102,26 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     with database.read() as session:
         pinned = registry.revision_used(session, present_name(config.base_model))
-    encoder = at_hand.enter_context(encoder_at_hand(config.base_model, config.base_revision or pinned, inputs, roots))
+    encoder = at_hand.enter_context(encoder_at_hand(config.base_model, config.base_revision or pinned, store, roots))
     tokenizer = load_tokenizer(encoder.folder)
     encode = TextEncoder(tokenizer)
     rows = {
         part: encode(split.texts, config.max_length)
         for part, split in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    device = pick_device(workshop.device)
+    device = pick_device(workshop.devices[0])
     model = build_model(encoder, len(data.labels), config)
     config = model.config  # its pooling settled for this encoder
     lease.check()
 
-    history = fit(
+    inputs = FitInputs(
+        data.train, data.valid, rows["train"], rows["valid"], data.labels, config, tokenizer.pad_token_id
+    )
+    fitted = fit_on(
+        workshop.devices,
+        encoder,
         model,
-        data.train,
-        data.valid,
-        rows["train"],
-        rows["valid"],
-        data.labels,
-        config,
-        pad_id=tokenizer.pad_token_id,
-        device=device,
+        inputs,
         checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),
         board_folder=workshop.boards_folder / f"job-{job.id}",
         hooks=_hooks(database, lease),
@@ -141,7 +141,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     spec = make_spec(data.labels, config, encoder, tokenizer, temperature)
     reference = make_reference(rows["valid"], valid)
-    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, history, figures, tested)
+    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, fitted.history, figures, tested)
     return register_model(database, workshop.model_store, model, tokenizer, reference, outcome)
 
 

@@ -31,7 +31,7 @@ from training.config import TrainConfig, make_config
 from training.data import Split
 from training.encoders import Encoder
 from training.evaluate import metrics
-from training.fit import Hooks, fit
+from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
 from training.text import TextEncoder, load_tokenizer
 
@@ -55,7 +55,7 @@ def ours(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
 
     with tempfile.TemporaryDirectory() as scratch:
         fit(
-            model, split, few, rows, rows[:32], LABELS, config, pad_id=tokenizer.pad_token_id, device=CPU,
+            model, FitInputs(split, few, rows, rows[:32], LABELS, config, tokenizer.pad_token_id), device=CPU,
             checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board",
             hooks=Hooks(on_step=on_step),
         )  # fmt: skip

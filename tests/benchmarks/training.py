@@ -32,7 +32,7 @@ from training.config import TrainConfig, make_config
 from training.data import Rows, Split, read_rows, split_rows
 from training.encoders import STARTER, STARTER_FOLDER, Encoder
 from training.evaluate import model_figures, predict
-from training.fit import Hooks, fit
+from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
 from training.text import TextEncoder, load_tokenizer
 from worker.engines import hardware
@@ -199,9 +199,9 @@ class Quality:
         model = build_model(Encoder(STARTER, STARTER_FOLDER), len(labels), config)
         with tempfile.TemporaryDirectory() as scratch:
             history = fit(
-                model, fitted, valid, rows[0], rows[1], labels, config, pad_id=pad_id, device=trainers.CPU,
+                model, FitInputs(fitted, valid, rows[0], rows[1], labels, config, pad_id), device=trainers.CPU,
                 checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board", hooks=Hooks(),
-            )  # fmt: skip
+            ).history  # fmt: skip
         logits = [
             predict(model, ids, split.targets, config, 64, pad_id, trainers.CPU).logits
             for ids, split in ((rows[1], valid), (rows[2], test))
