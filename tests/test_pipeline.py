@@ -1,13 +1,9 @@
 """The route of a tweet with a real server, real databases and a real model: what is stored, acknowledged and buried."""
 
 import contextlib
-import itertools
-import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +12,13 @@ from hypothesis import strategies as st
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from db import registry
-from db.models import DeadLetter, ModelVersion, Prediction, ScoringWindow, Tweet
+from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
-from tests.bench import CPU, DRAINED, Bench, Killed, wire
+from tests.bench import DRAINED, Bench, Killed, wire
 from tests.conftest import LABELS, wait_until
-from worker import scorer
 from worker.batch import plan_batches
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Champion, Model, Scores, Serving, load_model
+from worker.scorer import Model, Scores
 from worker.stream import Depth, Stream
 from worker.window import Window
 
@@ -327,87 +321,6 @@ def test_without_a_champion_nothing_is_read_and_it_is_said_once(bench: Bench, ca
     assert caplog.text.count("there is no champion yet") == 1
     bench.promote()
     assert worker.drain() == 1
-
-
-def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_windows(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    versions = [bench.promote()]
-    published = itertools.count()
-    meanwhile, enough = itertools.count(), threading.Event()
-
-    def loads_for_long(version: ModelVersion, serving: Serving) -> Model:
-        if version.id != versions[0]:
-            assert enough.wait(60)
-        return load_model(version, serving)
-
-    monkeypatch.setattr(scorer, "load_model", loads_for_long)
-
-    class GoesOnUntilTheNewOneScores(Pipeline):
-        def store(self, window: Window) -> int:
-            scored = super().store(window)
-            if len(versions) == 1:
-                versions.append(bench.promote())
-            if window.model.version_id == versions[0]:
-                self.stream.publish([wire(next(published)) for _ in range(4)])
-                if next(meanwhile) == 4 * WINDOWS_UNDER_WAY:
-                    enough.set()
-            return scored
-
-    bench.stream.publish([wire(next(published)) for _ in range(4)])
-    scored = bench.worker(kind=GoesOnUntilTheNewOneScores, window_tweets=4).drain()
-    old, new = versions
-    by = [version for _, version in sorted(bench.scored().items(), key=lambda item: int(item[0]))]
-    assert scored == len(by) == next(published)  # not one was left out
-    assert by == sorted(by)
-    # While the new one was loaded more windows came through than were under way when it was promoted.
-    assert by.count(old) > 4 * WINDOWS_UNDER_WAY
-    assert by.count(new) > 0
-    windows = bench.rows(ScoringWindow)
-    for version in versions:  # no window mixed the two
-        assert sum(row["tweets"] for row in windows if row["model_version_id"] == version) == by.count(version)
-
-
-def test_a_champion_that_is_replaced_while_it_is_loaded_never_scores(lite: Bench) -> None:
-    first = lite.promote()
-    champion = Champion(lite.database, CPU)
-    assert champion.current().version_id == first
-    lite.promote()
-    assert champion.current().version_id == first  # the second is being loaded
-    third = lite.promote()
-    seen = set()
-    wait_until(lambda: seen.add(champion.current().version_id) or third in seen)
-    assert seen == {first, third}
-
-
-def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_mended(
-    lite: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    old, folder, worker = lite.promote(), tmp_path / "later", lite.worker()
-    with lite.database.begin() as session:
-        version = ModelVersion(
-            base_model="tiny", artifact_url=folder.as_uri(), sha256=lite.tiny.sha256, labels=LABELS,
-            cleaner_version="1",
-        )  # fmt: skip
-        new = registry.add_version(session, version, [], [], []).id
-    for id_ in ("before", "after", "and on"):
-        lite.stream.publish([wire(id_)])
-        assert worker.drain() == 1
-        if id_ == "before":
-            with lite.database.begin() as session:
-                registry.assign(session, registry.CHAMPION, new)
-            wait_until(lambda: worker.champion.current() and "cannot be loaded" in caplog.text)
-    assert lite.scored() == {"before": old, "after": old, "and on": old}
-    faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert len(faults) == 1
-    assert f"model {new}, cannot be loaded, model {old} goes on scoring" in faults[0]
-    shutil.copytree(lite.tiny.folder, folder)
-    with lite.database.begin() as session:
-        registry.assign(session, registry.CHAMPION, new)
-    wait_until(lambda: worker.champion.current().version_id == new)
-    lite.stream.publish([wire("mended")])
-    worker.drain()
-    assert lite.scored()["mended"] == new
 
 
 # --- batches

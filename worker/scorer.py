@@ -1,14 +1,16 @@
 """Holds the champion and scores with it. Knows the registry and the device; knows no stream and no tweet's id.
 
 Between windows it looks whether the champion is still the champion. A new one is loaded beside the old, which goes on
-scoring meanwhile; one that cannot be loaded leaves the old one scoring, and says so.
+scoring meanwhile; where memory is too small for both, the old one goes first and tweets wait. A new one that cannot be
+loaded leaves the old one scoring, or brings it back, and says so.
 """
 
 import gc
 import logging
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +28,7 @@ from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays
 from training.clean import clean
-from training.devices import pick_device
+from training.devices import free_bytes, pick_device
 from training.errors import BadArtifact, StoreAway
 from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.storage import Store
@@ -42,6 +44,10 @@ log = logging.getLogger(__name__)
 
 # A store that does not answer is asked again after this.
 STORE_PAUSE_SECONDS = 5.0
+# What loading a model takes at its peak, in sizes of its weights: see `tests/benchmarks/loading.py`.
+LOADING_TAKES = 4.0
+# A model that is to make room is looked at so often, until nobody scores with it any more.
+LETTING_GO_SECONDS = 0.2
 # What a healthy device scores without complaint.
 PROBE = "今日はいい天気です。"
 
@@ -135,7 +141,7 @@ class Model:
 class Serving:
     """How models are to be served here, all from `store`.
 
-    `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache.
+    `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache; `free` tells a device's free bytes.
     """
 
     store: Store
@@ -143,6 +149,7 @@ class Serving:
     engine: str = "auto"
     token_budget: int | None = None
     repeats: int = 0
+    free: Callable[[torch.device], int] = free_bytes
 
 
 def serving(settings: Settings, device: str | None = None) -> Serving:
@@ -174,14 +181,19 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     return rows
 
 
-def load_model(version: ModelVersion, serving: Serving) -> Model:
-    """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`."""
+def load_model(
+    version: ModelVersion, serving: Serving, make_room: Callable[[float], None] = lambda needed: None
+) -> Model:
+    """A registered version on the engine that serves it here, its digest checked; raises `BadArtifact`.
+
+    `make_room` is called with the bytes that loading will take, once the files are here and whole.
+    """
     device = pick_device(serving.device)
     with (
         bound_contextvars(model_version=version.id),
         serving.store.fetched(version.artifact_url, version.sha256) as folder,
     ):
-        artifact = load_artifact(folder, version.sha256)
+        artifact = load_artifact(folder, version.sha256, lambda size: make_room(LOADING_TAKES * size))
         engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
         log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)
@@ -198,16 +210,16 @@ def _settle_memory() -> None:
 
 @dataclass(frozen=True)
 class Loading:
-    """A model on its way, for one assignment of the alias."""
+    """A model on its way, for one assignment of the alias; for none when it is the one before, coming back."""
 
-    assignment: int
+    assignment: int | None
     version_id: int
     model: "Future[Model]"
 
 
 class Champion:
     """The champion of a database. When the alias moves, the new one is loaded and warmed up beside the old one, which
-    scores until the other is ready."""
+    scores until the other is ready; or after it, where there is no room for both."""
 
     def __init__(self, database: Database, serving: Serving) -> None:
         self._database = database
@@ -215,6 +227,9 @@ class Champion:
         self._model: Model | None = None
         self._loading: Loading | None = None
         self._refused: int | None = None
+        # The model that made room: its version, and itself as long as somebody scores with it.
+        self._gone: int | None = None
+        self._leaving: Callable[[], Model | None] = lambda: None
         self._store_away_until = 0.0  # by `time.monotonic`
         self._told_absent = False
         self._one_at_a_time = threading.Lock()
@@ -224,7 +239,8 @@ class Champion:
     def current(self) -> Model | None:
         """The model to score the next window with; None while there is none, which is said once.
 
-        Waits for a model that is being loaded only when there is no other.
+        Waits for a model that is being loaded only when there is no other, and nobody scores with the one before: it
+        makes room, and they are to let go of it first.
         """
         with self._one_at_a_time:  # the watcher asks too
             while True:
@@ -236,12 +252,13 @@ class Champion:
                     return None
                 wanted = self._wanted(assigned.id, version.id)
                 if self._loading is None and wanted:
-                    self.loading_since = time.monotonic()
-                    future = self._loader.submit(load_model, version, self._serving)
-                    self._loading = Loading(assigned.id, version.id, future)
+                    self._load(assigned.id, version)
+                elif self._loading is None and self._model is None and self._gone is not None and self._store_answers():
+                    with self._database.read() as session:
+                        self._load(None, registry.get(session, self._gone))
                 if self._loading is None:
                     return self._model
-                if self._model is not None and not self._loading.model.done():
+                if (self._model is not None and not self._loading.model.done()) or self._leaving() is not None:
                     return self._model
                 self._take(self._loading, wanted and self._loading.assignment == assigned.id)
 
@@ -254,24 +271,56 @@ class Champion:
         """Whether another model than the present one is to be loaded. Promoted again, one that was refused is tried
         again: it may have been mended."""
         serves = self._model is not None and self._model.version_id == version_id
-        return not serves and assignment != self._refused and time.monotonic() >= self._store_away_until
+        return not serves and assignment != self._refused and self._store_answers()
+
+    def _store_answers(self) -> bool:
+        return time.monotonic() >= self._store_away_until
+
+    def _load(self, assignment: int | None, version: ModelVersion) -> None:
+        self.loading_since = time.monotonic()
+        future = self._loader.submit(load_model, version, self._serving, self._make_room)
+        self._loading = Loading(assignment, version.id, future)
+
+    def _make_room(self, needed: float) -> None:
+        """In the loader's thread: where a model does not fit beside the one that scores, wait for that one to go."""
+        if self._model is None or (free := self._serving.free(pick_device(self._serving.device))) >= needed:
+            return
+        with self._one_at_a_time:
+            self._gone = self._model.version_id
+            self._leaving = weakref.ref(self._model)
+            self._model = None
+        log.warning(
+            "model %d makes room: the new one may take %d MB and %d are free; tweets wait while it is loaded",
+            self._gone, needed / 1e6, free / 1e6,
+        )  # fmt: skip
+        gc.unfreeze()
+        while self._leaving() is not None:
+            gc.collect()
+            time.sleep(LETTING_GO_SECONDS)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _take(self, loading: Loading, wanted: bool) -> None:
         """Make what was loaded the champion, unless the alias has moved on meanwhile."""
         try:
             model = loading.model.result()
-            if wanted:
-                self._model = model
+            if wanted or loading.assignment is None:
+                self._model, self._gone, self._told_absent = model, None, False
                 _settle_memory()
-                self._refused, self._told_absent = None, False
-                log.info("model %d is the champion now", loading.version_id)
-        except (TweetscoreError, RuntimeError) as error:  # torch's, when the device has no room for it
+                if wanted:
+                    self._refused = None
+                    log.info("model %d is the champion now", loading.version_id)
+        except (TweetscoreError, RuntimeError, MemoryError) as error:  # torch's, when the device has no room for it
             if isinstance(error, StoreAway):  # nothing is wrong with the model
                 self._store_away_until = time.monotonic() + STORE_PAUSE_SECONDS
+            elif loading.assignment is None:
+                self._gone = None
             else:
                 self._refused = loading.assignment
             old = f"model {self._model.version_id} goes on scoring" if self._model else "tweets wait in the stream"
-            log.error("the champion, model %d, cannot be loaded, %s: %s", loading.version_id, old, error)
+            old = f"model {self._gone} is loaded again" if self._gone is not None else old
+            # In words: through its traceback the error holds the caller's model, and whoever keeps logs would too.
+            log.error("the champion, model %d, cannot be loaded, %s: %s", loading.version_id, old, str(error))
         finally:
             self._loading = self.loading_since = None
 
