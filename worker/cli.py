@@ -73,12 +73,15 @@ def demo() -> None:
 
 
 @app.command()
-def up() -> None:
-    """Run the server (unless REDIS_URL names one), a training and a scoring worker, until Ctrl-C."""
+def up(
+    scorers: Annotated[int, typer.Option(min=1, max=64, help="Scoring workers; one for each GPU.")] = 1,
+) -> None:
+    """Run the server (unless REDIS_URL names one), a training worker and scoring workers, until Ctrl-C."""
     settings = load_settings()
     open_sql(settings).close()
     stopping = threading.Event()
     started: list[Workers] = []
+    roles = ["train", *["score"] * scorers]
 
     def stop(*_: object) -> None:
         if stopping.is_set():  # told a second time; the server still ends in order
@@ -88,7 +91,7 @@ def up() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with _own_broker(settings) as url, workers(settings, ROLES, show.console.print) as running:
+    with _own_broker(settings) as url, workers(settings, roles, show.console.print) as running:
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")

@@ -42,7 +42,8 @@ class Workers:
     children: list[Child] = field(default_factory=list)
 
     def start(self, role: str) -> None:
-        log = self.settings.logs / f"{role}.log"
+        of_role = sum(child.role == role for child in self.children)
+        log = self.settings.logs / (f"{role}-{of_role + 1}.log" if of_role else f"{role}.log")
         self.children.append(Child(role, log, self._spawn(role, log), time.monotonic()))
 
     def watch(self) -> None:

@@ -124,9 +124,10 @@ def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> Non
 
 def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_other_alone(own: World) -> None:
     given = {**own.given, "failpoints": "starting=kill"}
-    with command(own.settings.home / "up.log", given, "up") as up:
+    with command(own.settings.home / "up.log", given, "up", "--scorers", "2") as up:
         for seconds in (1, 2):
             up.says(f"the score worker ended (SIGKILL), starting it again in {seconds} s; log:")
+        wait_until((own.settings.logs / "score-2.log").exists)
         family = up.family()
         up.send(signal.SIGINT)
         assert up.ended(60) == 0

@@ -1,0 +1,85 @@
+"""What it takes to load a model, in memory and time: `python -m tests.benchmarks.loading [--small]`.
+
+Each model is loaded in a process of its own, first with no choice of an engine kept, then with it. Memory is what is
+the process's alone and no file's, at its peak and when all is loaded.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.models import base_artifact, starter_artifact
+from training.artifact import WEIGHTS, load_artifact
+from training.paths import file_sha256
+from training.sealed import SUMS
+from worker.lineup import pick_engine
+
+LOOK_SECONDS = 0.005
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def load(folder: Path) -> dict[str, object]:
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(LOOK_SECONDS):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began, sha256 = time.perf_counter(), file_sha256(folder / SUMS)
+    artifact = load_artifact(folder, sha256)
+    engine, _ = pick_engine(artifact, sha256, torch.device("cpu"), "auto")
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    del artifact  # a scorer keeps the engine alone
+    gc.collect()
+    weights = (folder / WEIGHTS).stat().st_size
+    return {
+        "engine": engine.name,
+        "seconds": round(seconds, 1),
+        "weights_mb": round(weights / 1e6),
+        "peak_in_weights": round((peak - before) / weights, 2),
+        "kept_in_weights": round((anonymous_bytes() - before) / weights, 2),
+    }
+
+
+def measure(small: bool) -> list[dict[str, object]]:
+    """One line a load: base size and the starter, first and again."""
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        made = {"base": Path(scratch) / "base", "starter": Path(scratch) / "starter"}
+        base_artifact(made["base"], small)
+        starter_artifact(made["starter"])
+        for name, folder in made.items():
+            for when in ("first", "again"):
+                command = [sys.executable, "-m", "tests.benchmarks.loading", "--load", str(folder)]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                found.append({"model": name, "when": when, **json.loads(said.splitlines()[-1])})
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true", help="a few layers instead of base size")
+    parser.add_argument("--load", type=Path)
+    given = parser.parse_args()
+    if given.load:
+        print(json.dumps(load(given.load)))
+    else:
+        for line in measure(given.small):
+            print(json.dumps(line), flush=True)
