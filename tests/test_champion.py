@@ -22,6 +22,7 @@ from tests.conftest import LABELS, wait_until
 from training.artifact import SPEC, WEIGHTS, Artifact, load_artifact
 from training.sealed import seal
 from worker import scorer
+from worker.lineup import loading_takes
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
 from worker.scorer import Champion, Model, load_model
 from worker.window import Window
@@ -183,7 +184,7 @@ def test_a_model_that_is_damaged_or_fits_beside_the_old_one_costs_no_tweet_a_wai
 
     def free(device: torch.device) -> int:
         asked.append(1)
-        return int(scorer.LOADING_TAKES * weights)
+        return int(loading_takes(folder, "", device, "auto", weights))
 
     champion = Champion(lite.database, replace(CPU, free=free))
     assert champion.current().version_id == old

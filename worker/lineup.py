@@ -45,6 +45,10 @@ TRIAL_ROWS = 64
 VERIFY_BUDGET = 1024
 CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
 SWEEP_ROUNDS = 2
+# What loading a model takes at its peak: bytes a byte of its weights, and bytes besides. Measured at base size and of
+# the starter, `tests/benchmarks/loading.py`; trying out holds several engines at once.
+TRYING_OUT_TAKES = (4.5, 400e6)
+BUILDING_TAKES = (2.25, 50e6)
 # A smaller budget that is this near to the best takes less memory for nothing.
 NEAR_BEST = 0.98
 
@@ -58,6 +62,13 @@ def place(folder: Path, sha256: str, device: torch.device, wanted: str) -> Path:
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")]
     key = json.dumps([sha256, hardware(device), wanted, versions])
     return engines_folder(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def loading_takes(folder: Path, sha256: str, device: torch.device, wanted: str, weights: int) -> float:
+    """Bytes that an artifact with so many bytes of weights takes until it is loaded and its engine is ready."""
+    kept = read_choice(place(folder, sha256, device, wanted)) is not None
+    times, besides = BUILDING_TAKES if kept else TRYING_OUT_TAKES
+    return times * weights + besides
 
 
 def pick_engine(artifact: Artifact, sha256: str, device: torch.device, wanted: str) -> tuple[Engine, Choice]:

@@ -37,15 +37,13 @@ from worker.batch import plan_batches
 from worker.choices import Choice
 from worker.engines import Engine, Logits
 from worker.errors import DeviceFull
-from worker.lineup import pick_engine
+from worker.lineup import loading_takes, pick_engine
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 # A store that does not answer is asked again after this.
 STORE_PAUSE_SECONDS = 5.0
-# What loading a model takes at its peak, in sizes of its weights: see `tests/benchmarks/loading.py`.
-LOADING_TAKES = 4.0
 # A model that is to make room is looked at so often, until nobody scores with it any more.
 LETTING_GO_SECONDS = 0.2
 # What a healthy device scores without complaint.
@@ -193,7 +191,8 @@ def load_model(
         bound_contextvars(model_version=version.id),
         serving.store.fetched(version.artifact_url, version.sha256) as folder,
     ):
-        artifact = load_artifact(folder, version.sha256, lambda size: make_room(LOADING_TAKES * size))
+        given = folder, version.sha256, device, serving.engine
+        artifact = load_artifact(folder, version.sha256, lambda weights: make_room(loading_takes(*given, weights)))
         engine, choice = pick_engine(artifact, version.sha256, device, serving.engine)
         log.info("model %d: %s %s", version.id, choice.engine, choice.why)
     model = Model(version.id, artifact, engine, choice, serving.repeats)
