@@ -47,7 +47,7 @@ def _nobody_is_left() -> Iterator[None]:
 def trained(made: Bench, folder: Path, devices: list[str], hooks: Hooks | None = None) -> tuple[Fitted, Classifier]:
     model = made.model()
     fitted = fit_on(
-        devices, made.encoder, model, made.inputs(), checkpoints=Checkpoints(folder / "checkpoints"),
+        devices, model, made.inputs(), checkpoints=Checkpoints(folder / "checkpoints"),
         board_folder=folder / "board", hooks=hooks or Hooks(),
     )  # fmt: skip
     return fitted, model
@@ -91,7 +91,9 @@ def test_two_processes_train_as_one_does(bench: Make, tmp_path: Path, preset: st
     assert list((tmp_path / "2" / "board").glob("events*"))
 
 
-def test_a_run_is_handed_from_one_process_to_two_and_back(bench: Make, tmp_path: Path) -> None:
+def test_a_run_is_handed_from_one_process_to_two_and_back(
+    bench: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = bench(**EXACT, train_batch_size=8)
     unbroken, _ = trained(made, tmp_path / "unbroken", ["cpu"])
     began: list[int] = []
@@ -103,9 +105,13 @@ def test_a_run_is_handed_from_one_process_to_two_and_back(bench: Make, tmp_path:
 
         return Hooks(on_resume=lambda at: began.append(at.step), on_step=stop)
 
-    for devices, last in ((["cpu"], 4), (TWO, 8)):
-        with pytest.raises(StopRequested):
-            trained(made, tmp_path / "broken", devices, until(last))
+    with pytest.raises(StopRequested):
+        trained(made, tmp_path / "broken", ["cpu"], until(4))
+    torn = tmp_path / "broken" / "checkpoints" / "step-00000005-0000"
+    torn.mkdir()
+    with pytest.raises(StopRequested):
+        trained(made, tmp_path / "broken", TWO, until(8))
+    assert f"checkpoint {torn.name} cannot be used" in caplog.text, "what the leader logs is logged here"
     ended, _ = trained(made, tmp_path / "broken", ["cpu"], until(1000))
     assert began == [0, 4, 8]
     assert np.allclose(losses(unbroken), losses(ended), atol=1e-4)

@@ -119,7 +119,6 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     )
     fitted = fit_on(
         workshop.devices,
-        encoder,
         model,
         inputs,
         checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),

@@ -13,18 +13,19 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import IO, Any
 
 import torch
+from transformers import PretrainedConfig
 
 from training import failpoint
+from training.artifact import WEIGHTS, save_weights
 from training.checkpoint import Checkpoints
 from training.devices import pick_device
-from training.encoders import Encoder
 from training.errors import StopRequested, TeamBroken
 from training.fit import FitInputs, Fitted, Hooks, fit
 from training.model import Classifier
@@ -37,9 +38,10 @@ ENDING_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Work:
-    """What every process of a team is sent. They build the same model, from the same encoder and seed."""
+    """What every process of a team is sent. All begin with the weights that lie in `weights`."""
 
-    encoder: Encoder
+    encoder_config: PretrainedConfig
+    weights: Path
     inputs: FitInputs
     checkpoints: Path
     writer: int
@@ -70,7 +72,6 @@ class Done:
 
 def fit_on(
     devices: Sequence[str],
-    encoder: Encoder,
     model: Classifier,
     inputs: FitInputs,
     *,
@@ -86,20 +87,24 @@ def fit_on(
     if len(devices) == 1:
         return fit(model, inputs, device=device, checkpoints=checkpoints, board_folder=board_folder, hooks=hooks)
     checkpoints.fetch()
-    work = Work(
-        encoder,
-        inputs,
-        checkpoints.folder,
-        checkpoints.writer,
-        board_folder,
-        device.type == "cpu",
-        failpoint.armed(),
-    )
-    try:
-        with _launched(devices, work) as team:
-            fitted = _attend(team, hooks, checkpoints)
-    finally:
-        checkpoints.follow()
+    with tempfile.TemporaryDirectory(prefix="tweetscore-") as scratch:
+        weights = Path(scratch) / WEIGHTS
+        save_weights(weights, model)
+        work = Work(
+            model.encoder_config,
+            weights,
+            replace(inputs, config=model.config),  # with its pooling settled
+            checkpoints.folder,
+            checkpoints.writer,
+            board_folder,
+            device.type == "cpu",
+            failpoint.armed(),
+        )
+        try:
+            with _launched(devices, work, Path(scratch)) as team:
+                fitted = _attend(team, hooks, checkpoints)
+        finally:
+            checkpoints.follow()
     checkpoints.load_best(fitted.best, model)
     model.to(device).eval()
     return fitted
@@ -152,16 +157,15 @@ def _send(connection: Connection, message: object) -> None:
 
 
 @contextmanager
-def _launched(devices: Sequence[str], work: Work) -> Iterator[list[Connection]]:
+def _launched(devices: Sequence[str], work: Work, scratch: Path) -> Iterator[list[Connection]]:
     """A connection to each of as many processes as there are devices, the work sent; none of them is left behind."""
     with ExitStack() as at_hand:
-        folder = Path(at_hand.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-")))
-        said = at_hand.enter_context((folder / "said").open("w+", encoding="utf-8", errors="replace"))
+        said = at_hand.enter_context((scratch / "said").open("w+", encoding="utf-8", errors="replace"))
         server = at_hand.enter_context(socket.socket(socket.AF_UNIX))
-        server.bind(str(folder / "team"))
+        server.bind(str(scratch / "team"))
         server.listen(len(devices))
         launcher = subprocess.Popen(
-            _command(len(devices), folder / "team"),
+            _command(len(devices), scratch / "team"),
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -187,11 +191,12 @@ def _command(count: int, address: Path) -> list[str]:
 
 
 def _environment(devices: Sequence[str]) -> dict[str, str]:
-    """The GPUs to see, of those that this process sees; and no module from where somebody happens to stand."""
+    """The GPUs to see, of those that this process sees; no module from where somebody happens to stand; no network."""
     numbers = [int(device.partition(":")[2]) for device in devices if ":" in device]
     seen = os.environ.get(VISIBLE, "").split(",")
     given = [seen[number] if number < len(seen) and seen[number] else str(number) for number in numbers]
-    return {"PYTHONSAFEPATH": "1"} | ({VISIBLE: ",".join(given)} if given else {})
+    loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    return {"PYTHONSAFEPATH": "1"} | loopback | ({VISIBLE: ",".join(given)} if given else {})
 
 
 def _accepted(

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import select
 import sys
 import threading
@@ -10,12 +9,14 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+from safetensors.torch import load_file
+
 from training import failpoint
 from training.checkpoint import Checkpoints
 from training.errors import StopRequested
 from training.fit import Hooks, fit
 from training.launch import Asked, Done, Failed, Work
-from training.model import build_model
+from training.model import empty_model
 from training.together import Together
 
 
@@ -26,7 +27,10 @@ def main(address: str) -> None:
     try:
         connection.send(_run(connection))
     except Exception as error:
-        connection.send(Failed(_sendable(error)))
+        try:
+            connection.send(Failed(error))
+        except Exception:  # what holds more than words may not be sendable
+            connection.send(Failed(RuntimeError(f"{type(error).__name__}: {error}")))
         # Until it is heard: were this process gone, the others would fail too, and say so first.
         threading.Event().wait()
 
@@ -37,9 +41,11 @@ def _run(connection: Connection) -> Done:
     if team.leads:
         failpoint.arm(work.failpoints)
         logging.getLogger().addHandler(QueueHandler(_Wire(connection)))  # type: ignore[arg-type]
+    model = empty_model(work.encoder_config, len(work.inputs.labels), work.inputs.config)
+    model.network.load_state_dict(load_file(str(work.weights)))
     try:
         fitted = fit(
-            build_model(work.encoder, len(work.inputs.labels), work.inputs.config),
+            model,
             work.inputs,
             device=team.device,
             checkpoints=Checkpoints(work.checkpoints, work.writer),
@@ -72,14 +78,6 @@ class _Wire:
 
     def __init__(self, connection: Connection) -> None:
         self.put_nowait = connection.send
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _end_with(connection: Connection) -> None:
