@@ -142,6 +142,9 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on_from_its_c
         members = [child for child in psutil.Process().children(recursive=True) if "training.member" in child.cmdline()]
         members = [child for child in members if "accelerate.commands.launch" not in child.cmdline()]
         assert len(members) == 2
+        every = psutil.Process().children(recursive=True)
+        listening = [each for child in every for each in child.net_connections("inet") if each.status == "LISTEN"]
+        assert {each.laddr.ip for each in listening} == {"127.0.0.1"}, "nobody else can speak to them"
         next(child for child in members if child.environ()["RANK"] == "1").kill()
 
     with pytest.raises(TeamBroken, match="ended from outside"):

@@ -184,7 +184,7 @@ def _command(count: int, address: Path) -> list[str]:
     # `--multi_gpu` is the one way to several processes; on CPUs each says so itself.
     options = (
         f"--multi_gpu --num_processes {count} --num_machines 1 --gpu_ids all --mixed_precision no --dynamo_backend no "
-        f"--main_process_port 0 --num_cpu_threads_per_process {threads}"
+        f"--main_process_port 0 --rdzv_backend c10d --rdzv_conf store_type=file --num_cpu_threads_per_process {threads}"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
     return [*command, "-m", "training.member", str(address)]
@@ -196,7 +196,8 @@ def _environment(devices: Sequence[str]) -> dict[str, str]:
     seen = os.environ.get(VISIBLE, "").split(",")
     given = [seen[number] if number < len(seen) and seen[number] else str(number) for number in numbers]
     loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    return {"PYTHONSAFEPATH": "1"} | loopback | ({VISIBLE: ",".join(given)} if given else {})
+    no_server = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {"PYTHONSAFEPATH": "1"} | loopback | no_server | ({VISIBLE: ",".join(given)} if given else {})
 
 
 def _accepted(

@@ -37,7 +37,7 @@ def main(address: str) -> None:
 
 def _run(connection: Connection) -> Done:
     work: Work = connection.recv()
-    team = Together(work.cpu)
+    team = Together(work.cpu, work.weights.with_name("meeting"))
     if team.leads:
         failpoint.arm(work.failpoints)
         logging.getLogger().addHandler(QueueHandler(_Wire(connection)))  # type: ignore[arg-type]

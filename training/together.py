@@ -1,7 +1,9 @@
 """This process among those that train one model, each on its device: what `accelerate launch` started, as a `Team`."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,13 @@ from training.team import Team, Value
 class Together(Team):
     """GPUs speak by NCCL, CPUs by gloo; all else is the same."""
 
-    def __init__(self, cpu: bool) -> None:
+    def __init__(self, cpu: bool, meeting: Path) -> None:
+        """`meeting` is a file that is not there yet, the same one for all: how they find each other."""
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not cpu:
+            torch.cuda.set_device(rank)
+        # Left to itself, torch has a server for this that listens on every interface.
+        dist.init_process_group("gloo" if cpu else "nccl", f"file://{meeting}", rank=rank, world_size=size)
         # Not every weight is in every graph: a pooler that is loaded and not used has no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=[unused])
