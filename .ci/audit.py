@@ -5,11 +5,15 @@ asks it.
 """
 
 import importlib.metadata
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import requests
 from packaging.utils import canonicalize_version
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 AT_ONCE = 8
 
@@ -28,7 +32,11 @@ def faults(name: str, version: str, page: ProjectPage) -> list[str]:
 
 def audit(installed: dict[str, str], endpoint: str = PYPI_SIMPLE_ENDPOINT) -> list[str]:
     """Sentences about what is `installed`, versions by name. Raises `requests.RequestException` without an index."""
-    with PyPISimple(endpoint) as index, ThreadPoolExecutor(AT_ONCE) as threads:
+    session = requests.Session()
+    # An index that is busy for a moment is no finding.
+    busy = Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
+    session.mount("https://", HTTPAdapter(pool_maxsize=AT_ONCE, max_retries=busy))
+    with PyPISimple(endpoint, session=session) as index, ThreadPoolExecutor(AT_ONCE) as threads:
 
         def ask(name: str) -> list[str]:
             try:
@@ -41,6 +49,6 @@ def audit(installed: dict[str, str], endpoint: str = PYPI_SIMPLE_ENDPOINT) -> li
 
 if __name__ == "__main__":
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    sentences = audit(installed)
+    sentences = audit(installed, os.environ.get("PIP_INDEX_URL", PYPI_SIMPLE_ENDPOINT))
     print("\n".join(sentences) or f"none of {len(installed)} installed packages was withdrawn")
     sys.exit(bool(sentences))
