@@ -9,6 +9,7 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from training import failpoint
@@ -43,6 +44,9 @@ def _run(connection: Connection) -> Done:
         logging.getLogger().addHandler(QueueHandler(_Wire(connection)))  # type: ignore[arg-type]
     model = empty_model(work.encoder_config, len(work.inputs.labels), work.inputs.config)
     model.network.load_state_dict(load_file(str(work.weights)))
+    team.sum(torch.zeros(()))  # all have read them
+    if team.leads:
+        work.weights.unlink()  # a parent that is killed cleans nothing up, and these are large
     try:
         fitted = fit(
             model,

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.faults.actors import Actor, wait_for_log
 from tests.world import World
+from training.artifact import WEIGHTS
 
 
 def members(trainer: Actor) -> dict[str, psutil.Process]:
@@ -43,6 +44,9 @@ def test_processes_end_with_their_trainer_whether_it_is_killed_or_told_to_end(wo
         wait_until(lambda: len(world.epochs(job_id)) == 1)
         left = list(members(trainer).values())
         assert len(left) == 2
+        scratch = Path(left[0].cmdline()[-1]).parent
+        assert scratch.is_dir()
+        assert not (scratch / WEIGHTS).exists(), "a trainer that is killed would leave them behind"
         trainer.kill()
         wait_until(lambda: not any(process.is_running() for process in left), 10)
     with world.worker("train", "recorded=pause:2", train_processes=2) as heir:
