@@ -22,7 +22,7 @@ from training.calibrate import brier, calibration_error, log_loss
 from training.columns import MULTI_LABEL_SEPARATOR
 from training.config import TrainConfig
 from training.model import Classifier
-from training.team import Team
+from training.team import ALONE, Team
 
 Floats = NDArray[np.float32]
 Choices = NDArray[np.int64]
@@ -80,7 +80,7 @@ def predict(
     pad_id: int,
     device: torch.device,
     between_batches: Callable[[], None] = lambda: None,
-    team: Team | None = None,
+    team: Team = ALONE,
 ) -> Predictions:
     """Predict token-id rows, longest together so that little is padded; results come back in the rows' order.
 
@@ -88,7 +88,6 @@ def predict(
     """
     model.eval()
     loss_of = loss_function(config)
-    team = team or Team()
     gathered = torch.zeros(targets.shape)
     loss = torch.zeros((), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -22,7 +22,7 @@ from training.data import Split
 from training.errors import StopRequested
 from training.evaluate import Floats, loss_function, metrics, predict
 from training.model import Classifier, half_precision
-from training.team import Team
+from training.team import ALONE, Team
 
 # Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
@@ -66,7 +66,7 @@ def fit(
     checkpoints: Checkpoints,
     board_folder: Path,
     hooks: Hooks,
-    team: Team | None = None,
+    team: Team = ALONE,
 ) -> Fitted:
     """Train, leaving the best epoch's weights in `model` (the guide keeps the last; see `as_good`).
 
@@ -79,7 +79,7 @@ def fit(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks, team or Team())
+    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks, team)
     leads = loop.team.leads
     with Board(board_folder, loop.at.step) if leads else nullcontext() as board:
         loop.look_up()
