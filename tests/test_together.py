@@ -1,5 +1,6 @@
 """One model trained by two processes: gloo on CPUs here, the same path as NCCL on GPUs."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,15 @@ def bench(tiny_encoder: Path, labelled_csv: Path, tmp_path: Path) -> Make:
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_left() -> Iterator[None]:
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither a process nor a file; the folder's name is short, as a socket's address has to be."""
     before = set(psutil.Process().children(recursive=True))
-    yield
-    wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before, 10)
+    with tempfile.TemporaryDirectory() as temporary:
+        monkeypatch.setenv("TMPDIR", temporary)
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        yield
+        wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before, 10)
+        assert list(Path(temporary).rglob("*")) == []
 
 
 def trained(made: Bench, folder: Path, devices: list[str], hooks: Hooks | None = None) -> tuple[Fitted, Classifier]:

@@ -169,7 +169,7 @@ def _launched(devices: Sequence[str], work: Work, scratch: Path) -> Iterator[lis
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=os.environ | _environment(devices),
+            env=os.environ | _environment(devices) | {"TMPDIR": str(scratch)},  # what they leave goes with it
             start_new_session=True,  # a Ctrl-C reaches this process alone, which stops the others in order
         )
         at_hand.callback(_end, launcher)
