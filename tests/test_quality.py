@@ -20,7 +20,8 @@ from training.card import write_card
 from training.checkpoint import Epoch
 from training.config import make_config
 from training.data import Dataset, Split
-from training.evaluate import mcnemar, model_figures, to_probabilities
+from training.decide import to_probabilities
+from training.evaluate import mcnemar, model_figures
 from training.outcome import Outcome
 
 JAPANESE = ["否定", "中立", "肯定"]

@@ -21,9 +21,10 @@ from training.batches import pad, shuffled_batches
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
 from training.data import Dataset, Split, read_rows, split_rows
+from training.decide import to_probabilities
 from training.encoders import Encoder
 from training.errors import BadArtifact, BadConfig, StopRequested
-from training.evaluate import loss_function, metrics, predict, to_probabilities
+from training.evaluate import loss_function, metrics, predict
 from training.fit import Epoch, FitInputs, Hooks, as_good, fit
 from training.model import Classifier, build_model
 from training.text import encode, load_tokenizer

@@ -4,16 +4,20 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from db import migrate, store
 from db.session import Database, open_database
 from tests.test_store import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 RECOUNT = """
     SELECT p.model_version_id, coalesce(t.topic, ''), p.label, count(*), sum(p.probability),
            sum(coalesce(p.score_signed, 0)), count(p.score_signed)
@@ -160,14 +164,19 @@ def first_rows(database: Database) -> None:
 def alembic_to(revision: str) -> Callable[[Database], None]:
     def go(database: Database) -> None:
         with database.engine.begin() as connection:
-            config = migrate._config()
+            config = Config(toml_file=PYPROJECT)
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
 
     return go
 
 
-REVISIONS = [script.revision for script in migrate._script().walk_revisions()][::-1]
+SCRIPTS = ScriptDirectory.from_config(Config(toml_file=PYPROJECT))
+REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
+
+
+def test_the_newest_revision_is_read_off_the_file_names() -> None:
+    assert migrate.newest_revision() == REVISIONS[-1]
 
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])

@@ -9,7 +9,8 @@ from sklearn.metrics import f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
 from training.data import Dataset, Split
-from training.evaluate import Figures, Floats, choose, metrics
+from training.decide import Floats, choose
+from training.evaluate import Figures, metrics
 
 # Regularisation strengths that are tried; the validation rows choose.
 STRENGTHS = (1.0, 10.0, 100.0)

@@ -15,7 +15,7 @@ from training.batches import pad
 from training.checkpoint import Epoch
 from training.config import TrainConfig
 from training.data import Split
-from training.evaluate import Floats
+from training.decide import Floats
 from training.model import Classifier
 
 log = logging.getLogger(__name__)

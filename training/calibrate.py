@@ -4,11 +4,10 @@ Knows logits and targets. A temperature changes how sure a model sounds, never w
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 
-Floats = NDArray[np.float32]
+from training.decide import Floats
 
 BINS = 15
 # The search's bounds, as logarithms: from a twentieth to twenty.

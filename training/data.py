@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 
 from db.errors import listed, plain, shown
 from training.clean import clean, same_text_key
@@ -125,6 +124,9 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     for row, i in enumerate(kept):
         for name in named[i]:
             targets[row, position[name]] = 1.0
+
+    # Here, as a scorer loads this module too, and starts a third sooner without scikit-learn.
+    from sklearn.model_selection import train_test_split
 
     stratify = targets.argmax(axis=1) if config.task == "single_label" else None
     train, rest = train_test_split(

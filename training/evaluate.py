@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
@@ -15,17 +14,15 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     roc_auc_score,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from training.batches import pad
 from training.calibrate import brier, calibration_error, log_loss
-from training.columns import MULTI_LABEL_SEPARATOR
 from training.config import TrainConfig
+from training.decide import Choices, Floats, choose, to_probabilities
 from training.model import Classifier
 from training.team import ALONE, Team
 
-Floats = NDArray[np.float32]
-Choices = NDArray[np.int64]
 Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
 
 RESAMPLES = 1_000
@@ -53,21 +50,6 @@ def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Modu
         others = len(targets) / targets.shape[1] if config.loss == "cross_entropy" else len(targets) - rows_of_label
         weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
     return nn.BCEWithLogitsLoss(pos_weight=weights) if config.loss == "bce" else nn.CrossEntropyLoss(weight=weights)
-
-
-def to_probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
-    """Logits (B, K) -> probabilities (B, K). Of a single label they sum to 1, whichever loss trained them."""
-    scaled = logits.float() / temperature
-    return scaled.softmax(dim=1) if task == "single_label" else scaled.sigmoid()
-
-
-def choose(probabilities: Floats, task: str) -> Choices:
-    """(N, K) zeros and ones: the likeliest label, or every label at 0.5 and above where a row may have several."""
-    if task == "multi_label":
-        return (probabilities >= 0.5).astype(np.int64)
-    chosen = np.zeros(probabilities.shape, dtype=np.int64)
-    chosen[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = 1
-    return chosen
 
 
 @torch.inference_mode()
@@ -186,16 +168,3 @@ def confusion(targets: Floats, probabilities: Floats, labels: list[str]) -> dict
     return {
         (actual, predicted): int(table[i, j]) for i, actual in enumerate(labels) for j, predicted in enumerate(labels)
     }
-
-
-def label_text(chosen: NDArray[np.int64], labels: list[str]) -> str:
-    """A row's label as it is stored: the name, or names joined by `|`, empty when a row has none."""
-    return MULTI_LABEL_SEPARATOR.join(label for label, taken in zip(labels, chosen, strict=True) if taken)
-
-
-def certainty(probabilities: Floats, chosen: Choices, task: str) -> Floats:
-    """(N,) how sure a prediction is: the chosen label's probability, or that of the least sure yes or no of a row."""
-    if task == "multi_label":
-        decided: Floats = np.where(chosen == 1, probabilities, 1 - probabilities)
-        return np.asarray(decided.min(axis=1))
-    return np.asarray(probabilities.max(axis=1))

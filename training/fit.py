@@ -19,8 +19,9 @@ from training.board import Board
 from training.checkpoint import Checkpoints, Epoch, Progress, RunState
 from training.config import TrainConfig
 from training.data import Split
+from training.decide import Floats
 from training.errors import StopRequested
-from training.evaluate import Floats, loss_function, metrics, predict
+from training.evaluate import loss_function, metrics, predict
 from training.model import Classifier, half_precision
 from training.team import ALONE, Team
 

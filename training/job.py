@@ -22,10 +22,11 @@ from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints, Epoch, Progress
 from training.config import make_config
 from training.data import Split, read_rows, split_rows
+from training.decide import Floats
 from training.devices import pick_device
 from training.encoders import present_name
 from training.errors import Cancelled, StopRequested, StoreAway, TeamBroken
-from training.evaluate import Floats, model_figures, predict
+from training.evaluate import model_figures, predict
 from training.fit import FitInputs, Hooks
 from training.inputs import dataset_at_hand, encoder_at_hand
 from training.launch import fit_on

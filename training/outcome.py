@@ -8,7 +8,8 @@ import torch
 from training.artifact import Spec
 from training.checkpoint import Epoch
 from training.data import Dataset
-from training.evaluate import Figures, Floats, to_probabilities
+from training.decide import Floats, to_probabilities
+from training.evaluate import Figures
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from training.calibrate import reliability
 from training.checkpoint import Epoch
-from training.evaluate import Floats, certainty, choose, label_text
+from training.decide import Floats, certainty, choose, label_text
 
 mpl.use("Agg")
 

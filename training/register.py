@@ -12,8 +12,9 @@ from db.session import Database
 from training import failpoint
 from training.artifact import Reference, save_artifact
 from training.card import write_card
+from training.decide import certainty, choose, label_text
 from training.errors import StoreAway
-from training.evaluate import certainty, choose, confusion, label_text
+from training.evaluate import confusion
 from training.model import Classifier
 from training.outcome import Outcome
 from training.storage import Store

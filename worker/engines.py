@@ -25,9 +25,8 @@ from training.batches import Ids
 from training.model import Classifier
 from worker.errors import DeviceFull
 
-# Both libraries below report their use to their maker unless this package is missing. Nothing here phones home.
+# OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-import nncf  # noqa: E402
 import openvino as ov  # noqa: E402
 
 Logits = NDArray[np.float32]
@@ -156,6 +155,8 @@ class Workbench:
 
         Embeddings stay float32: they are looked up, not multiplied, and rounding them costs agreement for nothing.
         """
+        import nncf  # a second to load, for the one time a model's graph is made
+
         logging.getLogger("nncf").setLevel(logging.ERROR)  # its own `set_log_level` silences everybody's handlers
         ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
         mode = nncf.CompressWeightsMode.INT8_ASYM

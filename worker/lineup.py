@@ -24,8 +24,8 @@ import torch
 
 from training.artifact import Artifact, Reference, Spec
 from training.batches import pad_arrays
+from training.decide import Floats, choose, to_probabilities
 from training.errors import BadArtifact
-from training.evaluate import Floats, choose, to_probabilities
 from worker.batch import plan_batches
 from worker.choices import CHOICE, Choice, Trial, engines_folder, read_choice
 from worker.engines import Engine, Logits, Workbench, hardware, save_graph

@@ -15,7 +15,7 @@ from db.errors import NotFound
 from db.models import ModelVersion, ScoringWindow, TestPrediction
 from db.session import Database
 from training.columns import MULTI_LABEL_SEPARATOR
-from training.evaluate import Floats
+from training.decide import Floats
 from training.plots import LABEL_SHOWN, confusion, drawable, reliability_diagram
 
 FEW_DAYS = 4  # below this hours say more

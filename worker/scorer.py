@@ -28,9 +28,9 @@ from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays
 from training.clean import clean
+from training.decide import Floats, certainty, choose, label_text, to_probabilities
 from training.devices import free_bytes, pick_device
 from training.errors import BadArtifact, StoreAway
-from training.evaluate import Floats, certainty, choose, label_text, to_probabilities
 from training.storage import Store
 from training.text import TextEncoder
 from worker.batch import plan_batches
