@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-import numpy as np
 
 from db.errors import plain, public_url
 from training.errors import BadSource
@@ -106,11 +105,10 @@ def guess_encoding(sample: bytes) -> str:
     for mark, name in BOMS:
         if sample.startswith(mark):
             return name
-    for name, code in (("utf-16-le", "<u2"), ("utf-16-be", ">u2")):
+    for name in ("utf-16-le", "utf-16-be"):
         # Line ends of two bytes each; of the bytes 0x0A a quarter, since letters like 上 hold one too. A NUL that
         # strayed into other text is left alone.
-        ends = int((np.frombuffer(sample, code, len(sample) // 2) == ord("\n")).sum())
-        if 4 * ends >= max(1, sample.count(b"\n")):
+        if 4 * sample.decode(name, "ignore").count("\n") >= max(1, sample.count(b"\n")):
             return name
     lines = [line for line in sample.splitlines() if not line.isascii()]
     if len(sample) == SAMPLE_BYTES and len(lines) > 1:

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from db.errors import public_url
-from db.roles import grant_readonly, grant_worker
 from db.session import Database
 from worker import show
 from worker.runtime import open_sql
@@ -26,6 +25,8 @@ def upgrade() -> None:
 @app.command("grant-worker")
 def let_work(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
     """Let a PostgreSQL role read and write rows, and change no schema: what workers need."""
+    from db.roles import grant_worker
+
     _grant(grant_worker, role)
     show.console.print(f"{role} may read and write the rows of every table, and change no schema")
 
@@ -33,6 +34,8 @@ def let_work(role: Annotated[str, typer.Argument(help="A PostgreSQL role that ex
 @app.command("grant-readonly")
 def let_look(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
     """Let a PostgreSQL role SELECT, and nothing else; name its URL in TWEETSCORE_READER_URL."""
+    from db.roles import grant_readonly
+
     _grant(grant_readonly, role)
     show.console.print(f"{role} may look at every table and view, and write none")
 
