@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from db import jobs, store
 from db.models import JOB_STATES
 from db.session import Database
+from training import lease  # noqa: F401 - its counter belongs to what every worker shows
 from worker.errors import BadSettings
 from worker.stream import Stream
 from worker.window import STAGES, Window
