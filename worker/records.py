@@ -1,5 +1,9 @@
-"""A tweet, checked, and the wire format. Knows flat objects; files and the X API's shapes come before it."""
+"""A tweet, checked, and the wire format; a record's fields as a dead letter keeps them.
 
+Knows flat objects; files and the X API's shapes come before it.
+"""
+
+import base64
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,7 +12,7 @@ from typing import Any
 from training.columns import ID_COLUMNS, TEXT_COLUMNS
 from training.sources import has_bad_bytes
 from worker.errors import BadRecord
-from worker.stream import WIRE_VERSION
+from worker.stream import FIELD, WIRE_VERSION
 
 MAX_ID_CHARS = 64
 OPTIONAL = ("author_id", "lang", "topic", "retweeted_id", "quoted_id", "replied_to_id")
@@ -131,3 +135,30 @@ def _kind(value: Any) -> str:
     return {
         dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"
     }.get(type(value), "nothing")  # fmt: skip
+
+
+def pack_fields(fields: dict[bytes, bytes]) -> list[Any] | None:
+    """What a dead letter keeps beside its payload: see `DeadLetter`."""
+    if list(fields) == [FIELD]:
+        return None
+    return [[_pack(name), None if name == FIELD else _pack(value)] for name, value in fields.items()]
+
+
+def unpack_fields(payload: bytes, other_fields: list[Any] | None) -> dict[bytes, bytes]:
+    """The fields of the record as it came."""
+    if other_fields is None:
+        return {FIELD: payload}
+    return {_unpack(name): payload if value is None else _unpack(value) for name, value in other_fields}
+
+
+def _pack(value: bytes) -> Any:
+    """Text where a database can store it."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = "\x00"
+    return {"base64": base64.b64encode(value).decode()} if "\x00" in text else text
+
+
+def _unpack(value: Any) -> bytes:
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) else str(value).encode()

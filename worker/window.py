@@ -1,6 +1,5 @@
 """A window on its way: what was read together, what became of it, and the rows it ends as. Knows no server."""
 
-import base64
 import logging
 import time
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.records import OPTIONAL, Tweet, parse_payload
+from worker.records import OPTIONAL, Tweet, pack_fields, parse_payload
 from worker.scorer import Model, Scores, describe
-from worker.stream import FIELD, Record
+from worker.stream import Record
 
 log = logging.getLogger(__name__)
 
@@ -87,33 +86,6 @@ def dead_letter(record: Record, reason: str) -> dict[str, Any]:
         "attempts": record.deliveries,
         "buried_at": utc_now(),
     }
-
-
-def pack_fields(fields: dict[bytes, bytes]) -> list[Any] | None:
-    """What a dead letter keeps beside its payload: see `DeadLetter`."""
-    if list(fields) == [FIELD]:
-        return None
-    return [[_pack(name), None if name == FIELD else _pack(value)] for name, value in fields.items()]
-
-
-def unpack_fields(payload: bytes, other_fields: list[Any] | None) -> dict[bytes, bytes]:
-    """The fields of the record as it came."""
-    if other_fields is None:
-        return {FIELD: payload}
-    return {_unpack(name): payload if value is None else _unpack(value) for name, value in other_fields}
-
-
-def _pack(value: bytes) -> Any:
-    """Text where a database can store it."""
-    try:
-        text = value.decode()
-    except UnicodeDecodeError:
-        text = "\x00"
-    return {"base64": base64.b64encode(value).decode()} if "\x00" in text else text
-
-
-def _unpack(value: Any) -> bytes:
-    return base64.b64decode(value["base64"]) if isinstance(value, dict) else str(value).encode()
 
 
 def tweet_rows(window: Window) -> list[dict[str, Any]]:
