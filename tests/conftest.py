@@ -228,7 +228,11 @@ def write_labelled(path: Path) -> Path:
 
 @pytest.fixture
 def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command as a user does, in its own process, on this test's home."""
+    """Run the command as a user does, in its own process, on this test's home.
+
+    Engines are not tried out, which takes seconds a model, unless a test asks for it by `TWEETSCORE_ENGINE="auto"`.
+    """
+    few = {"COLUMNS": "200", "OMP_NUM_THREADS": "1", "TWEETSCORE_ENGINE": "torch-float32"}
 
     def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):
         return subprocess.run(
@@ -237,7 +241,7 @@ def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, **few, **environment},
         )
 
     return run

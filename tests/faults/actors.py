@@ -24,7 +24,7 @@ from worker.lane import Lane, ScoringLane, TrainingLane
 from worker.settings import load_settings
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.faults.actors"])
+FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a lane loads when it is to train
 LANES: dict[str, type[Lane]] = {"score": ScoringLane, "train": TrainingLane}
 
 
