@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.world"]
 LABELS = ["negative", "neutral", "positive"]
 torch.set_num_threads(1)  # test processes share the cores
+# Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
