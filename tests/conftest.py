@@ -232,9 +232,8 @@ def write_labelled(path: Path) -> Path:
 def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command as a user does, in its own process, on this test's home.
 
-    Engines are not tried out, which takes seconds a model, unless a test asks for it by `TWEETSCORE_ENGINE="auto"`.
+    Engines are not tried out, which takes seconds a model, unless a test asks for it by `TWEETSCORE_ENGINE`.
     """
-    few = {"COLUMNS": "200", "OMP_NUM_THREADS": "1", "TWEETSCORE_ENGINE": "torch-float32"}
 
     def run(*arguments: str, stdin: str | None = None, timeout: float = 120, **environment: str):
         return subprocess.run(
@@ -243,7 +242,13 @@ def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, **few, **environment},
+            env={
+                "TWEETSCORE_ENGINE": "torch-float32",
+                **os.environ,
+                "COLUMNS": "200",
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
         )
 
     return run

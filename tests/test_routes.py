@@ -39,6 +39,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator
         "TWEETSCORE_HOME": str(home),
         "TWEETSCORE_READ_ROOTS": str(tiny_encoder.parent),
         "TWEETSCORE_BASE_MODEL": str(tiny_encoder),
+        "TWEETSCORE_ENGINE": "auto",
         "TWEETSCORE_WATCH_SECONDS": "0.2",
         "TWEETSCORE_LINGER_SECONDS": "0.5",
         "TWEETSCORE_LEASE_SECONDS": "3",
