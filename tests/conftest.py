@@ -49,7 +49,7 @@ hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_healt
 hypothesis_settings.load_profile("tweetscore")
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0, every: float = 0.02) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0, every: float = 0.02) -> None:
     """Return when `condition` holds; fail when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
