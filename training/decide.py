@@ -1,4 +1,7 @@
-"""From logits to what is said of a row: probabilities, its labels, how sure that is. Scoring needs no more of it."""
+"""From logits to what is said of a row: probabilities, its labels, how sure that is.
+
+The part of evaluation that scoring shares: it loads no scikit-learn.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
