@@ -40,6 +40,7 @@ def _take(there: Any, folder: Path, kind: str, wanted: str, count: int) -> None:
         there.recv()
     except BadConfig as error:
         there.send(str(error))
+        there.recv()  # alive, as a process is that has yet to say why and to end
 
 
 @pytest.fixture

@@ -56,8 +56,11 @@ def claim_devices(
         if count > 1 and pick_device(wanted).type != "cpu":
             raise BadConfig(f"{count} processes train on {count} GPUs, and {wanted!r} names one; use auto or cpu")
         return [wanted] * count
-    numbers = _lock(uuids, count, folder, kind)
+    locks = _lock(uuids, count, folder, kind)
+    numbers = list(locks)
     if len(numbers) < count and count > 1:
+        for descriptor in locks.values():
+            os.close(descriptor)
         raise BadConfig(
             f"{count} processes train on {count} GPUs, and only {len(numbers)} of the {len(uuids)} here are without a "
             f"{kind} worker; set TWEETSCORE_TRAIN_PROCESSES to what is left"
@@ -70,12 +73,13 @@ def claim_devices(
     return [f"cuda:{number}" for number in numbers]
 
 
-def _lock(uuids: Sequence[str], count: int, folder: Path, kind: str) -> list[int]:
-    """The first `count` GPUs nobody of this kind has, or as many as there are. A process that ends lets go."""
+def _lock(uuids: Sequence[str], count: int, folder: Path, kind: str) -> dict[int, int]:
+    """The first `count` GPUs nobody of this kind has, or as many as there are, each with the open file that is the
+    claim: closed, or its process ended, it is nobody's."""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers: list[int] = []
+    locks: dict[int, int] = {}
     for number, uuid in enumerate(uuids):
-        if len(numbers) == count:
+        if len(locks) == count:
             break
         descriptor = os.open(folder / f"{kind}-{uuid}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -83,8 +87,8 @@ def _lock(uuids: Sequence[str], count: int, folder: Path, kind: str) -> list[int
         except BlockingIOError:
             os.close(descriptor)
             continue
-        numbers.append(number)  # and the descriptor stays open: it is the claim
-    return numbers
+        locks[number] = descriptor
+    return locks
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,12 +3,10 @@
 import logging
 import os
 import select
-import shutil
 import sys
 import threading
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Client, Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from training.together import Together
 def main(address: str) -> None:
     connection = Client(address, "AF_UNIX")
     assert isinstance(connection, Connection)  # noqa: S101
-    threading.Thread(target=_end_with, args=(connection, Path(address).parent), name="parent", daemon=True).start()
+    threading.Thread(target=_end_with, args=(connection,), name="parent", daemon=True).start()
     try:
         connection.send(_run(connection))
     except Exception as error:
@@ -48,7 +46,7 @@ def _run(connection: Connection) -> Done:
     model.network.load_state_dict(load_file(str(work.weights)))
     team.sum(torch.zeros(()))  # all have read them
     if team.leads:
-        work.weights.unlink()  # should all be killed, nobody cleans up, and these are large
+        work.weights.unlink()  # a parent that is killed cleans nothing up, and these are large
     try:
         fitted = fit(
             model,
@@ -86,12 +84,11 @@ class _Wire:
         self.put_nowait = connection.send
 
 
-def _end_with(connection: Connection, scratch: Path) -> None:
-    """End at once when the parent is gone, whatever this process is waiting for; `scratch` was the parent's."""
+def _end_with(connection: Connection) -> None:
+    """End at once when the parent is gone, whatever this process is waiting for."""
     gone = select.poll()
     gone.register(connection.fileno(), select.POLLRDHUP)
     gone.poll()
-    shutil.rmtree(scratch, ignore_errors=True)  # one that was killed cleans nothing up
     os._exit(1)
 
 

@@ -49,10 +49,9 @@ def test_processes_end_with_their_trainer_whether_it_is_killed_or_told_to_end(wo
         assert len(left) == 2
         scratch = Path(left[0].cmdline()[-1]).parent
         assert scratch.is_dir()
-        assert not (scratch / WEIGHTS).exists(), "were all of them killed, these would be left behind"
+        assert not (scratch / WEIGHTS).exists(), "a trainer that is killed would leave them behind"
         trainer.kill()
         wait_until(lambda: not any(process.is_running() for process in left), 10)
-        wait_until(lambda: not scratch.exists(), 10)
     with world.worker("train", "recorded=pause:2", train_processes=2) as heir:
         wait_until(lambda: len(world.epochs(job_id)) == 2, PATIENCE_SECONDS)
         left = list(members(heir).values())
