@@ -125,7 +125,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
         for name in named[i]:
             targets[row, position[name]] = 1.0
 
-    # Here, as a scorer loads this module too, and starts a third sooner without scikit-learn.
+    # Here, as a scorer loads this module too, and starts sooner without scikit-learn.
     from sklearn.model_selection import train_test_split
 
     stratify = targets.argmax(axis=1) if config.task == "single_label" else None

@@ -28,7 +28,7 @@ def choose(probabilities: Floats, task: str) -> Choices:
     return chosen
 
 
-def label_text(chosen: NDArray[np.int64], labels: list[str]) -> str:
+def label_text(chosen: Choices, labels: list[str]) -> str:
     """A row's label as it is stored: the name, or names joined by `|`, empty when a row has none."""
     return MULTI_LABEL_SEPARATOR.join(label for label, taken in zip(labels, chosen, strict=True) if taken)
 

@@ -239,7 +239,7 @@ class TrainingLane(Lane):
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
-        # Here, as a scorer has no use for what draws plots and writes TensorBoard, and starts in half the time without.
+        # Here, as a scorer has no use for what draws plots and writes TensorBoard, and starts sooner without.
         from training.job import run_next_job
 
         self._run_next_job = run_next_job
