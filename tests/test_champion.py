@@ -18,7 +18,7 @@ import torch
 from db import registry
 from db.models import ModelVersion, ScoringWindow
 from tests.bench import CPU, Bench, wire
-from tests.conftest import LABELS, wait_until
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from training.artifact import SPEC, WEIGHTS, Artifact, load_artifact
 from training.sealed import seal
 from worker import scorer
@@ -37,7 +37,7 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
 
     def loads_for_long(version: ModelVersion, *given: Any) -> Model:
         if version.id != versions[0]:
-            assert enough.wait(60)
+            assert enough.wait(PATIENCE_SECONDS)
         return load_model(version, *given)
 
     monkeypatch.setattr(scorer, "load_model", loads_for_long)

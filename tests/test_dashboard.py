@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from db import migrate, registry, store
 from db.models import ConfusionCell
 from db.session import Database, open_database
+from tests.conftest import PATIENCE_SECONDS
 from tests.faults.commands import command
 from tests.test_store import assign, make_version, prediction_row, tweet_row, write
 from worker.dashboard import make_dashboard
@@ -62,8 +63,8 @@ def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         fill(database)
     database.close()
     with command(home.parent / "log", {"home": home}, "dashboard", "--port", "0") as running:
-        running.says("/-/dashboards/sentiment", 60)
-        running.says("Ctrl-C", 60)
+        running.says("/-/dashboards/sentiment")
+        running.says("Ctrl-C")
         yield running.said().split("/-/")[0].split()[-1]
 
 
@@ -146,7 +147,7 @@ def test_the_front_page_leads_to_the_dashboard(address: str, watched: Watched) -
 def test_nothing_can_be_written_or_go_on_for_ever(address: str, sql: str) -> None:
     count = f"{address}/tweetscore.json?sql={quote('SELECT count(*) AS n FROM tweets')}&_shape=array"
     before = httpx.get(count).json()
-    refused = httpx.get(f"{address}/tweetscore.json", params={"sql": sql}, timeout=30)
+    refused = httpx.get(f"{address}/tweetscore.json", params={"sql": sql}, timeout=PATIENCE_SECONDS)
     assert refused.status_code == 400
     assert refused.json()["ok"] is False
     assert httpx.get(count).json() == before
@@ -168,5 +169,5 @@ def test_another_database_is_refused_in_words(settings: Settings) -> None:
 
 def test_a_port_that_is_taken_is_refused_in_words(address: str, tmp_path: Path) -> None:
     arguments: list[Any] = [sys.executable, "-m", "worker.cli", "dashboard", "--port", str(urlsplit(address).port)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert (ended.returncode, "take another --port" in ended.stderr) == (2, True)

@@ -18,6 +18,7 @@ from db import migrate, store
 from db.errors import DatabaseError
 from db.models import Base, Tweet, utc_now
 from db.session import BUSY_TIMEOUT_MS, Database, open_database
+from tests.conftest import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 JST = timezone(timedelta(hours=9))
@@ -61,7 +62,7 @@ def alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "DATABASE_URL": url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -94,7 +95,7 @@ def test_processes_that_start_together_migrate_one_database(database_url: str) -
         for process in started:
             process.stdin.write(b"go\n")
             process.stdin.flush()
-        ended = [process.communicate(timeout=60) for process in started]
+        ended = [process.communicate(timeout=PATIENCE_SECONDS) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -244,7 +245,7 @@ def test_every_sqlite_connection_has_wal_foreign_keys_and_busy_timeout(sqlite: D
 def test_reader_does_not_wait_for_a_writer(database: Database) -> None:
     with ThreadPoolExecutor(1) as pool, database.begin() as session:
         store.add_tweets(session, [tweet_row("1")])
-        assert pool.submit(tweet_ids, database).result(timeout=BUSY_TIMEOUT_MS / 3000) == []
+        assert pool.submit(tweet_ids, database).result(timeout=PATIENCE_SECONDS) == []
     assert tweet_ids(database) == ["1"]
 
 
@@ -253,7 +254,7 @@ def test_asking_for_the_schema_version_does_not_wait_for_a_writer(database: Data
     with database.begin() as session:
         store.add_tweets(session, [tweet_row("1")])
         asked.start()
-        asked.join(timeout=3)
+        asked.join(timeout=BUSY_TIMEOUT_MS / 2000)
         waited = asked.is_alive()
     asked.join()
     assert not waited
@@ -271,7 +272,7 @@ def test_second_writer_waits_for_the_first_instead_of_failing(sqlite: Database) 
             # Long enough for a writer that does not wait to come back with "database is locked".
             wait([second], timeout=0.5)
             assert not second.done()
-        second.result(timeout=BUSY_TIMEOUT_MS / 1000)
+        second.result(timeout=PATIENCE_SECONDS)
     assert tweet_ids(sqlite) == ["1", "after 1"]
 
 

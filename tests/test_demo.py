@@ -16,6 +16,7 @@ import psutil
 from db.models import Prediction, Tweet
 from db.readonly import ask
 from db.session import Database
+from tests.conftest import PATIENCE_SECONDS
 from worker import embedded
 from worker.demo import QUERIES, SAMPLE, SOME_TWEETS
 
@@ -31,7 +32,7 @@ def unlabelled() -> list[dict[str, str]]:
 
 def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: Callable, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    ended = tweetscore("demo", timeout=400, OMP_NUM_THREADS="2", TWEETSCORE_ENGINE="auto")
+    ended = tweetscore("demo", timeout=4 * PATIENCE_SECONDS, OMP_NUM_THREADS="2", TWEETSCORE_ENGINE="auto")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for part in (
         "job 1 succeeded",

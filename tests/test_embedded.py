@@ -13,7 +13,7 @@ import psutil
 import pytest
 import redis
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.servers import OWN_UNTIL_STDIN_ENDS, contents, fill, is_running, log_file, orphan, server_pid, short_home
 from worker import embedded
 from worker.stream import Depth, Stream, connect
@@ -63,7 +63,7 @@ def test_socket_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"tweetscore-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     refused = subprocess.run(
         [sys.executable, "-c", OWN_UNTIL_STDIN_ENDS, str(tmp_path / "with a space")],
-        input="", capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(tmp_path)},
+        input="", capture_output=True, text=True, timeout=PATIENCE_SECONDS, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert "ServerFailed" in refused.stderr
     assert "belongs to somebody else; set TWEETSCORE_HOME" in refused.stderr
@@ -111,6 +111,6 @@ def test_nobody_waits_for_a_server_that_is_gone(home: Path, action: str) -> None
             os.kill(server_pid(server), signal.SIGKILL)
             began = time.monotonic()
             wait_until(lambda: embedded.find(home) is None)
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10
         began = time.monotonic()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10

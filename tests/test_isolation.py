@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from db.models import DeadLetter
 from tests.bench import Bench, Killed, wire
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from training.artifact import Artifact
 from worker.errors import DeviceFull
 from worker.scorer import Model, Scores
@@ -159,7 +159,7 @@ def test_database_that_refuses_to_write_is_waited_for_and_buries_nobody(
         session.execute(text("SET TRANSACTION READ WRITE"))
         session.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
     bench.database.close()  # connections made before keep the old default
-    drained.join(60)
+    drained.join(PATIENCE_SECONDS)
     assert not drained.is_alive()
     bench.recovers()
     assert bench.rows(DeadLetter) == []

@@ -18,7 +18,7 @@ from db import jobs, registry
 from db.errors import LeaseLost
 from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, TestPrediction, TrainingJob, utc_now
 from db.session import Database
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from training.artifact import load_artifact, make_reference
 from training.cache import Cache
 from training.checkpoint import Epoch
@@ -89,11 +89,11 @@ def running(database: Database, workshop: Workshop, job_id: int, stopping: threa
     try:
         wait_until(lambda: job_of(database, job_id).step > 0)
         yield
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE_SECONDS)
         assert not thread.is_alive()
     finally:
         stopping.set()
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE_SECONDS)
 
 
 def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(

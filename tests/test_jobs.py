@@ -14,7 +14,7 @@ from db import jobs
 from db.errors import LeaseLost, NotFound
 from db.models import EpochMetric, TrainingJob, utc_now
 from db.session import Database, open_database
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 
 
 def submit(database: Database, request_id: str = "request", **values: Any) -> int:
@@ -86,7 +86,7 @@ def test_same_request_sent_twice_at_once_makes_one_job(database: Database) -> No
             first = jobs.submit(session, request_id="r", dataset="d", dataset_sha256=None, config={}).id
             second = pool.submit(submit, database, "r")
             wait_until(lambda: somebody_waits(database))
-        assert second.result(timeout=30) == first
+        assert second.result(timeout=PATIENCE_SECONDS) == first
 
 
 def test_jobs_are_claimed_in_the_order_they_came(database: Database) -> None:
@@ -204,7 +204,7 @@ def test_cancel_that_meets_a_claim_asks_the_new_owner(database: Database) -> Non
             token = jobs.claim(session, owner="a", lease_seconds=60, max_attempts=3).fencing_token
             cancelling = pool.submit(cancel, database, job_id)
             wait_until(lambda: somebody_waits(database))
-        cancelling.result(timeout=30)
+        cancelling.result(timeout=PATIENCE_SECONDS)
     assert (read(database, job_id).state, read(database, job_id).cancel_requested) == ("running", True)
     with database.begin() as session:
         assert jobs.renew_lease(session, job_id, token, 60)
@@ -248,7 +248,7 @@ def test_claimers_at_once_never_get_the_same_job(database: Database) -> None:
     def claim_all(owner: str) -> list[int]:
         url = database.engine.url.render_as_string(hide_password=False)
         own, claimed = open_database(url), []
-        start.wait(timeout=30)
+        start.wait(timeout=PATIENCE_SECONDS)
         while (job := claim(own, owner)) is not None:
             claimed.append(job.id)
         own.close()

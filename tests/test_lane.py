@@ -2,7 +2,7 @@
 
 import threading
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from worker.lane import Lane
 from worker.settings import Settings
 
@@ -20,7 +20,7 @@ class Counting(Lane):
     def work(self) -> int:
         self.calls += 1
         self.begun.set()
-        assert self.go.wait(30)
+        assert self.go.wait(PATIENCE_SECONDS)
         return 1
 
     def close(self) -> None:
@@ -31,10 +31,10 @@ def test_a_nudge_while_the_work_is_ending_is_worked_for(settings: Settings) -> N
     lane = Counting(settings)
     thread = threading.Thread(target=lane.run)
     thread.start()
-    assert lane.begun.wait(30)
+    assert lane.begun.wait(PATIENCE_SECONDS)
     assert [lane.run(), lane.run()] == [0, 0], "one works, the others only leave word"
     lane.go.set()
-    thread.join(30)
+    thread.join(PATIENCE_SECONDS)
     assert lane.calls == 2, "two nudges meanwhile are one more look"
     assert lane.run() == 1
 
@@ -47,7 +47,7 @@ def test_a_stopped_lane_is_closed_once_and_works_no_more(settings: Settings) -> 
     busy = Counting(settings)
     thread = threading.Thread(target=busy.run)
     thread.start()
-    assert busy.begun.wait(30)
+    assert busy.begun.wait(PATIENCE_SECONDS)
     busy.run()
     busy.stop()
     assert busy.closed == 0, "its work is not done"

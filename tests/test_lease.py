@@ -17,7 +17,7 @@ from db import jobs
 from db.errors import LeaseLost
 from db.models import TrainingJob, utc_now
 from db.session import Database
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.test_jobs import cancel, claim, claim_new, lapse, read, row, submit
 from training.errors import Cancelled, StopRequested
 from training.lease import Lease
@@ -88,9 +88,9 @@ def test_cancelled_running_job_goes_on_until_its_worker_stops(database: Database
 
 
 def test_heartbeat_keeps_a_lease_past_its_length(database: Database) -> None:
-    job = claim_new(database, lease_seconds=1.5)
+    job = claim_new(database, lease_seconds=3)
     ends = job.lease_expires_at
-    with lease_of(database, job, lease_seconds=1.5) as lease:
+    with lease_of(database, job, lease_seconds=3) as lease:
         wait_until(lambda: utc_now() > ends + timedelta(seconds=0.5))
         assert claim(database, "thief") is None
         lease.check()
@@ -152,7 +152,7 @@ def test_heartbeat_outlives_a_database_that_fails_for_a_while(
 
 def test_job_of_a_killed_trainer_is_taken_over_when_its_lease_lapses(database: Database) -> None:
     job_id = submit(database)
-    with trainer(database, lease_seconds=1.5) as process:
+    with trainer(database, lease_seconds=3) as process:
         assert process.stdout.readline().split() == [str(job_id), "1"]
         wait_until(lambda: read(database, job_id).step > 0)
         assert claim(database, "thief") is None
@@ -164,7 +164,7 @@ def test_job_of_a_killed_trainer_is_taken_over_when_its_lease_lapses(database: D
 
 def test_trainer_that_wakes_after_its_lease_was_taken_stops_and_writes_nothing(database: Database) -> None:
     job_id = submit(database)
-    with trainer(database, lease_seconds=1.5) as process:
+    with trainer(database, lease_seconds=3) as process:
         assert process.stdout.readline().split() == [str(job_id), "1"]
         wait_until(lambda: read(database, job_id).step > 0)
         os.kill(process.pid, signal.SIGSTOP)
@@ -172,5 +172,5 @@ def test_trainer_that_wakes_after_its_lease_was_taken_stops_and_writes_nothing(d
         before = row(database, job_id)
         os.kill(process.pid, signal.SIGCONT)
         assert process.stdout.readline().startswith(f"lost: job {job_id} ")
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=PATIENCE_SECONDS) == 0
     assert row(database, job_id) == before

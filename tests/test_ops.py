@@ -20,7 +20,7 @@ import yaml
 
 from tests.bench import wire
 from tests.compose import COMPOSE, ROOT, Deployment
-from tests.conftest import wait_until, write_labelled
+from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
 from worker.health import KINDS
 from worker.settings import Settings, environment_name
 
@@ -32,7 +32,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 
 
 def ran(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -200,7 +200,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def page(port: int, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_SECONDS) as answer:
         return str(answer.read().decode())
 
 
@@ -208,7 +208,7 @@ def test_tweets_pushed_by_the_producer_are_scored_and_read_by_the_reader(running
     for done in (*running.migrated, running.trained, running.promoted, running.pushed):
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(running.trained.stdout)["state"] == "succeeded"
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], 90, 1)
+    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     assert running.ask("SELECT current_user AS me") == [{"me": "tweetscore_reader"}]
     [once] = running.ask("SELECT count(*) AS n, sum(tweets) AS tweets FROM scoring_windows")
     assert once["tweets"] == 300
@@ -262,10 +262,9 @@ def test_a_worker_that_may_not_bring_the_schema_says_who_can(running: Running) -
 
 def test_flower_and_tensorboard_answer(running: Running) -> None:
     ports = running.deployment.ports
-    wait_until(lambda: json.loads(page(ports["6006"], "/data/runs")) == ["job-1"], 90, 0.5) if _up(
-        ports["6006"]
-    ) else None
-    wait_until(lambda: _up(ports["5555"]), 60, 0.5)
+    for port in ("6006", "5555"):
+        wait_until(lambda port=port: _up(ports[port]), every=0.5)
+    wait_until(lambda: json.loads(page(ports["6006"], "/data/runs")) == ["job-1"], every=0.5)
     assert page(ports["5555"], "/workers").count("score-") >= 2
 
 
@@ -282,7 +281,7 @@ SAMPLE_RANGE = "BETWEEN now() - interval '1 day' AND now() + interval '1 day'"
 
 @pytest.mark.parametrize(("title", "target"), [t for t in TARGETS if "rawSql" in t[1]])
 def test_every_question_of_the_dashboard_has_an_answer(running: Running, title: str, target: dict[str, Any]) -> None:
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], 90, 1)
+    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     sql = re.sub(r"\$__timeFilter\((\w+)\)", rf"\1 {SAMPLE_RANGE}", target["rawSql"])
     assert "$__" not in sql
     with running.connect("reader") as reader:
@@ -316,9 +315,9 @@ def test_prometheus_finds_every_worker_and_all_that_is_asked_of_it(running: Runn
         assert answer["status"] == "success", expression
         return answer["data"]["result"]
 
-    wait_until(lambda: _up(port), 30, 0.2)
-    wait_until(lambda: len(asked('up{job="tweetscore"} == 1')) == 3, 30, 0.5)
-    wait_until(lambda: len(asked("rate(tweetscore_tweets_total[10s])")) == 3, 30, 0.5)
+    wait_until(lambda: _up(port), every=0.2)
+    wait_until(lambda: len(asked('up{job="tweetscore"} == 1')) == 3, every=0.5)
+    wait_until(lambda: len(asked("rate(tweetscore_tweets_total[10s])")) == 3, every=0.5)
     for title, target in TARGETS:
         if "expr" in target:
             assert asked(target["expr"].replace("5m", "10s")), title
@@ -335,7 +334,7 @@ def test_everything_ends_when_told_to(running: Running) -> None:
         if name.startswith(("scorer", "trainer")):
             process.send_signal(signal.SIGTERM)
             ended[name] = process
-    assert {name: process.wait(40) for name, process in ended.items()} == dict.fromkeys(ended, 0)
+    assert {name: process.wait(PATIENCE_SECONDS) for name, process in ended.items()} == dict.fromkeys(ended, 0)
     password = running.deployment.password["redis_worker"]
     with redis.Redis(port=running.deployment.ports["redis:6379"], username="worker", password=password) as client:
         assert client.xlen("tweets") == 0

@@ -25,6 +25,7 @@ from db.errors import NotFound
 from db.models import DeadLetter, Prediction, TestPrediction, Tweet
 from db.session import Database, open_database
 from tests.bench import Bench, wire
+from tests.conftest import PATIENCE_SECONDS
 from tests.faults.commands import command
 from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
@@ -265,7 +266,7 @@ def test_a_window_under_way_is_waited_for(lite: Bench, monkeypatch: pytest.Monke
     champion = lite.holding(Slow)
     lite.stream.publish([wire(1, author_id="a")])
     with draining(lite.worker(champion)):
-        champion.model.begun.wait(10)
+        champion.model.begun.wait(PATIENCE_SECONDS)
         monkeypatch.setattr("worker.forget.WAIT_SECONDS", 0.3)
         with pytest.raises(StreamError, match="still holds 1"):
             forget(lite.database, lite.stream, Wish(authors=("a",)))
@@ -298,7 +299,7 @@ def test_a_worker_applies_the_retention(settings: Settings, tmp_path: Path) -> N
     write(database, [tweet_row("1", received_at=datetime.now(UTC) - timedelta(days=2))], [])
     given = {"home": settings.home, "retention_days": 1}
     with embedded.owned(settings.home, 64), command(tmp_path / "log", given, "worker", "score") as worker:
-        worker.says("retention of 1 days: 1 tweets", 60)
+        worker.says("retention of 1 days: 1 tweets")
     assert rows_of(database) == 0
     database.close()
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.bench import DRAINED, Bench, Killed, wire
-from tests.conftest import LABELS, wait_until
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from worker.batch import plan_batches
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
 from worker.scorer import Model, Scores
@@ -32,7 +32,7 @@ class Slow(Model):
 
     def forward(self, rows: Any) -> Scores:
         self.begun.set()
-        assert self.go.wait(60)
+        assert self.go.wait(PATIENCE_SECONDS)
         return super().forward(rows)
 
 
@@ -45,7 +45,7 @@ def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
     try:
         yield thread
     finally:
-        thread.join(60)
+        thread.join(PATIENCE_SECONDS)
     assert done
 
 
@@ -207,11 +207,11 @@ def test_long_forward_keeps_its_records(lite: Bench) -> None:
     champion = lite.holding(Slow)
     model = champion.model
     lite.stream.publish([wire(i) for i in range(3)])
-    with draining(lite.worker(champion, min_idle_seconds=0.4)):
-        assert model.begun.wait(30)
-        until = time.monotonic() + 1.6
+    with draining(lite.worker(champion, min_idle_seconds=1)):
+        assert model.begun.wait(PATIENCE_SECONDS)
+        until = time.monotonic() + 3
         thief = Stream(lite.raw, lite.stream.key, lite.stream.group)
-        wait_until(lambda: thief.claim_idle(400, 10) or time.monotonic() > until)
+        wait_until(lambda: thief.claim_idle(1_000, 10) or time.monotonic() > until)
         held = lite.deliveries()
         model.go.set()
     assert held == [1, 1, 1]
@@ -239,7 +239,7 @@ def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: B
     champion = lite.holding(Slow)
     lite.stream.publish([wire(i) for i in range(20)])
     with draining(lite.worker(champion, window_tweets=4)):
-        assert champion.model.begun.wait(30)
+        assert champion.model.begun.wait(PATIENCE_SECONDS)
         wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_UNDER_WAY)
         assert lite.scored() == {}
         champion.model.go.set()

@@ -131,7 +131,7 @@ def test_an_endless_question_is_ended(database: Database, monkeypatch: pytest.Mo
         ask(url_of(database), ENDLESS) as (_, rows),
     ):
         list(rows)
-    assert 0.2 < time.monotonic() - began < 10
+    assert 0.2 < time.monotonic() - began < 60
 
 
 def test_a_role_that_may_only_look_can_do_nothing_else(database: Database) -> None:

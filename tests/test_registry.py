@@ -24,7 +24,7 @@ from db import jobs, registry, store
 from db.errors import InUse, NotFound
 from db.models import EpochMetric, ModelVersion, Prediction, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
-from tests.conftest import LABELS, wait_until
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from worker import rescore as backfill
 from worker import show
 from worker.errors import StreamError
@@ -299,13 +299,13 @@ def test_tensorboard_opens_on_the_folder_of_the_runs(home: SimpleNamespace, twee
         url = next(found[0] for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
 
         def runs() -> list[str]:
-            with urllib.request.urlopen(f"{url}data/runs", timeout=5) as answer:
+            with urllib.request.urlopen(f"{url}data/runs", timeout=PATIENCE_SECONDS) as answer:
                 return json.load(answer)
 
-        wait_until(lambda: runs() == ["job-3"], 60)
+        wait_until(lambda: runs() == ["job-3"])
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE_SECONDS)
 
 
 # --- watching a job

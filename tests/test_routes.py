@@ -23,7 +23,7 @@ import worker
 from db import jobs, registry
 from db.models import DeadLetter, EpochMetric, Prediction, TestMetric, TestPrediction, TrainingJob, Tweet
 from db.session import Database, open_database
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from worker import embedded
 from worker.app import broker_url
 from worker.stream import Stream, connect
@@ -54,13 +54,13 @@ def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator
     try:
         for role in ("train", "score"):
             log = home / "logs" / f"{role}.log"
-            wait_until(lambda log=log: log.exists() and " ready." in log.read_text(errors="replace"), 120)
+            wait_until(lambda log=log: log.exists() and " ready." in log.read_text(errors="replace"))
         url = f"unix://{embedded.socket_path(home)}"
         database = open_database(f"sqlite:///{home / 'tweetscore.db'}")
         yield SimpleNamespace(home=home, environment=environment, process=process, url=url, database=database)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(90)
+        process.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def finished(database: Database, job_id: int) -> TrainingJob:
         with database.read() as session:
             return jobs.get(session, job_id)
 
-    wait_until(lambda: job().finished_at is not None, 120)
+    wait_until(lambda: job().finished_at is not None)
     return job()
 
 
@@ -109,14 +109,14 @@ def test_a_trained_and_promoted_model_scores_the_tweets_that_waited_for_it(
     assert "there is no champion yet" in (up.home / "logs" / "score.log").read_text()
 
     assert tweetscore("models", "promote", str(version.id)).returncode == 0
-    wait_until(lambda: len(scored(up.database, ids)) == 30, 60)
+    wait_until(lambda: len(scored(up.database, ids)) == 30)
     row = scored(up.database, ids)[0]
     assert row.model_version_id == version.id
     assert sum(row.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert row.label == max(row.probabilities, key=row.probabilities.__getitem__)
     assert row.score_signed == pytest.approx(row.probabilities["positive"] - row.probabilities["negative"], abs=1e-5)
     stream = Stream(connect(up.url), "tweets", "scorers")
-    wait_until(lambda: stream.depth().idle and stream.length() == 0, 30)
+    wait_until(lambda: stream.depth().idle and stream.length() == 0)
     shown = tweetscore("models", "show", str(version.id)).stdout
     assert re.search(r"serves: .* of 6 validation labels as float32", " ".join(shown.split()))
 
@@ -125,13 +125,13 @@ def test_a_bare_xadd_from_any_client_is_scored_without_a_celery_message(up: Simp
     tweet_id = uuid.uuid4().hex
     client = connect(up.url)
     client.xadd("tweets", {"tweet": json.dumps({"v": 1, "id": tweet_id, "text": "最高の一日"})})
-    wait_until(lambda: scored(up.database, [tweet_id]), 30)
+    wait_until(lambda: scored(up.database, [tweet_id]))
 
 
 def test_python_publishes_tweets_and_refuses_what_is_none(up: SimpleNamespace) -> None:
     ids = [uuid.uuid4().hex for _ in range(5)]
     assert worker.publish({"id": i, "text": "悪くない", "author_id": "7"} for i in ids) == 5
-    wait_until(lambda: len(scored(up.database, ids)) == 5, 30)
+    wait_until(lambda: len(scored(up.database, ids)) == 5)
     with up.database.read() as session:
         assert {t.author_id for t in session.scalars(select(Tweet).where(Tweet.tweet_id.in_(ids)))} == {"7"}
     length = connect(up.url).xinfo_stream("tweets")["entries-added"]
@@ -147,7 +147,7 @@ def test_a_record_that_is_no_tweet_is_buried_and_its_neighbours_are_scored(up: S
     pipe.xadd("tweets", {"tweet": "{broken"})
     pipe.xadd("tweets", {"tweet": json.dumps({"v": 1, "id": good[1], "text": "後"})})
     record_id = pipe.execute()[1].decode()
-    wait_until(lambda: len(scored(up.database, good)) == 2, 30)
+    wait_until(lambda: len(scored(up.database, good)) == 2)
     with up.database.read() as session:
         letter = session.get(DeadLetter, record_id)
     assert (letter.payload, letter.reason) == (b"{broken", "the record is not JSON")
@@ -174,14 +174,14 @@ def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
         with up.database.read() as session:
             return list(session.scalars(select(TrainingJob).where(TrainingJob.request_id == task_id)))
 
-    wait_until(of_message, 30)
+    wait_until(of_message)
     assert finished(up.database, of_message()[0].id).state == "succeeded"
     # Redis hands out a queue's messages in turn: when a later one was worked, the second was too.
     marker = uuid.uuid4().hex
     client.send_task("worker.tasks.train", kwargs={"dataset": "/etc/passwd"}, task_id=marker)
     with up.database.read() as session:
         find = select(TrainingJob).where(TrainingJob.request_id == marker)
-        wait_until(lambda: (session.rollback(), session.scalar(find))[1], 30)
+        wait_until(lambda: (session.rollback(), session.scalar(find))[1])
         refused = session.scalar(find)
     assert refused.state == "failed"
     assert "'/etc/passwd' lies outside the folders this worker may read" in refused.error
@@ -211,7 +211,7 @@ def test_a_bad_message_becomes_a_failed_job_with_a_sentence(
         with up.database.read() as session:
             return session.scalar(find)
 
-    wait_until(job_id, 30)
+    wait_until(job_id)
     job = finished(up.database, job_id())
     assert job.state == "failed"
     assert says in job.error
@@ -226,12 +226,12 @@ def test_a_running_job_is_cancelled_within_a_few_steps(
         with up.database.read() as session:
             return jobs.get(session, job_id).step
 
-    wait_until(lambda: step() > 0, 60)
+    wait_until(lambda: step() > 0)
     assert "asked to stop" in tweetscore("jobs", "cancel", str(job_id)).stdout
     job = finished(up.database, job_id)
     assert job.state == "cancelled"
     assert job.step < job.total_steps
-    wait_until(lambda: not (up.home / "jobs" / str(job_id)).exists(), 10)
+    wait_until(lambda: not (up.home / "jobs" / str(job_id)).exists())
     assert tweetscore("jobs", "show", str(job_id)).returncode == 1
 
 
@@ -242,7 +242,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleName
         with up.database.read() as session:
             return jobs.epochs(session, job_id)
 
-    wait_until(lambda: len(done()) >= 3, 60)
+    wait_until(lambda: len(done()) >= 3)
     before = {epoch.epoch: epoch.valid_loss for epoch in done()}
     family = psutil.Process(up.process.pid).children(recursive=True)
     next(p for p in family if p.cmdline()[-1] == "train").kill()
@@ -262,7 +262,7 @@ def test_a_pickled_message_is_refused_and_the_worker_goes_on(up: SimpleNamespace
     client.send_task("worker.tasks.score", queue="scoring")
     tweet_id = uuid.uuid4().hex
     assert worker.publish([{"id": tweet_id, "text": "それでも動く"}]) == 1
-    wait_until(lambda: scored(up.database, [tweet_id]), 30)
+    wait_until(lambda: scored(up.database, [tweet_id]))
 
 
 def test_answers_come_as_table_csv_and_json(tweetscore: Run) -> None:
@@ -308,12 +308,12 @@ def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: 
     scorer.kill()
     tweet_id = uuid.uuid4().hex
     worker.publish([{"id": tweet_id, "text": "復活"}])
-    wait_until(lambda: scored(up.database, [tweet_id]), 90)
+    wait_until(lambda: scored(up.database, [tweet_id]))
 
     family = psutil.Process(up.process.pid).children(recursive=True)
     assert len(family) >= 3  # server and two workers
     up.process.send_signal(signal.SIGTERM)
-    assert up.process.wait(90) == 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert up.process.wait(PATIENCE_SECONDS) == 0
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
     assert embedded.find(up.home) is None

@@ -17,7 +17,7 @@ from db import jobs, registry
 from db.models import EpochMetric, ModelVersion, Prediction
 from db.session import Database
 from tests.bench import Bench
-from tests.conftest import LABELS, wait_until
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.s3 import S3, s3_server
 from tests.test_job_route import count, job_of, left_in, running, shorten
 from training.cache import Cache
@@ -28,7 +28,7 @@ from training.paths import file_sha256
 from training.sealed import SUMS, seal, verify
 from training.storage import Store
 from worker.intake import submit_training
-from worker.scorer import STORE_PAUSE_SECONDS, Champion, Serving, load_model, serving
+from worker.scorer import Champion, Serving, load_model, serving
 from worker.settings import Settings, load_settings
 
 NEVER = threading.Event()
@@ -190,7 +190,7 @@ def test_processes_that_want_the_same_at_once_fetch_it_once(tmp_path: Path) -> N
     for process in started:
         process.start()
     for process in started:
-        process.join(30)
+        process.join(PATIENCE_SECONDS)
     assert [process.exitcode for process in started] == [0] * 4
     assert (tmp_path / "log").read_text() == "fetched\n"
 
@@ -298,11 +298,11 @@ def test_a_champion_whose_store_is_away_waits_for_it_and_the_old_one_goes_on(
     fragile.kill()
     second = promote("second", tmp_path / "sealed")
     wait_until(lambda: champion.current() is not None and champion.loading_since is not None)
-    wait_until(lambda: champion.current() is not None and champion.loading_since is None, 60)
+    wait_until(lambda: champion.current() is not None and champion.loading_since is None)
     assert champion.current().version_id == first  # type: ignore[union-attr]
     fragile.start()
     store.remote.upload(tmp_path / "sealed", "second")
-    wait_until(lambda: champion.current().version_id == second, 30 + STORE_PAUSE_SECONDS)  # type: ignore[union-attr]
+    wait_until(lambda: champion.current().version_id == second)  # type: ignore[union-attr]
     assert count(lite.database, Prediction) == 0
 
 

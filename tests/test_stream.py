@@ -88,7 +88,7 @@ def test_blocked_reader_gets_a_record_as_soon_as_anybody_adds_one(stream: Stream
     began = time.monotonic()
     raw.xadd(stream.key, {"tweet": "from any client", "other": "ignored"})
     reader.join()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9
     assert [record.payload for record in got] == [b"from any client"]
 
 
@@ -98,7 +98,7 @@ def test_waiting_for_news_ends_with_a_record_and_takes_nothing(stream: Stream, r
     began = time.monotonic()
     publish(stream, 1)
     waiter.join()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9
     assert stream.depth() == Depth(length=1, lag=1, pending=0)
 
 

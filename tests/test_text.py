@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.conftest import PATIENCE_SECONDS
 from training.artifact import load_artifact
 from training.config import make_config
 from training.encoders import STARTER, STARTER_FOLDER, Encoder, resolve_encoder
@@ -212,7 +213,7 @@ def resolve_offline(name: str, revision: str | None, hub: Path) -> subprocess.Co
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -46,7 +46,7 @@ def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("TMPDIR", temporary)
         monkeypatch.setattr(tempfile, "tempdir", temporary)
         yield
-        wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before, 10)
+        wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
         assert list(Path(temporary).rglob("*")) == []
 
 

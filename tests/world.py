@@ -83,14 +83,14 @@ class World:
     def dead(self) -> list[dict[str, Any]]:
         return self.rows(DeadLetter)
 
-    def drained(self, seconds: float = 60) -> None:
+    def drained(self) -> None:
         """Nothing is left in the stream: lag 0, pending 0, trimmed."""
-        wait_until(lambda: self.stream.depth() == DRAINED, seconds)
+        wait_until(lambda: self.stream.depth() == DRAINED)
 
-    def recovers(self, seconds: float = 60) -> None:
+    def recovers(self) -> None:
         """One healthy worker puts everything in order."""
         with self.worker():
-            self.drained(seconds)
+            self.drained()
 
     # --- jobs
 
@@ -107,16 +107,16 @@ class World:
             found: list[EpochMetric] = jobs.epochs(session, job_id)
         return {epoch.epoch: epoch.valid_loss for epoch in found}
 
-    def finishes(self, job_id: int, state: str = "succeeded", seconds: float = 90) -> TrainingJob:
+    def finishes(self, job_id: int, state: str = "succeeded") -> TrainingJob:
         """One healthy trainer brings the job to its end, and clears up behind it."""
         with self.worker("train") as actor:
-            self.ends(job_id, state, seconds)
+            self.ends(job_id, state)
             actor.send(signal.SIGTERM)
             actor.ended()
         return self.job(job_id)
 
-    def ends(self, job_id: int, state: str, seconds: float = 90) -> TrainingJob:
-        wait_until(lambda: self.job(job_id).finished_at is not None, seconds)
+    def ends(self, job_id: int, state: str) -> TrainingJob:
+        wait_until(lambda: self.job(job_id).finished_at is not None)
         assert (self.job(job_id).state, self.job(job_id).error) == (state, self.job(job_id).error)
         return self.job(job_id)
 

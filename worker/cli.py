@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -79,15 +79,15 @@ def up(
     """Run the server (unless REDIS_URL names one), a training worker and scoring workers, until Ctrl-C."""
     settings = load_settings()
     open_sql(settings).close()
-    stopping = threading.Event()
+    told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
     started: list[Workers] = []
     roles = ["train", *["score"] * scorers]
 
-    def stop(*_: object) -> None:
-        if stopping.is_set():  # told a second time; the server still ends in order
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        if len(told) > 1:  # told a second time; the server still ends in order
             for children in started:
                 children.kill()
-        stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -95,8 +95,9 @@ def up(
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
-        while not stopping.wait(1):
+        while not told:
             running.watch()
+            time.sleep(0.5)
         show.console.print("ending: workers finish their window or checkpoint their job; a second Ctrl-C ends them now")
 
 

@@ -83,12 +83,14 @@ def _answer_quit(**_: Any) -> None:
 
 
 @worker_shutting_down.connect
-def _stop_lanes(**_: Any) -> None:
+def _stop_lanes(sig: str, **_: Any) -> None:
     """The first signal to end, in the main thread: what is at hand is finished within the grace period.
 
     A second signal ends the process at once: it is listened for first, since a lane that stops takes leave of a server
-    that may be silent.
+    that may be silent. One that comes while Celery still answers the first makes it send this twice.
     """
+    if signal.getsignal(signal.SIGTERM) is end_at_signal:
+        end_at_signal(signal.Signals[sig], None)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, end_at_signal)
     for lane in lanes.values():

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
 from worker.lane import Lane, ScoringLane, TrainingLane
 from worker.settings import load_settings
@@ -53,10 +53,10 @@ class Actor:
         self._process.kill()
         self._process.join()
 
-    def ended(self, seconds: float = 60) -> int:
+    def ended(self) -> int:
         """The exit code, -9 for SIGKILL; fails when it does not end in time."""
-        self._process.join(seconds)
-        assert self._process.exitcode is not None, f"process {self.pid} did not end within {seconds} s"
+        self._process.join(PATIENCE_SECONDS)
+        assert self._process.exitcode is not None, f"process {self.pid} did not end within {PATIENCE_SECONDS:g} s"
         return self._process.exitcode
 
     def said(self) -> str:
@@ -106,5 +106,5 @@ def _act(role: str, given: dict[str, Any]) -> None:
                 logging.exception("the run failed")
 
 
-def wait_for_log(actor: Actor, text: str, seconds: float = 60) -> None:
-    wait_until(lambda: text in actor.said(), seconds)
+def wait_for_log(actor: Actor, text: str) -> None:
+    wait_until(lambda: text in actor.said())

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from worker.processes import child_environment
 from worker.settings import load_settings
 
@@ -33,15 +33,15 @@ class Command:
     def said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def says(self, text: str, seconds: float = 90) -> None:
-        wait_until(lambda: text in self.said() or self.process.poll() is not None, seconds)
+    def says(self, text: str) -> None:
+        wait_until(lambda: text in self.said() or self.process.poll() is not None)
         assert text in self.said(), self.said()[-2000:]
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def ended(self, seconds: float = 60) -> int:
-        return self.process.wait(seconds)
+    def ended(self) -> int:
+        return self.process.wait(PATIENCE_SECONDS)
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -66,5 +66,5 @@ def worker(given: dict[str, Any], role: str, failpoints: str = "", **more: Any) 
     """`tweetscore worker ROLE`, ready."""
     output = Path(given["home"]) / "logs" / f"{role}-{uuid.uuid4().hex}.log"
     with command(output, {**given, "failpoints": failpoints, **more}, "worker", role) as running:
-        wait_until(lambda: " ready." in running.said() or running.process.poll() is not None, 120)
+        wait_until(lambda: " ready." in running.said() or running.process.poll() is not None)
         yield running

@@ -29,9 +29,9 @@ def publish(world: World, first: int, count: int) -> None:
 def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World, report: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         actors = [stack.enter_context(world.worker(window_tweets=64, min_idle_seconds=30)) for _ in range(4)]
-        wait_until(lambda: all("is the champion now" in actor.said() for actor in actors), 60)
+        wait_until(lambda: all("is the champion now" in actor.said() for actor in actors))
         publish(world, 0, TWEETS)
-        world.drained(120)
+        world.drained()
     assert world.predictions() == world.passes() == TWEETS
     found = shares(world)
     assert len(found) == 4
@@ -48,12 +48,12 @@ def test_scorers_that_join_and_leave_under_load_lose_nothing_and_do_nothing_twic
         actors: list[Actor] = [stack.enter_context(world.worker(**given)) for _ in range(2)]
         for portion in range(4):
             publish(world, portion * 1_000, 1_000)
-            wait_until(lambda portion=portion: world.predictions() > portion * 1_000, 60)
+            wait_until(lambda portion=portion: world.predictions() > portion * 1_000)
             actors.append(stack.enter_context(world.worker(**given)))
             leaving = actors.pop(0)
             leaving.send(signal.SIGTERM)
             assert leaving.ended() == 0
-        world.drained(120)
+        world.drained()
     # They left in order, so nobody had to take over what they held.
     assert world.predictions() == world.passes() == 4_000
     assert world.dead() == []

@@ -19,7 +19,7 @@ import redis
 from db import migrate
 from db.session import open_database
 from tests.bench import wire
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.world import World
 from worker import embedded
 from worker.doors import send
@@ -43,12 +43,12 @@ def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_tri
         own.stream.ensure_group()
         publisher = threading.Thread(target=send, args=(own.stream, payloads, own.settings, said.append))
         publisher.start()
-        wait_until(lambda: any("maxmemory" in line for line in said), 30)
+        wait_until(lambda: any("maxmemory" in line for line in said))
         with pytest.raises(redis.OutOfMemoryError):
             fill(client)
         assert publisher.is_alive()
         with own.worker():
-            publisher.join(90)
+            publisher.join(PATIENCE_SECONDS)
             assert not publisher.is_alive()
             own.drained()
             assert client.info("memory")["used_memory"] < 8 * 2**20
@@ -56,7 +56,7 @@ def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_tri
     assert own.dead() == []
 
 
-def test_18_work_goes_on_within_seconds_of_the_return_of_a_broker_that_was_away_for_three(own: World) -> None:
+def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away(own: World) -> None:
     home = own.settings.home
     with ExitStack() as stack:
         with embedded.owned(home):
@@ -70,7 +70,7 @@ def test_18_work_goes_on_within_seconds_of_the_return_of_a_broker_that_was_away_
         back = time.monotonic()
         publish_quietly(own, range(20, 40))
         wait_until(lambda: own.predictions() == 40)
-        assert time.monotonic() - back < 15
+        assert time.monotonic() - back < 60
         own.drained()
         worker.kill()
 
@@ -91,7 +91,7 @@ def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) ->
             os.kill(server, signal.SIGCONT)
         back = time.monotonic()
         publish_quietly(own, range(20, 40))
-        wait_until(lambda: own.predictions() == 40, 60)
+        wait_until(lambda: own.predictions() == 40)
         assert time.monotonic() - back < 60
         own.drained()
 
@@ -162,7 +162,7 @@ def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_al
             depth = world.stream.depth()
             assert depth.pending + (depth.lag or 0) == published, "nothing was acknowledged"
             assert worker.alive
-        wait_until(lambda: world.predictions() == published + 1, 90)
+        wait_until(lambda: world.predictions() == published + 1)
         world.drained()
     assert world.dead() == []
     assert world.passes() == published + 1

@@ -72,7 +72,7 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
             unlucky = chance.randrange(SCORERS)
             workers[unlucky].kill()
             workers[unlucky] = start()
-        world.drained(300)
+        world.drained()
         took = time.monotonic() - began
     finally:
         for worker in workers:
@@ -148,7 +148,7 @@ def test_a_trainer_killed_ten_times_ends_its_job_as_if_nobody_had_touched_it(
     points = ["stepped", "validated", "draft", "checkpointed", "recorded"]
     for _ in range(10):
         with world.worker("train", f"{chance.choice(points)}=kill@{chance.randint(1, 2)}", **given) as trainer:
-            wait_until(lambda trainer=trainer: not trainer.alive or world.job(job_id).finished_at is not None, 60)
+            wait_until(lambda trainer=trainer: not trainer.alive or world.job(job_id).finished_at is not None)
             assert not trainer.alive
     with world.worker("train", **given):
         job = world.ends(job_id, "succeeded")

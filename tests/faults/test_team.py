@@ -11,9 +11,6 @@ from tests.faults.actors import Actor, wait_for_log
 from tests.world import World
 from training.artifact import WEIGHTS
 
-# Three processes start one after the other, on cores that are shared.
-PATIENCE_SECONDS = 180.0
-
 
 def members(trainer: Actor) -> dict[str, psutil.Process]:
     """The processes that train, by rank."""
@@ -31,9 +28,9 @@ def test_a_job_one_of_whose_processes_was_killed_is_left_to_its_lease_and_ended_
 ) -> None:
     job_id = world.submit(labelled_csv, epochs=3)
     with world.worker("train", "recorded=pause:3@1", train_processes=2) as trainer:
-        wait_until(lambda: len(world.epochs(job_id)) == 1, PATIENCE_SECONDS)
+        wait_until(lambda: len(world.epochs(job_id)) == 1)
         members(trainer)["1"].kill()
-        job = world.ends(job_id, "succeeded", PATIENCE_SECONDS)
+        job = world.ends(job_id, "succeeded")
         said = trainer.said()
     assert f"job {job_id}: left to its lease: a process that trained with others was ended from outside" in said
     assert f"job {job_id}: goes on from step 2" in said
@@ -44,19 +41,19 @@ def test_a_job_one_of_whose_processes_was_killed_is_left_to_its_lease_and_ended_
 def test_processes_end_with_their_trainer_whether_it_is_killed_or_told_to_end(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=3)
     with world.worker("train", "recorded=pause:600@1", train_processes=2) as trainer:
-        wait_until(lambda: len(world.epochs(job_id)) == 1, PATIENCE_SECONDS)
+        wait_until(lambda: len(world.epochs(job_id)) == 1)
         left = list(members(trainer).values())
         assert len(left) == 2
         scratch = Path(left[0].cmdline()[-1]).parent
         assert scratch.is_dir()
         assert not (scratch / WEIGHTS).exists(), "a trainer that is killed would leave them behind"
         trainer.kill()
-        wait_until(lambda: not any(process.is_running() for process in left), 10)
+        wait_until(lambda: not any(process.is_running() for process in left))
     with world.worker("train", "recorded=pause:2", train_processes=2) as heir:
-        wait_until(lambda: len(world.epochs(job_id)) == 2, PATIENCE_SECONDS)
+        wait_until(lambda: len(world.epochs(job_id)) == 2)
         left = list(members(heir).values())
         heir.send(signal.SIGTERM)
         wait_for_log(heir, f"job {job_id}: given back to the queue at its checkpoint")
-        wait_until(lambda: not any(process.is_running() for process in left), 10)
-    job = world.finishes(job_id, seconds=PATIENCE_SECONDS)
+        wait_until(lambda: not any(process.is_running() for process in left))
+    job = world.finishes(job_id)
     assert (job.attempts, list(world.epochs(job_id))) == (2, [1, 2, 3]), "what was given back was no start"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import redis
 from celery import Celery
 
 from tests.bench import wire
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import command, worker
 from tests.world import World
 from worker import embedded
@@ -25,21 +26,41 @@ from worker.pulse import FRESH_SECONDS, GRACE_EXIT, PULSE_SECONDS, STALLED_EXIT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+# The second signal comes while Celery answers the first, before it has told us of it.
+TOLD_TWICE = """
+import os, signal, time
+from types import SimpleNamespace
+from celery.apps.worker import install_worker_term_handler
+from celery.signals import worker_shutting_down
+
+again = iter([signal.SIGTERM])
+
+@worker_shutting_down.connect
+def interrupt(**_):
+    for number in again:
+        os.kill(os.getpid(), number)
+
+import worker.tasks
+install_worker_term_handler(SimpleNamespace(hostname="here"))
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(600)
+"""
+
 
 def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(world: World, labelled_csv: Path) -> None:
     world.stream.publish([wire(i) for i in range(20)])
     with worker(world.given, "score", "forwarded=pause:2@1") as scorer:
         scorer.says("failpoint forwarded")
         scorer.send(signal.SIGTERM)
-        assert scorer.ended(30) == 0
+        assert scorer.ended() == 0
     assert world.predictions() == 20
     assert world.stream.depth().idle
 
     job_id = world.submit(labelled_csv, epochs=1000)
     with worker(world.given, "train") as trainer:
-        wait_until(lambda: len(world.epochs(job_id)) > 1, 60)
+        wait_until(lambda: len(world.epochs(job_id)) > 1)
         trainer.send(signal.SIGTERM)
-        assert trainer.ended(30) == 0
+        assert trainer.ended() == 0
     job = world.job(job_id)
     assert (job.state, job.attempts, job.lease_owner) == ("queued", 0, None)
     assert list((world.settings.home / "jobs" / str(job_id)).glob("step-*"))
@@ -63,40 +84,43 @@ def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_sign
     with worker(world.given, "score", "forwarded=pause:600", grace_seconds=2.0) as scorer:
         scorer.says("failpoint forwarded")
         scorer.send(signal.SIGTERM)
-        assert scorer.ended(15) == GRACE_EXIT
+        assert scorer.ended() == GRACE_EXIT
         assert "took longer than 2 s to end" in scorer.said()
-    with worker(world.given, "score", "forwarded=pause:600", grace_seconds=60) as scorer:
+    with worker(world.given, "score", "forwarded=pause:600", grace_seconds=3600) as scorer:
         scorer.says("claimed 5 records")
-        began = time.monotonic()
         scorer.send(signal.SIGTERM)
         scorer.says("Warm shutdown")
         scorer.send(signal.SIGTERM)
-        scorer.ended(10)
-        assert time.monotonic() - began < 10
+        assert scorer.ended() == 128 + signal.SIGTERM
     assert world.predictions() == 0
     world.recovers()
     assert world.predictions() == 5
 
 
+def test_a_second_signal_that_comes_while_celery_answers_the_first_ends_a_worker_at_once() -> None:
+    ended = subprocess.run([sys.executable, "-c", TOLD_TWICE], check=False, timeout=PATIENCE_SECONDS)
+    assert ended.returncode == 128 + signal.SIGTERM
+
+
 def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) -> None:
     given = {
         **own.given,
-        "stall_seconds": 2.0,
+        "stall_seconds": 4.0,
         "min_idle_seconds": 3.0,
         "failpoints": "device=pause:600~",
         "home": own.given["home"],
     }
     given["failpoints"] = "forwarding=pause:600~毒"
     with command(own.settings.home / "up.log", given, "up") as up:
-        wait_until(lambda: embedded.find(own.settings.home), 60)
+        wait_until(lambda: embedded.find(own.settings.home))
         own.stream.publish([wire("bad", "毒"), *(wire(i) for i in range(3))])
-        wait_until(lambda: own.stream.depth().pending > 0, 90)
+        wait_until(lambda: own.stream.depth().pending > 0)
 
         def hung() -> bool:
             own.stream.publish([wire(f"later {uuid.uuid4()}")])
             return "it hung" in up.said()
 
-        wait_until(hung, 60, every=0.1)
+        wait_until(hung, every=0.1)
         up.says(f"exit {STALLED_EXIT}: it hung), starting it again in 1 s")
         log = (own.settings.logs / "score.log").read_text()
         assert "nothing was committed for" in log
@@ -104,7 +128,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         up.send(signal.SIGTERM)
         wait_until(lambda: "ending:" in up.said())
         up.send(signal.SIGTERM)
-        assert up.ended(30) == 0
+        assert up.ended() == 0
     with embedded.owned(own.settings.home):
         own.recovers()
     assert "bad" in own.scored()
@@ -112,7 +136,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
 
 
 def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> None:
-    with embedded.owned(own.settings.home), own.worker(stall_seconds=0.5) as scorer:
+    with embedded.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:
         own.stream.publish([wire(0)])
         wait_until(lambda: own.predictions() == 1)
         until = time.monotonic() + 3 * PULSE_SECONDS
@@ -130,25 +154,23 @@ def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_
         wait_until((own.settings.logs / "score-2.log").exists)
         family = up.family()
         up.send(signal.SIGINT)
-        assert up.ended(60) == 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+        assert up.ended() == 0
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
 
 
 def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
-    given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 60}
+    given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 3600}
     with command(own.settings.home / "up.log", given, "up") as up:
-        wait_until(lambda: embedded.find(own.settings.home), 60)
+        wait_until(lambda: embedded.find(own.settings.home))
         own.stream.publish([wire(i) for i in range(5)])
-        wait_until(lambda: own.stream.depth().pending == 5, 90)
+        wait_until(lambda: own.stream.depth().pending == 5)
         family = up.family()
-        began = time.monotonic()
         up.send(signal.SIGTERM)
         up.says("ending:")
         up.send(signal.SIGTERM)
-        assert up.ended(20) == 0
-        assert time.monotonic() - began < 20
-    _, alive = psutil.wait_procs(family, timeout=10)
+        assert up.ended() == 0, "an hour of grace was not waited for"
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
     with embedded.owned(own.settings.home):
         assert own.stream.depth().pending == 5, "what was held is there"
@@ -166,7 +188,7 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
         with pytest.raises(redis.OutOfMemoryError):
             client.set("anything", "x")
         with worker(own.given, "score") as scorer:
-            wait_until(lambda: own.predictions() == sent or scorer.process.poll() is not None, 90)
+            wait_until(lambda: own.predictions() == sent or scorer.process.poll() is not None)
             assert scorer.process.poll() is None, scorer.said()[-3000:]
             own.drained()
     assert own.predictions() == sent
@@ -179,7 +201,7 @@ def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own:
             pipe.xadd("tweets", {"tweet": wire(i, "長い雨" * 200)})
         pipe.config_set("maxmemory", "1mb")  # in the same step: not even a nudge can be written from here on
         pipe.execute()
-        wait_until(lambda: own.predictions() == 500, 60)
+        wait_until(lambda: own.predictions() == 500)
         own.drained()
 
 
