@@ -25,6 +25,9 @@ from worker.intake import submit_training
 from worker.settings import Settings, load_settings
 from worker.stream import Stream, connect
 
+# For what is the same whichever database it is: one of them, in turn.
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 # An epoch of the 48 training rows.
 TWO_STEPS = {"train_batch_size": 32}
 

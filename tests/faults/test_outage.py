@@ -20,7 +20,7 @@ from db import migrate
 from db.session import open_database
 from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.world import World
+from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.doors import send
 from worker.stream import CLIENT_TIMEOUT_SECONDS, connect
@@ -36,6 +36,7 @@ def fill(client: redis.Redis) -> None:
         client.rpush("filler", "x" * 1_000)
 
 
+@on_sqlite
 def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_trimming_go_on(own: World) -> None:
     said: list[str] = []
     payloads = [wire(i, "長い雨" * 200) for i in range(4_000)]
@@ -56,6 +57,7 @@ def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_tri
     assert own.dead() == []
 
 
+@on_postgresql
 def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away(own: World) -> None:
     home = own.settings.home
     with ExitStack() as stack:
@@ -75,6 +77,7 @@ def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away
         worker.kill()
 
 
+@on_sqlite
 def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) -> None:
     """A server that keeps its connections and says nothing, for longer than a client's patience."""
     with embedded.owned(own.settings.home), own.worker() as worker:

@@ -4,11 +4,10 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.conftest import wait_until
 from tests.faults.actors import Actor, wait_for_log
-from tests.world import World
+from tests.world import World, on_sqlite
 from training.artifact import WEIGHTS
 
 
@@ -22,7 +21,7 @@ def members(trainer: Actor) -> dict[str, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@on_sqlite
 def test_a_job_one_of_whose_processes_was_killed_is_left_to_its_lease_and_ended_by_the_next_start(
     world: World, labelled_csv: Path
 ) -> None:
@@ -37,7 +36,7 @@ def test_a_job_one_of_whose_processes_was_killed_is_left_to_its_lease_and_ended_
     assert (job.attempts, list(world.epochs(job_id))) == (2, [1, 2, 3])
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@on_sqlite
 def test_processes_end_with_their_trainer_whether_it_is_killed_or_told_to_end(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=3)
     with world.worker("train", "recorded=pause:600@1", train_processes=2) as trainer:

@@ -17,7 +17,7 @@ from celery import Celery
 from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import command, worker
-from tests.world import World
+from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.app import broker_url
 from worker.errors import StreamFull
@@ -66,6 +66,7 @@ def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(worl
     assert list((world.settings.home / "jobs" / str(job_id)).glob("step-*"))
 
 
+@on_sqlite
 def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) -> None:
     client = Celery(broker=broker_url(world.url))
     client.conf.update(task_serializer="pickle", accept_content=["pickle"])
@@ -77,6 +78,7 @@ def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) ->
         assert scorer.process.poll() is None
 
 
+@on_postgresql
 def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_signal_ends_it_at_once(
     world: World,
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_second_signal_that_comes_while_celery_answers_the_first_ends_a_worker
     assert ended.returncode == 128 + signal.SIGTERM
 
 
+@on_sqlite
 def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) -> None:
     given = {
         **own.given,
@@ -135,6 +138,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
     assert own.dead() == []
 
 
+@on_sqlite
 def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> None:
     with embedded.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:
         own.stream.publish([wire(0)])
@@ -146,6 +150,7 @@ def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> Non
         assert scorer.alive
 
 
+@on_postgresql
 def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_other_alone(own: World) -> None:
     given = {**own.given, "failpoints": "starting=kill"}
     with command(own.settings.home / "up.log", given, "up", "--scorers", "2") as up:
@@ -159,6 +164,7 @@ def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_
     assert not alive
 
 
+@on_sqlite
 def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
     given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 3600}
     with command(own.settings.home / "up.log", given, "up") as up:
@@ -178,6 +184,7 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
     assert own.predictions() == 5
 
 
+@on_postgresql
 def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
     with embedded.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
         with pytest.raises(StreamFull) as full:
@@ -194,6 +201,7 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
     assert own.predictions() == sent
 
 
+@on_sqlite
 def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own: World) -> None:
     with embedded.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
         pipe = client.pipeline(transaction=True)
