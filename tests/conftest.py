@@ -44,6 +44,10 @@ LABELS = ["negative", "neutral", "positive"]
 torch.set_num_threads(1)  # test processes share the cores
 # Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# The processes of tests share the cores already. Threads that compute together in each of them wait for one another, awake
+# and on each other's cores, which made a product of matrices up to fifty times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
