@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.world"]
 LABELS = ["negative", "neutral", "positive"]
-torch.set_num_threads(1)  # test processes share the cores
+torch.set_num_threads(1)  # for this process, where torch is loaded; others read it below
 # Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# The processes of tests share the cores already. Threads that compute together in each of them wait for one another, awake
-# and on each other's cores, which made a product of matrices up to fifty times slower.
+# The processes of tests share the cores already, and threads that compute together wait for one another awake: beside a
+# busy process, two multiply matrices at a quarter to a half of the speed of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # A busy machine is slow, not wrong.
