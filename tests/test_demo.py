@@ -32,7 +32,7 @@ def unlabelled() -> list[dict[str, str]]:
 
 def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: Callable, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    ended = tweetscore("demo", timeout=4 * PATIENCE_SECONDS, OMP_NUM_THREADS="2", TWEETSCORE_ENGINE="auto")
+    ended = tweetscore("demo", timeout=4 * PATIENCE_SECONDS, TWEETSCORE_ENGINE="auto")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for part in (
         "job 1 succeeded",
