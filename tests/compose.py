@@ -73,7 +73,7 @@ class Deployment:
         }
         return {
             **os.environ, **given, "PATH": os.pathsep.join(map(str, [*self._path, os.environ["PATH"]])),
-            "SECRETS": str(self.folder / "secrets"), "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1",
+            "SECRETS": str(self.folder / "secrets"), "TMPDIR": str(self.folder),
             "TWEETSCORE_WATCH_SECONDS": "0.2", "TWEETSCORE_LINGER_SECONDS": "0.5", "COLUMNS": "200",
         }  # fmt: skip
 

@@ -33,6 +33,7 @@ from training.encoders import STARTER_FOLDER, Encoder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
+from worker.processes import let_waiting_threads_sleep
 from worker.settings import Settings, load_settings
 from worker.stream import Stream, connect
 
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.world"]
 LABELS = ["negative", "neutral", "positive"]
-torch.set_num_threads(1)  # for this process, where torch is loaded; others read it below
 # Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# The processes of tests share the cores already, and threads that compute together wait for one another awake: beside a
-# busy process, two multiply matrices at a quarter to a half of the speed of one.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The processes of tests share the cores already: beside a busy one, two threads multiply matrices at a quarter to half
+# of the speed of one. Here torch is loaded; the processes started from here read the variables.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+let_waiting_threads_sleep()
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
@@ -256,7 +257,6 @@ def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
                 "TWEETSCORE_ENGINE": "torch-float32",
                 **os.environ,
                 "COLUMNS": "200",
-                "OMP_NUM_THREADS": "1",
                 **environment,
             },
         )

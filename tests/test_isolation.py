@@ -11,6 +11,7 @@ from sqlalchemy import text
 from db.models import DeadLetter
 from tests.bench import Bench, Killed, wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
+from tests.world import on_postgresql
 from training.artifact import Artifact
 from worker.errors import DeviceFull
 from worker.scorer import Model, Scores
@@ -138,7 +139,7 @@ def test_broken_device_buries_nobody(bench: Bench, kind: type[Model]) -> None:
     assert set(bench.scored()) == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@on_postgresql
 def test_database_that_refuses_to_write_is_waited_for_and_buries_nobody(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ from db.readonly import ask
 from db.roles import grant_readonly
 from db.session import Database, open_database
 from tests.test_store import answer, everything, tweet_row, url_of, write
+from tests.world import on_postgresql
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_question_that_would_write_is_refused(database: Database, tmp_path: Path
     assert not (tmp_path / "other.db").exists()
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@on_postgresql
 def test_question_cannot_make_the_server_write_a_file(database: Database) -> None:
     [(folder,)] = answer(database, "SELECT setting FROM pg_settings WHERE name = 'data_directory'")
     target = Path(folder) / f"copied-{make_url(url_of(database)).database}"

@@ -43,7 +43,6 @@ def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator
         "TWEETSCORE_WATCH_SECONDS": "0.2",
         "TWEETSCORE_LINGER_SECONDS": "0.5",
         "TWEETSCORE_LEASE_SECONDS": "3",
-        "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "worker.cli", "up"],

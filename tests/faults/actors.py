@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
@@ -84,7 +83,6 @@ def log_file(home: Path, role: str, pid: int) -> Path:
 
 
 def _act(role: str, given: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     if file_bytes := given.pop("file_bytes", None):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

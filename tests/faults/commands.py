@@ -23,7 +23,7 @@ class Command:
     def __init__(self, output: Path, given: dict[str, Any], *arguments: str) -> None:
         self.output = output
         output.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **child_environment(load_settings(**given)), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **child_environment(load_settings(**given))}
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "worker.cli", *arguments],
