@@ -11,7 +11,8 @@ from tests.conftest import wait_until
 from tests.faults.actors import Actor
 from tests.world import World
 
-TWEETS = 6_000
+# Some seconds of work: of a second's, one scorer had a twentieth, waiting for SQLite.
+TWEETS = 24_000
 
 
 def shares(world: World) -> Counter[str]:
