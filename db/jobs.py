@@ -17,13 +17,28 @@ from db.models import FINISHED_STATES, EpochMetric, TrainingJob, utc_now
 
 
 def submit(
-    session: Session, *, request_id: str, dataset: str, dataset_sha256: str | None, config: dict[str, Any]
+    session: Session,
+    *,
+    request_id: str,
+    dataset: str,
+    dataset_sha256: str | None,
+    config: dict[str, Any],
+    message: str | None = None,
+    ended: tuple[str, str] | None = None,
 ) -> TrainingJob:
-    """The queued job of this request. The same `request_id` again returns the job it already has."""
-    known = session.scalar(select(TrainingJob).where(TrainingJob.request_id == request_id))
+    """The queued job of this request. The same `request_id` again returns the job it already has, unchanged.
+
+    `message` is the Celery message it came as. `ended` is the state and the reason of a request that is over already:
+    one that was refused or cancelled before it was a job.
+    """
+    known = of_request(session, request_id)
     if known:
         return known
-    job = TrainingJob(request_id=request_id, dataset=dataset, dataset_sha256=dataset_sha256, config=config)
+    job = TrainingJob(
+        request_id=request_id, dataset=dataset, dataset_sha256=dataset_sha256, config=config, message=message
+    )
+    if ended is not None:
+        (job.state, job.error), job.finished_at = ended, utc_now()
     try:
         with session.begin_nested():
             session.add(job)
@@ -31,6 +46,10 @@ def submit(
         # The same request came in twice at once, and the other one was first.
         return session.scalars(select(TrainingJob).where(TrainingJob.request_id == request_id)).one()
     return job
+
+
+def of_request(session: Session, request_id: str) -> TrainingJob | None:
+    return session.scalar(select(TrainingJob).where(TrainingJob.request_id == request_id))
 
 
 def get(session: Session, job_id: int) -> TrainingJob:
@@ -195,3 +214,38 @@ def request_cancel(session: Session, job_id: int) -> TrainingJob:
         job.state, job.finished_at = "cancelled", utc_now()
     session.flush()
     return job
+
+
+# --- answering who asked by a Celery message
+
+
+def held_by(session: Session, owner: str) -> list[TrainingJob]:
+    """The running jobs whose lease `owner` holds."""
+    query = select(TrainingJob).where(TrainingJob.state == "running", TrainingJob.lease_owner == owner)
+    return list(session.scalars(query))
+
+
+def _unanswered() -> ColumnElement[bool]:
+    """Finished jobs that came as a message whose sender has not been told the outcome, nor is being told now."""
+    due = or_(TrainingJob.answer_due_at.is_(None), TrainingJob.answer_due_at < utc_now())
+    return and_(TrainingJob.message.is_not(None), TrainingJob.state.in_(FINISHED_STATES), due)
+
+
+def any_unanswered(session: Session) -> bool:
+    return session.scalar(select(TrainingJob.id).where(_unanswered()).limit(1)) is not None
+
+
+def claim_answers(session: Session, seconds: float, limit: int = 100) -> list[TrainingJob]:
+    """Finished jobs to answer now, no other worker's for `seconds`; then they are due again, until `answered`."""
+    query = select(TrainingJob).where(_unanswered()).order_by(TrainingJob.id).limit(limit)
+    due = list(session.scalars(query.with_for_update(skip_locked=True)))
+    for job in due:
+        job.answer_due_at = utc_now() + timedelta(seconds=seconds)
+    session.flush()
+    return due
+
+
+def answered(session: Session, request_id: str) -> None:
+    """The sender was told: the message is not needed any more."""
+    values = {"message": None, "answer_due_at": None}
+    session.execute(update(TrainingJob).where(TrainingJob.request_id == request_id).values(**values))

@@ -162,6 +162,9 @@ class TrainingJob(Base):
     finished_at: Mapped[datetime | None]
     error: Mapped[str | None]
     data_report: Mapped[dict[str, Any] | None]
+    # The Celery message that asked for this job, until its sender was told the outcome; then NULL.
+    message: Mapped[str | None]
+    answer_due_at: Mapped[datetime | None]
 
 
 class EpochMetric(Base):

@@ -16,9 +16,10 @@ import pytest
 from db.session import Database
 from training.data import read_rows
 from training.errors import BadDataset, BadSource
+from training.inputs import dataset_at_hand
 from training.sources import Source, guess_encoding, open_source
 from worker.errors import BadRecord
-from worker.intake import submit_job, submit_training
+from worker.intake import submit_training
 from worker.records import Tweet
 from worker.settings import Settings
 from worker.tweetfiles import read_tweets
@@ -239,8 +240,11 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
     assert len(read_rows(Path(job.dataset)).texts) == 60
     with pytest.raises(BadSource, match="is it there"):
         submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
-    with pytest.raises(BadDataset, match="outside the folders"):
-        submit_job(settings, sqlite, f"file://{packed}", None, {}, "a")  # for whoever only sends a message
+    with (
+        pytest.raises(BadDataset, match="outside the folders"),  # a name that came in a message
+        dataset_at_hand(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
+    ):
+        pass
 
 
 def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ OTHER_POINTS = {
     "counted": "a suspect record was counted and is scored alone next",
     "device": "a batch is about to be run on the device",
     "starting": "a worker begins to start",
+    "taken": "a Celery message to a training worker was taken from its queue, nothing is kept of it",
+    "accepted": "what such a message asks for is in SQL, Celery has not seen it",
 }
 POINTS = TWEET_POINTS | JOB_POINTS | OTHER_POINTS
 

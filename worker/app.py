@@ -1,4 +1,4 @@
-"""The Celery application: JSON only, two queues, nothing kept on the broker that cannot be lost."""
+"""The Celery application: JSON only, two queues; a request to train waits in its queue until it is a row."""
 
 import ssl
 from typing import Any
@@ -9,26 +9,40 @@ from celery import Celery
 from worker.errors import BadSettings
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
+from worker.stream import CLIENT_TIMEOUT_SECONDS
 
 TRAINING = "training"
 SCORING = "scoring"
+# How long Celery's backend keeps what it says of a job; SQL keeps the job.
+RESULT_SECONDS = 7 * 86_400
 
 
 def make_app(settings: Settings) -> Celery:
     app = Celery("tweetscore", include=["worker.tasks"])
-    app.conf.update(celery_config(stream_url(settings)))
+    app.conf.update(celery_config(stream_url(settings), settings.result_url))
     return app
 
 
-def celery_config(url: str) -> dict[str, Any]:
+def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
+    """`url` is the broker's as redis-py spells it; results are kept at `result_url`, else on the broker."""
+    results = result_url or url
     return {
         "broker_url": broker_url(url),
         "broker_use_ssl": broker_ssl(url),
+        "result_backend": broker_url(results),
+        "redis_backend_use_ssl": broker_ssl(results),
+        "result_expires": RESULT_SECONDS,
+        "redis_socket_connect_timeout": 5,
+        "redis_socket_timeout": CLIENT_TIMEOUT_SECONDS,
+        # Nudges store nothing; the tasks that somebody waits for say so themselves.
         "task_ignore_result": True,
         "task_serializer": "json",
         "accept_content": ["json"],
-        "task_routes": {"worker.tasks.train": {"queue": TRAINING}, "worker.tasks.score": {"queue": SCORING}},
-        "task_default_queue": SCORING,
+        "task_routes": {
+            "worker.tasks.train": {"queue": TRAINING},
+            "worker.tasks.cancel": {"queue": TRAINING},
+            "worker.tasks.score": {"queue": SCORING},
+        },
         # A message is a nudge: taken at once, and none the worse for getting lost.
         "task_acks_late": False,
         "worker_prefetch_multiplier": 1,

@@ -113,8 +113,7 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
-    # A plain Celery client that names no queue sends to `celery`; without a reader there its job would wait forever.
-    queues = f"{TRAINING},celery" if role == "train" else SCORING
+    queues = TRAINING if role == "train" else SCORING
     # Celery's banner is for people; a log of JSON lines is not.
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.

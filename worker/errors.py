@@ -13,6 +13,10 @@ class BadRequest(TweetscoreError):
     """Raised when a command's options do not fit together."""
 
 
+class JobFailed(TweetscoreError):
+    """Raised by the Celery task of a job that failed, with the job's sentence."""
+
+
 class BadRecord(TweetscoreError):
     """Raised when a record or a line is no tweet: the message says why, never the text itself."""
 

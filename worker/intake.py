@@ -13,17 +13,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from db import jobs
-from db.errors import plain, shown
-from db.models import TrainingJob, utc_now
+from db.errors import TweetscoreError, plain, shown
+from db.models import TrainingJob
 from db.session import Database
 from training.config import TrainConfig, make_config
-from training.data import find_dataset, read_rows, split_rows
+from training.data import read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.inputs import keep_dataset, keep_encoder
 from training.paths import file_sha256, is_file, is_folder, real_path
 from training.sources import download
 from training.storage import is_remote
+from worker.inbox import Request
 from worker.settings import Settings
 
 
@@ -40,7 +41,14 @@ def submit_training(
         split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
         config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
         dataset, sha256 = keep_dataset(settings.inputs, path), file_sha256(path)
-        return _queue(database, dataset, sha256, config, uuid.uuid4().hex)
+        with database.begin() as session:
+            return jobs.submit(
+                session,
+                request_id=uuid.uuid4().hex,
+                dataset=dataset,
+                dataset_sha256=sha256,
+                config=config.model_dump(mode="json"),
+            )
 
 
 @contextmanager
@@ -59,45 +67,44 @@ def _at_hand(dataset: str) -> Iterator[Path]:
     yield path
 
 
-def submit_job(
-    settings: Settings, database: Database, dataset: str, preset: str | None, options: dict[str, Any], request_id: str
+def accept_request(
+    settings: Settings, database: Database, request: Request, ended: tuple[str, str] | None = None
 ) -> TrainingJob:
-    """Queue a job for somebody who only sent a message: its dataset must lie where the worker may read.
+    """The job of a message that asks for one, in one small transaction; a job that is there already stays as it is.
 
-    Raises `BadConfig` or `BadDataset` before anything is written.
+    Only what needs no file is looked at here: the job's route opens the dataset, and says what is wrong with it. A
+    request that can be no job is one that failed, so that its sender finds the reason where all jobs are. `ended` as
+    `jobs.submit` takes it. Raises SQLAlchemy's errors while the database does not answer.
     """
-    config = job_config(settings, preset, options)
-    path = find_dataset(dataset, settings.workshop().read_roots)
-    split_rows(read_rows(path), config)
-    return _queue(database, str(path), file_sha256(path), config, request_id)
-
-
-def _queue(database: Database, dataset: str, sha256: str, config: TrainConfig, request_id: str) -> TrainingJob:
+    given, dataset, config = request.arguments, "", {}
+    try:
+        dataset = _storable_name(given.pop("dataset", None))
+        config = given
+        config = job_config(settings, given.pop("preset", None), given).model_dump(mode="json")
+    except TweetscoreError as error:
+        ended = ended or ("failed", str(error))
     with database.begin() as session:
         return jobs.submit(
             session,
-            request_id=request_id,
-            dataset=dataset,
-            dataset_sha256=sha256,
-            config=config.model_dump(mode="json"),
-        )
-
-
-def record_refusal(
-    database: Database, dataset: str, options: dict[str, Any], reason: str, request_id: str
-) -> TrainingJob:
-    """A job that failed before it was one, so that its sender finds the reason where all jobs are."""
-    with database.begin() as session:
-        job = jobs.submit(
-            session,
-            request_id=request_id,
-            dataset=dataset if dataset.isprintable() else shown(dataset),
+            request_id=request.id,
+            dataset=dataset or shown(request.arguments.get("dataset")),
             dataset_sha256=None,
-            config=_storable(options),
+            config=_storable(config),
+            message=request.kept,
+            ended=ended,
         )
-        if job.state == "queued":
-            job.state, job.error, job.finished_at = "failed", reason, utc_now()
-        return job
+
+
+def _storable_name(dataset: object) -> str:
+    """A dataset's name as it came; raises `BadDataset` for what no database stores."""
+    name = str(dataset)
+    try:
+        name.encode("utf-8")
+    except UnicodeError as error:
+        raise BadDataset(f"dataset {shown(name)} is no name of a file: it is no text") from error
+    if "\x00" in name:
+        raise BadDataset(f"dataset {shown(name)} is no name of a file: it holds a NUL character")
+    return name
 
 
 def _storable(options: dict[str, Any]) -> dict[str, Any]:

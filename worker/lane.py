@@ -20,6 +20,7 @@ from db.errors import TweetscoreError
 from training.devices import claim_devices
 from worker.errors import StreamError
 from worker.forget import apply_retention
+from worker.inbox import Inbox
 from worker.metrics import Looks
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
@@ -237,14 +238,27 @@ class ScoringLane(Lane):
 class TrainingLane(Lane):
     kind = "training"
 
-    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, nudge: Callable[[], None], inbox: Inbox | None = None) -> None:
+        """`inbox` is where requests come in that are Celery messages."""
         super().__init__(settings, nudge)
         # Here, as a scorer has no use for what draws plots and writes TensorBoard, and starts sooner without.
         from training.job import run_next_job
+        from worker.app import make_app
+        from worker.requests import Requests
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         self.workshop = settings.workshop(self.claim(settings.train_processes))
+        self.requests = (
+            Requests(settings, self.database, inbox, make_app(settings), self.owner, self._announce, self.stopping)
+            if inbox
+            else None
+        )
+
+    def start(self) -> None:
+        super().start()
+        if self.requests:
+            self.requests.start()
 
     def work(self) -> int:
         done = 0

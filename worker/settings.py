@@ -64,6 +64,14 @@ class Settings(BaseSettings):
         "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
     )
     reader_password_file: Path | None = Field(None, description="the same for `TWEETSCORE_READER_URL`")
+    result_url: str | None = Field(
+        None, description="where Celery keeps the results of jobs, any backend of Celery's; unset: the broker"
+    )
+    default_queue: bool = Field(
+        False,
+        description="training workers also take requests to train from Celery's default queue `celery`; the tasks of "
+        "other programs stay there",
+    )
     model_store: str | None = Field(
         None, description="folder or URL (`s3://bucket/models`) of trained models; unset: `models` in the home"
     )

@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ import psutil
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
+from worker.app import TRAINING
+from worker.inbox import Inbox
 from worker.lane import Lane, ScoringLane, TrainingLane
-from worker.settings import load_settings
+from worker.runtime import stream_url
+from worker.settings import Settings, load_settings
+from worker.stream import connect
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a lane loads when it is to train
-LANES: dict[str, type[Lane]] = {"score": ScoringLane, "train": TrainingLane}
+
+
+def make_lane(role: str, settings: Settings, nudge: Callable[[], None]) -> Lane:
+    if role == "score":
+        return ScoringLane(settings, nudge)
+    # What is handed on to Celery is read by nobody here.
+    return TrainingLane(settings, nudge, Inbox(connect(stream_url(settings)), TRAINING, f"{TRAINING}:{os.getpid()}"))
 
 
 class Actor:
@@ -92,7 +102,7 @@ def _act(role: str, given: dict[str, Any]) -> None:
     logging.basicConfig(filename=path, level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     failpoint.arm(settings.failpoints)
     nudged = threading.Event()
-    lane = LANES[role](settings, nudged.set)
+    lane = make_lane(role, settings, nudged.set)
     signal.signal(signal.SIGTERM, lambda *_: lane.stop())
     lane.start()
     while not lane.stopping.is_set():
