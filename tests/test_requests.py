@@ -1,13 +1,13 @@
-"""Requests to train that are Celery messages: none is lost, none is twice, and their sender is told what Celery users expect.
+"""Requests to train that are Celery messages: none is lost or made twice, and their sender is told the outcome.
 
-A real worker serves the file, on the embedded server and SQLite; a second program's worker reads Celery's default queue.
+A real worker serves the file, on the embedded server and SQLite; another program reads Celery's default queue.
 """
 
 import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from db import jobs
 from db.models import TrainingJob
 from db.session import open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
-from tests.faults.actors import Actor, acting, killed_at
+from tests.faults.actors import acting, killed_at
 from tests.faults.commands import worker
 from tests.world import World
 from worker import embedded
@@ -290,40 +290,23 @@ def test_what_no_database_stores_becomes_a_failed_job_with_a_sentence(
 # --- none is lost
 
 
-def sent(world: World, dataset: str, request_id: str | None = None) -> str:
-    client = Celery(broker=broker_url(world.url))
-    options = {"dataset": dataset, "epochs": 1, "train_batch_size": 32}
-    return str(client.send_task(TRAIN, kwargs=options, queue=TRAINING, task_id=request_id).id)
-
-
-def of_request(world: World, request_id: str) -> TrainingJob | None:
-    with world.database.read() as session:
-        return jobs.of_request(session, request_id)
-
-
-@pytest.fixture
-def clean_queue(server: embedded.Server) -> None:
-    """The queue has one name; what another test of this process left there is none of this one's."""
-    redis.Redis.from_url(server.url).delete(TRAINING, f"{TRAINING}:taken")
-
-
 @pytest.mark.parametrize("point", ["taken", "accepted", "claimed"])
 @pytest.mark.usefixtures("clean_queue")
 def test_a_request_survives_a_worker_that_is_killed_over_it(world: World, labelled_csv: Path, point: str) -> None:
     dataset = world.settings.home / "datasets" / "labelled.csv"
     dataset.parent.mkdir(exist_ok=True)
     dataset.write_bytes(labelled_csv.read_bytes())
-    request_id = sent(world, str(dataset))
+    request_id = world.ask(dataset)
     killed_at("train", world.given, f"{point}=kill")
-    assert (of_request(world, request_id) is None) == (point == "taken")
+    assert (world.asked(request_id) is None) == (point == "taken")
     with world.worker("train"):
-        wait_until(lambda: (job := of_request(world, request_id)) is not None and job.state == "succeeded")
+        wait_until(lambda: (job := world.asked(request_id)) is not None and job.state == "succeeded")
     assert [row["request_id"] for row in world.rows(TrainingJob)] == [request_id]
 
 
 @pytest.mark.usefixtures("clean_queue")
 def test_requests_survive_twenty_kills_at_any_moment(world: World) -> None:
-    ids = [sent(world, "/etc/passwd") for _ in range(60)]
+    ids = [world.ask("/etc/passwd") for _ in range(60)]
     for kill in range(20):
         with acting("train", world.given) as trainer:
             known = world.count(TrainingJob)
@@ -337,13 +320,12 @@ def test_requests_survive_twenty_kills_at_any_moment(world: World) -> None:
 @pytest.mark.usefixtures("clean_queue")
 def test_the_same_message_twice_never_changes_the_job_that_is_there(world: World) -> None:
     request_id = uuid.uuid4().hex
-    with world.worker("train") as trainer:
-        sent(world, "/etc/passwd", request_id)
-        wait_until(lambda: (job := of_request(world, request_id)) is not None and job.state == "failed")
+    with world.worker("train"):
+        world.ask("/etc/passwd", request_id)
+        wait_until(lambda: (job := world.asked(request_id)) is not None and job.state == "failed")
         before = world.rows(TrainingJob)
-        sent(world, "/etc/shadow", request_id)
-        other = sent(world, "/etc/passwd")
-        wait_until(lambda: of_request(world, other) is not None)
+        world.ask("/etc/shadow", request_id)
+        other = world.ask("/etc/passwd")
+        wait_until(lambda: world.asked(other) is not None)
         after = [row for row in world.rows(TrainingJob) if row["request_id"] == request_id]
     assert [row | {"answer_due_at": None} for row in after] == [row | {"answer_due_at": None} for row in before]
-    assert isinstance(trainer, Actor)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 from sqlalchemy import func, select
 
 from db import jobs, migrate
@@ -21,6 +22,7 @@ from tests.conftest import wait_until, write_labelled
 from tests.faults.actors import Actor, acting, killed_at
 from training.job import run_next_job
 from worker import embedded
+from worker.app import TRAINING, broker_url
 from worker.intake import submit_training
 from worker.settings import Settings, load_settings
 from worker.stream import Stream, connect
@@ -100,6 +102,16 @@ class World:
     def submit(self, dataset: Path, **options: Any) -> int:
         return submit_training(self.settings, self.database, dataset, "fast", **{**TWO_STEPS, **options}).id
 
+    def ask(self, dataset: Path | str, request_id: str | None = None) -> str:
+        """A request to train from a program that has only Celery; returns its id."""
+        options = {**TWO_STEPS, "dataset": str(dataset), "epochs": 1}
+        client = Celery(broker=broker_url(self.url))
+        return str(client.send_task("worker.tasks.train", kwargs=options, queue=TRAINING, task_id=request_id).id)
+
+    def asked(self, request_id: str) -> TrainingJob | None:
+        with self.database.read() as session:
+            return jobs.of_request(session, request_id)
+
     def job(self, job_id: int) -> TrainingJob:
         with self.database.read() as session:
             return jobs.get(session, job_id)
@@ -122,6 +134,12 @@ class World:
         wait_until(lambda: self.job(job_id).finished_at is not None)
         assert (self.job(job_id).state, self.job(job_id).error) == (state, self.job(job_id).error)
         return self.job(job_id)
+
+
+@pytest.fixture
+def clean_queue(server: embedded.Server) -> None:
+    """The queue has one name; what another test of this process left there is none of this one's."""
+    redis.Redis.from_url(server.url).delete(TRAINING, f"{TRAINING}:taken")
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ FIGURES_OF_A_MODEL = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
+# How a request's sender is answered: no concern of people's.
+INTERNAL = {"message", "answer_due_at"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
@@ -242,8 +244,8 @@ def job_summary(database: Database, job: TrainingJob) -> None:
 
 
 def fields(row: Any) -> dict[str, Any]:
-    """A table row as a dictionary, for `--json`."""
-    return {column.name: getattr(row, column.key) for column in row.__table__.columns}
+    """A table row as a dictionary, for `--json`, without what only workers read."""
+    return {column.name: getattr(row, column.key) for column in row.__table__.columns if column.name not in INTERNAL}
 
 
 def _figure(value: float | None) -> str:

@@ -169,3 +169,23 @@ def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_al
         world.drained()
     assert world.dead() == []
     assert world.passes() == published + 1
+
+
+@pytest.mark.parametrize(
+    "outage", [pytest.param("sqlite", marks=pytest.mark.storm), "postgresql"], indirect=True, ids=str
+)
+@pytest.mark.usefixtures("clean_queue")
+def test_a_request_to_train_that_comes_while_the_database_is_away_is_a_job_when_it_is_back(
+    outage: tuple[World, Callable[[], Any]],
+) -> None:
+    """A locked SQLite is waited for 30 s at a time, so that it must be away for longer."""
+    world, away = outage
+    with world.worker("train") as trainer:
+        with away():
+            asked = world.ask("/etc/passwd")
+            wait_until(lambda: "requests to train wait" in trainer.said())
+            until = time.monotonic() + (15 if world.database.engine.dialect.name == "sqlite" else 1)
+            wait_until(lambda: time.monotonic() > until)
+            assert trainer.alive
+        wait_until(lambda: (job := world.asked(asked)) is not None and job.state == "failed")
+        assert "outside the folders" in world.asked(asked).error
