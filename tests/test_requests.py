@@ -277,9 +277,10 @@ def test_a_message_that_is_no_task_is_refused_and_the_next_is_worked(place: Simp
     with pytest.raises(Exception, match="outside the folders"):
         ask(place, dataset="/etc/passwd").get(timeout=PATIENCE_SECONDS)
     assert place.raw.llen(f"{TRAINING}:taken") == 0
+    assert place.trainer.said().count("is no message of Celery's") == 3
 
 
-@pytest.mark.parametrize("options", [{"dataset": "a\x00b"}, {"labels": {"a\x00": "b"}}, {"epochs": float("nan")}])
+@pytest.mark.parametrize("options", [{"dataset": "a\x00b"}, {"labels": {"a\x00": "b", "c": "d"}}, {"epochs": float("nan")}])
 def test_what_no_database_stores_becomes_a_failed_job_with_a_sentence(
     place: SimpleNamespace, options: dict[str, Any]
 ) -> None:

@@ -56,6 +56,19 @@ class Request:
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
 
+def is_message(raw: bytes) -> bool:
+    """Whether this is the envelope of a message at all: anything else would end the connection of Celery's consumer."""
+    try:
+        message = json.loads(raw)
+        properties = message["properties"]
+        place = properties["delivery_info"]["exchange"], properties["delivery_info"]["routing_key"]
+        if properties.get("body_encoding") == "base64":
+            base64.b64decode(message["body"])
+        return all(isinstance(text, str) for text in (*place, properties["delivery_tag"], message["body"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
 def read_request(raw: bytes) -> Request | None:
     """The request in a message of Celery's protocol 1 or 2; None when it is no JSON task, which Celery will refuse."""
     try:
@@ -120,6 +133,11 @@ class Inbox:
                 self._redis.blmove(self._queue, self._taken, max(0.01, block_seconds), "RIGHT", "LEFT")  # type: ignore[arg-type]
             found: Any = self._redis.lrange(self._taken, 0, -1)
             return list(reversed(found))
+
+    def drop(self, raw: bytes) -> None:
+        """Throw a message away."""
+        with _converted():
+            self._redis.lrem(self._taken, 0, raw)  # type: ignore[arg-type]
 
     def forward(self, raw: bytes) -> None:
         """Hand a message on to Celery, unless another worker has: its request is a row now, or needs none."""

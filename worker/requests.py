@@ -23,7 +23,7 @@ from db.models import TrainingJob
 from db.session import Database
 from training import failpoint
 from worker import answers
-from worker.inbox import CANCEL, Inbox, Request, read_request
+from worker.inbox import CANCEL, Inbox, Request, is_message, read_request
 from worker.intake import accept_request
 from worker.settings import Settings
 
@@ -88,6 +88,10 @@ class Requests:
 
     def _accept(self, raw: bytes) -> None:
         failpoint.passing("taken")
+        if not is_message(raw):
+            log.warning("something in the queue is no message of Celery's and was thrown away, %d bytes", len(raw))
+            self._inbox.drop(raw)
+            return
         request = read_request(raw)
         if request is not None:
             try:
