@@ -17,6 +17,7 @@ import psycopg
 import pytest
 import redis
 import yaml
+from celery import Celery
 
 from tests.bench import wire
 from tests.compose import COMPOSE, ROOT, Deployment
@@ -266,6 +267,18 @@ def test_flower_and_tensorboard_answer(running: Running) -> None:
         wait_until(lambda port=port: _up(ports[port]), every=0.5)
     wait_until(lambda: json.loads(page(ports["6006"], "/data/runs")) == ["job-1"], every=0.5)
     assert page(ports["5555"], "/workers").count("score-") >= 2
+
+
+def test_a_job_that_failed_is_a_failed_task_in_flower_and_its_sender_is_told_why(running: Running) -> None:
+    port, password = running.deployment.ports["redis:6379"], running.deployment.password["redis_worker"]
+    url = f"redis://worker:{password}@127.0.0.1:{port}/0"
+    wait_until(lambda: _up(running.deployment.ports["5555"]), every=0.5)
+    client = Celery(broker=url, backend=url)
+    asked = client.send_task("worker.tasks.train", queue="training", kwargs={"dataset": "/etc/passwd"})
+    with pytest.raises(Exception, match="lies outside the folders this worker may read"):
+        asked.get(timeout=PATIENCE_SECONDS)
+    shown = f"/task/{asked.id}"
+    wait_until(lambda: "FAILURE" in page(running.deployment.ports["5555"], shown), every=0.5)
 
 
 def _up(port: int) -> bool:

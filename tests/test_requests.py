@@ -280,7 +280,9 @@ def test_a_message_that_is_no_task_is_refused_and_the_next_is_worked(place: Simp
     assert place.trainer.said().count("is no message of Celery's") == 3
 
 
-@pytest.mark.parametrize("options", [{"dataset": "a\x00b"}, {"labels": {"a\x00": "b", "c": "d"}}, {"epochs": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"dataset": "a\x00b"}, {"labels": {"a\x00": "b", "c": "d"}}, {"epochs": float("nan")}]
+)
 def test_what_no_database_stores_becomes_a_failed_job_with_a_sentence(
     place: SimpleNamespace, options: dict[str, Any]
 ) -> None:
