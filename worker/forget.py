@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from db import store
 from db.errors import DatabaseError
@@ -52,9 +53,7 @@ def forget(
     a worker still holds what it held a minute ago: then it is to be said again.
     """
     records = _from_stream(stream, wish, progress)
-    tweets = _in_portions(
-        database, lambda session: store.delete_tweets(session, *_asked(wish), PORTION), "tweets", progress
-    )
+    tweets = _tweets(database, wish, progress)
     letters = 0
     for portion in dead.chunks(database, None):
         going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
@@ -71,7 +70,7 @@ def compact(database: Database, stream: Stream) -> list[str]:
     Returns a sentence on each that could not be rewritten, and what to do about it.
     """
     left = []
-    for rewriting in (lambda: rewrite(database), stream.rewrite_log):
+    for rewriting in (partial(rewrite, database), stream.rewrite_log):
         try:
             rewriting()
         except (DatabaseError, StreamError) as error:
@@ -79,8 +78,15 @@ def compact(database: Database, stream: Stream) -> list[str]:
     return left
 
 
-def _asked(wish: Wish) -> tuple[Sequence[str], Sequence[str], datetime | None]:
-    return wish.tweet_ids, wish.authors, wish.before
+def _tweets(database: Database, wish: Wish, progress: Callable[[str, int], None]) -> int:
+    done, last = 0, ""
+    while True:
+        with database.begin() as session:
+            gone = store.delete_tweets(session, wish.tweet_ids, wish.authors, wish.before, PORTION, after=last)
+        if not gone:
+            return done
+        done, last = done + len(gone), gone[-1]
+        progress("tweets", done)
 
 
 def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None]) -> int:
@@ -98,19 +104,6 @@ def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None
             )
         time.sleep(LOOK_SECONDS)
     return len(going)
-
-
-def _in_portions(
-    database: Database, delete: Callable[..., int], what: str, progress: Callable[[str, int], None]
-) -> int:
-    done = 0
-    while True:
-        with database.begin() as session:
-            portion = delete(session)
-        if not portion:
-            return done
-        done += portion
-        progress(what, done)
 
 
 def _told(payload: bytes | None) -> tuple[str | None, str | None, datetime | None]:
