@@ -34,7 +34,7 @@ EVERY_SECONDS = 3600.0
 # After a failure, and when another worker is at it, which may end before it is done.
 AGAIN_SECONDS = 60.0
 # A portion holds SQLite's write lock; a scorer that waits for it looks every tenth of a second at the most.
-PORTION = 1_000
+PORTION = 500
 PAUSE_SECONDS = 0.2
 LOCK_NUMBER = 7413953
 
