@@ -20,8 +20,8 @@ KEY_NAMES = ", ".join(KEY)
 # and rows that a scorer's transaction holds are passed over, so this waits for no scorer.
 FOLD = f"""
     WITH gone AS (
-        DELETE FROM sentiment_rollup WHERE ctid IN (
-            SELECT ctid FROM sentiment_rollup WHERE shard <> 0 LIMIT :limit FOR UPDATE SKIP LOCKED)
+        DELETE FROM sentiment_rollup WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM sentiment_rollup WHERE shard <> 0 LIMIT :limit FOR UPDATE SKIP LOCKED))
         RETURNING {KEY_NAMES}, {", ".join(COUNTED)}
     ), folded AS (
         INSERT INTO sentiment_rollup ({KEY_NAMES}, shard, {", ".join(COUNTED)})
