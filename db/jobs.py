@@ -5,7 +5,8 @@ no row once somebody newer has claimed, which raises `LeaseLost`. Times come fro
 seconds long, clocks kept by NTP differ by milliseconds.
 """
 
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
@@ -201,6 +202,17 @@ def retry(session: Session, job_id: int) -> TrainingJob:
     job.state, job.attempts, job.error, job.finished_at, job.cancel_requested = "queued", 0, None, None, False
     session.flush()
     return job
+
+
+def past_resuming(session: Session, job_ids: Sequence[int], failed_before: datetime, hold: bool = False) -> set[int]:
+    """Which of these jobs will not go on from a checkpoint: they succeeded, were cancelled, or failed before a time.
+
+    With `hold` they stay so until the transaction ends.
+    """
+    failed = and_(TrainingJob.state == "failed", TrainingJob.finished_at < failed_before)
+    ended = or_(TrainingJob.state.in_(("succeeded", "cancelled")), failed)
+    query = select(TrainingJob.id).where(TrainingJob.id.in_(job_ids), ended)
+    return set(session.scalars(query.with_for_update() if hold else query))
 
 
 def request_cancel(session: Session, job_id: int) -> TrainingJob:

@@ -118,7 +118,8 @@ class Prediction(Base):
 
 class SentimentRollup(Base):
     """Sums of predictions by hour (UTC), topic (empty for none) and label, which triggers keep as predictions come and
-    go. A key's rows are added up: in PostgreSQL every connection has its own `shard`, so that workers never wait."""
+    go. A key's rows are added up: in PostgreSQL every connection has its own `shard`, so that workers never wait, until
+    a worker's housekeeping adds it to shard 0."""
 
     __tablename__ = "sentiment_rollup"
 
@@ -283,4 +284,4 @@ class DeadLetter(Base):
     other_fields: Mapped[list[Any] | None]
     reason: Mapped[str]
     attempts: Mapped[int]
-    buried_at: Mapped[datetime]
+    buried_at: Mapped[datetime] = mapped_column(index=True)

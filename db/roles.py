@@ -10,23 +10,25 @@ from db.readonly import STATEMENT_TIMEOUT_MS
 from db.session import Database
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+# The first server, as it numbers itself, that lets others than a table's owner VACUUM it.
+MAINTAIN_SINCE = 170_000
 
 
 def grant_worker(database: Database, role: str) -> None:
     """Let an existing role read and write rows of every table, those to come included, and change no schema.
 
-    Raises as `grant_readonly`.
+    From PostgreSQL 17 on it may also VACUUM them, which `tweetscore delete` does. Raises as `grant_readonly`.
     """
     _grant(
         database,
         role,
         "GRANT CONNECT ON DATABASE {database} TO {role}",
         "GRANT USAGE ON SCHEMA public TO {role}",
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}",
+        "GRANT SELECT, INSERT, UPDATE, DELETE{maintain} ON ALL TABLES IN SCHEMA public TO {role}",
         "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}",
-        "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {role}",
+        "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE{maintain} ON TABLES TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE ON SEQUENCES TO {role}",
-        "REVOKE INSERT, UPDATE, DELETE ON alembic_version FROM {role}",
+        "REVOKE INSERT, UPDATE, DELETE{maintain} ON alembic_version FROM {role}",
     )
 
 
@@ -58,8 +60,10 @@ def _grant(database: Database, role: str, *statements: str, habits: dict[str, st
         with database.engine.begin() as connection:
             known = _habits(connection, role)
             name = connection.scalar(text("SELECT quote_ident(current_database())"))
+            version = connection.scalar(text("SELECT current_setting('server_version_num')::int"))
+            maintain = ", MAINTAIN" if version >= MAINTAIN_SINCE else ""
             for statement in statements:
-                connection.execute(text(statement.format(database=name, role=role)))
+                connection.execute(text(statement.format(database=name, role=role, maintain=maintain)))
             for habit, value in (habits or {}).items():
                 # What its maker has set already takes more rights than those of the schema's owner.
                 if f"{habit}={value}" not in known:

@@ -103,28 +103,23 @@ def prediction_count(session: Session, model_version_id: int | None = None) -> i
 
 
 def delete_tweets(
-    session: Session, tweet_ids: Sequence[str], authors: Sequence[str], before: datetime | None, limit: int
-) -> int:
-    """Delete up to `limit` tweets, with their predictions, that any of the three names; returns how many."""
+    session: Session,
+    tweet_ids: Sequence[str],
+    authors: Sequence[str],
+    before: datetime | None,
+    limit: int,
+    after: str = "",
+) -> list[str]:
+    """Delete up to `limit` tweets, with their predictions, that any of the three names, the next by id after `after`.
+    Returns their ids in order."""
     meant: list[ColumnElement[bool]] = [Tweet.tweet_id.in_(tweet_ids), Tweet.author_id.in_(authors)]
     if before is not None:
         meant.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) < before)
-    return _delete(session, or_(*meant), limit)
-
-
-def delete_received_before(session: Session, before: datetime, limit: int) -> int:
-    return _delete(session, Tweet.received_at < before, limit)
-
-
-def _delete(session: Session, meant: ColumnElement[bool], limit: int) -> int:
-    ids = list(session.scalars(select(Tweet.tweet_id).where(meant).order_by(Tweet.tweet_id).limit(limit)))
+    query = select(Tweet.tweet_id).where(or_(*meant), Tweet.tweet_id > after).order_by(Tweet.tweet_id).limit(limit)
+    ids = list(session.scalars(query.with_for_update()))
+    session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
     session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))
-    return len(ids)
-
-
-def delete_buried_before(session: Session, before: datetime) -> int:
-    gone = session.execute(delete(DeadLetter).where(DeadLetter.buried_at < before).returning(DeadLetter.record_id))
-    return len(gone.all())
+    return ids
 
 
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:

@@ -340,6 +340,21 @@ def test_prometheus_finds_every_worker_and_all_that_is_asked_of_it(running: Runn
     assert len(json.loads(page(port, "/api/v1/rules"))["data"]["groups"][0]["rules"]) == len(RULES)
 
 
+def test_the_workers_role_deletes_tweets_and_rewrites_their_files_or_says_that_it_may_not(running: Running) -> None:
+    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
+    delete = ("tweetscore", "delete", "--json", "--tweet-id")
+    with running.connect("owner") as owner:
+        may = owner.info.server_version >= 170_000
+        done = running.deployment.run(*delete, "7")
+        assert (done.returncode, json.loads(done.stdout)["tweets"]) == (0 if may else 1, 1), done.stderr
+        if may:  # and as a server that has no MAINTAIN to grant
+            owner.execute("REVOKE MAINTAIN ON ALL TABLES IN SCHEMA public FROM tweetscore_worker")
+        done = running.deployment.run(*delete, "8")
+        assert (done.returncode, len(json.loads(done.stdout)["not_rewritten"])) == (1, 1), done.stderr
+        assert "tweetscore_worker may not VACUUM them" in done.stderr
+    assert running.deployment.run(*delete, "9", service="migrate").returncode == 0
+
+
 def test_everything_ends_when_told_to(running: Running) -> None:
     """The last: the workers end by themselves, with nothing left to score."""
     ended = {}

@@ -11,7 +11,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db.session import open_database
 from worker import show
-from worker.errors import BadRequest, StreamDenied
+from worker.errors import BadRequest
 from worker.runtime import broker, open_sql, open_stream
 from worker.settings import load_settings
 from worker.show import Json
@@ -98,21 +98,18 @@ def delete(
         stream = open_stream(settings, url)
         with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
             gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))
-        if compact:
-            try:
-                rewrite(database, stream)
-            except StreamDenied as error:
-                show.errors.print(
-                    f"{error}; what was deleted leaves its append-only file when an administrator says BGREWRITEAOF",
-                    markup=False, soft_wrap=True,
-                )  # fmt: skip
+        left = rewrite(database, stream) if compact else []
     database.close()
     if json:
-        show.as_json(vars(gone))
+        show.as_json({**vars(gone), "not_rewritten": left})
     else:
         show.console.print(
             f"deleted {gone.tweets} tweets, {gone.records} records of the stream and {gone.dead_letters} dead letters"
         )
+    for sentence in left:
+        show.errors.print(sentence, markup=False, soft_wrap=True)
+    if left:
+        raise typer.Exit(1)
 
 
 def plot(

@@ -1,11 +1,12 @@
 """`tweetscore jobs`: what became of the requests to train."""
 
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
 from db import jobs, registry
-from db.models import TrainingJob
+from db.models import TrainingJob, utc_now
 from worker import show
 from worker.runtime import open_sql
 from worker.settings import load_settings
@@ -44,12 +45,17 @@ def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = F
 @app.command("retry")
 def jobs_retry(job_id: int, json: Json = False) -> None:
     """Queue a job that failed once more: it goes on from its newest checkpoint, if it has one."""
-    with open_sql(load_settings()).begin() as session:
+    settings = load_settings()
+    with open_sql(settings).begin() as session:
+        failed_at = jobs.get(session, job_id).finished_at
         job = jobs.retry(session, job_id)
+    days = settings.checkpoint_days
+    from_scratch = failed_at is not None and failed_at < utc_now() - timedelta(days=days)
     if json:
-        show.as_json(show.fields(job))
+        show.as_json({**show.fields(job), "from_scratch": from_scratch})
     else:
-        show.console.print(f"job {job.id} is queued again")
+        scratch = f"; it failed more than {days:g} days ago, so its checkpoints are gone and it begins from scratch"
+        show.console.print(f"job {job.id} is queued again{scratch if from_scratch else ''}", soft_wrap=True)
 
 
 @app.command("cancel")

@@ -1,24 +1,20 @@
 """Tweets that must go: from the stream, from every table, and from the files behind them. Knows no command line."""
 
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
-
-from sqlalchemy import text
+from datetime import datetime
+from functools import partial
 
 from db import store
-from db.models import utc_now
+from db.errors import DatabaseError
+from db.rewrite import rewrite
 from db.session import Database
 from worker import dead
 from worker.errors import BadRecord, StreamError
 from worker.records import parse_payload
 from worker.stream import Stream
-
-log = logging.getLogger(__name__)
 
 PORTION = 1_000
 # A window that was read before its records went is stored after all: its reader is waited for.
@@ -57,9 +53,7 @@ def forget(
     a worker still holds what it held a minute ago: then it is to be said again.
     """
     records = _from_stream(stream, wish, progress)
-    tweets = _in_portions(
-        database, lambda session: store.delete_tweets(session, *_asked(wish), PORTION), "tweets", progress
-    )
+    tweets = _tweets(database, wish, progress)
     letters = 0
     for portion in dead.chunks(database, None):
         going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
@@ -70,36 +64,29 @@ def forget(
     return Gone(records, tweets, letters)
 
 
-def apply_retention(database: Database, days: float) -> Gone:
-    """Delete what came in more than `days` days ago, whenever it was written."""
-    before = utc_now() - timedelta(days=days)
-    tweets = _in_portions(database, lambda session: store.delete_received_before(session, before, PORTION), "", _silent)
-    with database.begin() as session:
-        letters = store.delete_buried_before(session, before)
-    gone = Gone(0, tweets, letters)
-    if tweets or letters:
-        log.info("retention of %g days: %d tweets and %d dead letters are gone", days, tweets, letters)
-    return gone
-
-
-def compact(database: Database, stream: Stream) -> None:
+def compact(database: Database, stream: Stream) -> list[str]:
     """Rewrite the files, so that nothing of what was deleted is left in them. Others wait meanwhile, for seconds.
 
-    Raises `StreamDenied` when the stream's server does not let us rewrite its log, the database's part done.
+    Returns a sentence on each that could not be rewritten, and what to do about it.
     """
-    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if database.engine.dialect.name == "sqlite":
-            raw: Any = connection.connection.driver_connection
-            for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                raw.execute(statement).fetchall()
-        else:
-            for table in ("predictions", "tweets", "dead_letters"):
-                connection.execute(text(f"VACUUM FULL {table}"))
-    stream.rewrite_log()
+    left = []
+    for rewriting in (partial(rewrite, database), stream.rewrite_log):
+        try:
+            rewriting()
+        except (DatabaseError, StreamError) as error:
+            left.append(str(error))
+    return left
 
 
-def _asked(wish: Wish) -> tuple[Sequence[str], Sequence[str], datetime | None]:
-    return wish.tweet_ids, wish.authors, wish.before
+def _tweets(database: Database, wish: Wish, progress: Callable[[str, int], None]) -> int:
+    done, last = 0, ""
+    while True:
+        with database.begin() as session:
+            gone = store.delete_tweets(session, wish.tweet_ids, wish.authors, wish.before, PORTION, after=last)
+        if not gone:
+            return done
+        done, last = done + len(gone), gone[-1]
+        progress("tweets", done)
 
 
 def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None]) -> int:
@@ -117,23 +104,6 @@ def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None
             )
         time.sleep(LOOK_SECONDS)
     return len(going)
-
-
-def _in_portions(
-    database: Database, delete: Callable[..., int], what: str, progress: Callable[[str, int], None]
-) -> int:
-    done = 0
-    while True:
-        with database.begin() as session:
-            portion = delete(session)
-        if not portion:
-            return done
-        done += portion
-        progress(what, done)
-
-
-def _silent(what: str, count: int) -> None:
-    pass
 
 
 def _told(payload: bytes | None) -> tuple[str | None, str | None, datetime | None]:

@@ -19,7 +19,7 @@ from db import jobs
 from db.errors import TweetscoreError
 from training.devices import claim_devices
 from worker.errors import StreamError
-from worker.forget import apply_retention
+from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
 from worker.inbox import Inbox
 from worker.metrics import Looks
 from worker.pipeline import Limits, Pipeline
@@ -31,8 +31,6 @@ from worker.settings import Settings
 from worker.stream import Depth, Stream, connect_briefly
 
 log = logging.getLogger(__name__)
-
-RETENTION_EVERY_SECONDS = 3600.0
 
 
 class Lane:
@@ -63,6 +61,7 @@ class Lane:
 
     def start(self) -> None:
         self._watcher.start()
+        Housekeeper(self.chores(), self.stopping).start()
         self._pulse.start()
         self._grace.start()
 
@@ -130,8 +129,9 @@ class Lane:
         why = self.stalled()
         return (STALLED_EXIT, why) if why else None
 
-    def keep_house(self) -> None:
-        """What is to be done now and then, beside the work."""
+    def chores(self) -> list[Chore]:
+        """What is to be cleared away now and then, beside the work."""
+        return []
 
     def has_work(self) -> bool:
         """Look for work nobody announced, waiting for some up to `watch_seconds`."""
@@ -154,7 +154,6 @@ class Lane:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             try:
-                self.keep_house()
                 if self._busy.locked():
                     self.stopping.wait(self.settings.watch_seconds)
                 elif self.has_work():
@@ -178,7 +177,6 @@ class ScoringLane(Lane):
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
-        self._forgets_at = time.monotonic()
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         [device] = self.claim(1)
@@ -207,12 +205,8 @@ class ScoringLane(Lane):
         except StreamError:
             return None  # a broker that is away lets nothing grow
 
-    def keep_house(self) -> None:
-        """Delete what is older than it may be, once an hour, busy or not."""
-        days, now = self.settings.retention_days, time.monotonic()
-        if days is not None and now >= self._forgets_at:
-            self._forgets_at = now + RETENTION_EVERY_SECONDS
-            apply_retention(self.database, days)
+    def chores(self) -> list[Chore]:
+        return scoring_chores(self.database, self.settings, self.stopping)
 
     def has_work(self) -> bool:
         # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.
@@ -268,6 +262,9 @@ class TrainingLane(Lane):
         ):
             done += 1
         return done
+
+    def chores(self) -> list[Chore]:
+        return training_chores(self.database, self.workshop, self.settings.checkpoint_days, self.stopping)
 
     def has_work(self) -> bool:
         with self.database.read() as session:

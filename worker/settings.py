@@ -136,6 +136,12 @@ class Settings(BaseSettings):
         le=36_500,
         description="tweets and dead letters are deleted so long after they came in; unset: never",
     )
+    window_days: float = Field(
+        30, gt=0, le=36_500, description="rows of `scoring_windows` are deleted so long after their window"
+    )
+    checkpoint_days: float = Field(
+        7, gt=0, le=36_500, description="so long after a job failed `tweetscore jobs retry` goes on from its checkpoint"
+    )
     stall_seconds: float = Field(
         300,
         gt=0,

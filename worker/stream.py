@@ -40,6 +40,7 @@ FULL_WAIT_SECONDS = 0.5
 CLIENT_TIMEOUT_SECONDS = 15
 LONGEST_BLOCK_MS = 5_000
 FULL = "the stream's server has reached its maxmemory; start scoring workers or raise it"
+STILL_IN_LOG = "what was deleted is still in the append-only file"
 
 
 @dataclass(frozen=True)
@@ -297,14 +298,28 @@ class Stream:
                 start = f"({_text(rows[-1]['message_id'])}"
 
     def rewrite_log(self) -> None:
-        """Have the server write its append-only file anew, without what was removed, and wait for it."""
-        with _converted():
-            self._redis.bgrewriteaof()
-            while True:
-                state = self._redis.info("persistence")
-                if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
-                    return
-                time.sleep(0.05)
+        """Have the server write its append-only file anew, without what was removed, and wait for it.
+
+        Raises `StreamError` when it may not or could not: what was removed is still in the file.
+        """
+        self._log_state()  # a rewrite that is under way may have begun before the removal
+        try:
+            with _converted():
+                self._redis.bgrewriteaof()
+        except StreamDenied as error:
+            raise StreamDenied(f"{error}; {STILL_IN_LOG} until an administrator runs BGREWRITEAOF") from error
+        status = self._log_state()["aof_last_bgrewrite_status"]
+        if status != "ok":
+            raise StreamError(f"{STILL_IN_LOG}: its rewrite ended with {status!r}; look into the server's log")
+
+    def _log_state(self) -> dict[str, Any]:
+        """What the server tells of its append-only file, once no rewrite is under way."""
+        while True:
+            with _converted():
+                state: dict[str, Any] = self._redis.info("persistence")
+            if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
+                return state
+            time.sleep(0.05)
 
     # --- looking
 

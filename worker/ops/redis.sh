@@ -10,7 +10,7 @@ users=$(mktemp)
 cat > "$users" <<END
 user default off
 user producer on #$(digest redis_producer) resetkeys resetchannels -@all +xadd +auth +hello +ping +select ~tweets
-user worker on #$(digest redis_worker) resetkeys resetchannels &* +@all -@admin -@dangerous +info ~tweets ~tweets:* ~scoring* ~training* ~celery* ~_kombu.* ~unacked* ~*.pidbox* ~/*
+user worker on #$(digest redis_worker) resetkeys resetchannels &* +@all -@admin -@dangerous +info +bgrewriteaof ~tweets ~tweets:* ~scoring* ~training* ~celery* ~_kombu.* ~unacked* ~*.pidbox* ~/*
 END
 
 exec redis-server --aclfile "$users" --appendonly yes --appendfsync everysec --save '' --maxmemory-policy noeviction "$@"
