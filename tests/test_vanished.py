@@ -105,6 +105,7 @@ def test_what_is_erased_unread_is_counted_exactly_and_once(
     more = take(first, 1000)
     first.ack(held + read + more)
     first.trim()
+    assert first.depth().idle, "a worker would look for work that is gone, for ever"
     lost = added - len(held) - len(read)
     assert lost > 0
     for _ in range(2):

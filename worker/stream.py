@@ -339,7 +339,9 @@ class Stream:
             length = int(self._redis.xlen(self.key))
         for group in groups:
             if _text(group["name"]) == self.group:
-                return Depth(length, group["lag"], int(group["pending"]))
+                # Redis 7.0 counts what was erased unread as unread for ever.
+                lag = None if group["lag"] is None else min(int(group["lag"]), length)
+                return Depth(length, lag, int(group["pending"]))
         return Depth(length, length, 0)
 
     def vanished(self) -> Vanished:
