@@ -11,6 +11,7 @@ from urllib.parse import quote
 import psycopg
 from sqlalchemy import make_url
 
+from db.connection import connect
 from db.errors import DatabaseError
 
 STATEMENT_TIMEOUT_MS = 60_000
@@ -70,7 +71,7 @@ class Clock:
 
 @contextmanager
 def _ask_postgresql(url: str, sql: str) -> Iterator[Answer]:
-    with psycopg.connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
+    with connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
         connection.read_only = True
         # A cursor is declared for one SELECT and nothing else: no COPY to a file of the server's, nothing behind a
         # semicolon. Its rows come in portions.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -66,12 +66,7 @@ def open_database(url: str) -> Database:
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return Database(engine)
-        # A connection that died with a restarted server is replaced before use instead of failing a window.
-        return Database(
-            create_engine(
-                parsed, pool_pre_ping=True, hide_parameters=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW
-            )
-        )
+        return Database(_postgresql(parsed))
     except (ImportError, ArgumentError, ValueError, TypeError, OSError) as error:
         # NoSuchModuleError is an ArgumentError. The URL itself is not quoted: it may hold a password.
         if not isinstance(error, NoSuchModuleError):
@@ -79,14 +74,28 @@ def open_database(url: str) -> Database:
         raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
 
 
+def _postgresql(url: URL) -> Engine:
+    from db import connection as postgresql  # its driver takes long to load, and SQLite needs none
+
+    # A connection that died with a restarted server is replaced before use instead of failing a window.
+    engine = create_engine(
+        url, pool_pre_ping=True, hide_parameters=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW,
+        connect_args=postgresql.limits(url.query),
+    )  # fmt: skip
+    event.listen(engine, "do_connect", lambda _d, _r, args, given: postgresql.Connection.connect(*args, **given))
+    event.listen(engine, "connect", lambda connection, _record: postgresql.prepare(connection))
+    return engine
+
+
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the begin event below speaks for the driver
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA journal_mode=WAL")
-    # In WAL mode NORMAL cannot corrupt; a power cut may take the last commits, whose tweets the stream replays only
-    # when they were not acked yet. FULL would pay an fsync for every window.
-    cursor.execute("PRAGMA synchronous=NORMAL")
+    # A commit is on disk when it returns, and only then are its records acknowledged. With NORMAL a power cut could
+    # take the commits of many seconds, whose records the stream has given up. The first sync of a WAL file also syncs
+    # the folder it was made in.
+    cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 

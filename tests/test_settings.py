@@ -9,7 +9,7 @@ import pytest
 from worker.app import broker_url, celery_config
 from worker.errors import BadSettings
 from worker.processes import child_environment
-from worker.settings import Settings, load_settings
+from worker.settings import Settings, environment_name, load_settings
 
 
 def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
@@ -37,6 +37,25 @@ def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(
     monkeypatch.setenv(name, value)
     with pytest.raises(BadSettings, match=says):
         load_settings()
+
+
+@pytest.mark.parametrize("field", Settings.model_fields)
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.delenv(environment_name(field), raising=False)
+    unset = Settings()
+    monkeypatch.setenv(environment_name(field), "")
+    assert Settings() == unset
+
+
+def test_an_empty_home_is_the_default_one_and_the_working_directory_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir(mode=0o755)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TWEETSCORE_HOME", "")
+    assert load_settings().home == tmp_path / ".tweetscore"
+    assert stat.S_IMODE((tmp_path / "here").stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize("name", ["REDIS_URL", "DATABASE_URL"])

@@ -121,7 +121,7 @@ def test_group_that_is_gone_is_made_again_and_skips_nothing(own: Stream, own_cli
 def test_reader_survives_the_loss_of_its_key_while_it_waits(own: Stream, own_client: "redis.Redis") -> None:
     own.ensure_group()
     got: list[list[Record]] = []
-    reader = in_background(own_client, lambda: got.append(own.read(10, 10_000)))
+    reader = in_background(own_client, lambda: got.append(own.read(10, 1_000)))
     own_client.delete(own.key)
     reader.join()
     assert got == [[]]

@@ -89,8 +89,10 @@ class World:
         return self.rows(DeadLetter)
 
     def drained(self) -> None:
-        """Nothing is left in the stream: lag 0, pending 0, trimmed."""
+        """Nothing is left in the stream: lag 0, pending 0, trimmed; and nothing of it was taken for vanished."""
         wait_until(lambda: self.stream.depth() == DRAINED)
+        self.stream.look_for_vanished()
+        assert self.stream.vanished().records == 0
 
     def recovers(self) -> None:
         """One healthy worker puts everything in order."""

@@ -209,11 +209,12 @@ class ScoringLane(Lane):
         return scoring_chores(self.database, self.settings, self.stopping)
 
     def has_work(self) -> bool:
+        self.stream.ensure_group()
+        self.stream.look_for_vanished()  # the route does, too, and may have nothing to read, or no model to read for
         # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.
         if self.champion.current() is None:
             self.stopping.wait(self.settings.watch_seconds)
             return False
-        self.stream.ensure_group()
         depth = self.stream.depth()
         if not depth.idle:
             return True

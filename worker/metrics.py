@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EADDRINUSE
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from db import jobs, store
@@ -89,12 +89,19 @@ class Looks(Collector):
             yield from found
 
     def _of_stream(self) -> list[Metric]:
-        depth, oldest = self._stream.depth(), self._stream.oldest()
+        depth, oldest, vanished = self._stream.depth(), self._stream.oldest(), self._stream.vanished()
         age = 0.0 if oldest is None else max(0.0, time.time() - oldest.timestamp())
         found: list[Metric] = [
             _gauge("tweetscore_stream_length", "records in the stream", depth.length),
             _gauge("tweetscore_stream_pending", "records read and not yet acknowledged", depth.pending),
             _gauge("tweetscore_oldest_unscored_seconds", "age of the oldest record that waits for its score", age),
+            # Counted beside the stream, so that every worker tells the same; a new one may begin with those it found.
+            CounterMetricFamily(
+                "tweetscore_records_vanished",
+                "records erased from the stream before they were scored",
+                value=vanished.records,
+            ),
+            _gauge("tweetscore_records_vanished_at_seconds", "when that was last noticed, 0 for never", vanished.at),
         ]
         if depth.lag is not None:
             found.append(_gauge("tweetscore_stream_lag", "records no worker has read yet", depth.lag))

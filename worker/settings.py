@@ -2,7 +2,7 @@
 
 Every name is `TWEETSCORE_` and the field in capitals; the two everybody knows, `REDIS_URL` and `DATABASE_URL`, stand
 alone, and so do the files with their passwords. The defaults are the embedded ones: a Valkey and an SQLite file below
-the home.
+the home. A variable that is empty counts as unset, as in a compose file's `NAME: ${NAME:-}`.
 """
 
 import re
@@ -35,7 +35,9 @@ WITH_PASSWORD = ("redis", "database", "reader")
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TWEETSCORE_", frozen=True, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="TWEETSCORE_", env_ignore_empty=True, frozen=True, extra="ignore", populate_by_name=True
+    )
 
     home: Path = Field(Path("~/.tweetscore"), description="everything tweetscore keeps on this machine")
     redis_url: str | None = Field(

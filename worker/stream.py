@@ -3,12 +3,16 @@
 Keys
     KEY             a stream; one record is one tweet: field `tweet`, a JSON object with `v`, `id` and `text`
     KEY:suspects    a hash, record id -> how often it was scored alone; an entry lives until its record is acknowledged
+    KEY:books       a hash: what each group was given, so that what vanishes unread is noticed; see lua/read.lua
+    KEY:erased      a hash of records that are gone from the stream and still in somebody's hands; see lua/claim.lua
 
-Anyone may XADD to KEY. Scoring workers read it through one consumer group: a record stays pending with its reader until
-its prediction is committed, and passes to another reader when the first has not renewed it for min-idle.
+Anyone may XADD to KEY, without MAXLEN or MINID, which erase what nobody has scored. Scoring workers read it through one
+consumer group: a record stays pending with its reader until its prediction is committed, and passes to another reader
+when the first has not renewed it for min-idle.
 """
 
 import importlib.resources
+import logging
 import socket
 import time
 import uuid
@@ -25,6 +29,9 @@ from redis.retry import Retry
 
 from worker.errors import StreamDenied, StreamError, StreamFull
 
+log = logging.getLogger(__name__)
+
+SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "sweep", "trim")
 FIELD = b"tweet"
 # A Python date ends with the year 9999.
 LAST_MS = 253_402_300_799_000
@@ -75,6 +82,14 @@ class Depth:
         return self.lag == 0 and self.pending == 0
 
 
+@dataclass(frozen=True)
+class Vanished:
+    """Records that were erased before they were scored, and when that was last noticed (Unix seconds, 0: never)."""
+
+    records: int
+    at: int
+
+
 def connect(url: str) -> "redis.Redis":
     """A client that keeps trying for a few seconds when the server is away, and notices a dead connection.
 
@@ -107,12 +122,13 @@ class Stream:
         self.key = key
         self.group = group
         self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        scripts = importlib.resources.files("worker") / "lua"
-        self._renew = client.register_script((scripts / "renew.lua").read_text(encoding="utf-8"))
-        self._count = client.register_script((scripts / "count.lua").read_text(encoding="utf-8"))
-        self._trim = client.register_script((scripts / "trim.lua").read_text(encoding="utf-8"))
-        self._group = client.register_script((scripts / "group.lua").read_text(encoding="utf-8"))
-        self._sweep = client.register_script((scripts / "sweep.lua").read_text(encoding="utf-8"))
+        folder = importlib.resources.files("worker") / "lua"
+        self._scripts = {
+            name: client.register_script((folder / f"{name}.lua").read_text(encoding="utf-8")) for name in SCRIPTS
+        }
+
+    def _run(self, script: str, *arguments: Any) -> Any:
+        return self._scripts[script](keys=[self.key, f"{self.key}:books", f"{self.key}:erased"], args=arguments)
 
     # --- publishing
 
@@ -168,7 +184,7 @@ class Stream:
 
     def ensure_group(self) -> None:
         with _converted():
-            self._group(keys=[self.key], args=[self.group])
+            self._run("group", self.group)
 
     def read(self, count: int, block_ms: int | None) -> list[Record]:
         """Up to `count` new records, at once when there are any; else wait up to `block_ms` for the first.
@@ -176,50 +192,53 @@ class Stream:
         A group that is gone (FLUSHALL, a new server) is made again at 0, so that nothing in the stream is skipped.
         """
         with _converted():
-            try:
-                reply = self._redis.xreadgroup(self.group, self.consumer, {self.key: ">"}, count=count, block=block_ms)
-            except redis.ResponseError as error:
-                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                    raise
-                self.ensure_group()
-                return []
-        return [
-            Record(_text(id_), fields.get(FIELD), 1, fields)
-            for _, entries in _streams(reply)
-            for id_, fields in entries
-        ]
+            records, last_id = self._take(count)
+            if not records and last_id is not None and block_ms is not None:
+                self._redis.xread({self.key: last_id}, count=1, block=block_ms)
+                records, _ = self._take(count)
+        return records
+
+    def look_for_vanished(self) -> None:
+        """Notice what was erased before anybody read it, when nobody reads. Reading does it, too."""
+        with _converted():
+            self._take(0)
+
+    def _take(self, count: int) -> tuple[list[Record], Any]:
+        """New records, and the last id that the stream gave out; None for it when the group had to be made."""
+        try:
+            entries, last_id, vanished = self._run("read", self.group, self.consumer, count)
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.ensure_group()
+            return [], None
+        self._warn(vanished, "before anybody read them")
+        return [_record(id_, fields, 1) for id_, fields in entries], last_id
 
     def claim_idle(self, min_idle_ms: int, count: int) -> list[Record]:
         """Take over up to `count` records that their readers have not renewed for `min_idle_ms`."""
-        claimed: list[tuple[bytes, dict[bytes, bytes]]] = []
-        cursor: Any = "0-0"
+        records: list[Record] = []
+        start = "-"
         with _converted():
-            while len(claimed) < count:
+            while len(records) < count:
+                most = min(count - len(records), CLAIM_CHUNK)
                 try:
-                    cursor, entries, _deleted = self._redis.xautoclaim(
-                        self.key,
-                        self.group,
-                        self.consumer,
-                        min_idle_ms,
-                        cursor,
-                        count=min(count - len(claimed), CLAIM_CHUNK),
-                    )
+                    entries, last_id, vanished = self._run("claim", self.group, self.consumer, min_idle_ms, most, start)
                 except redis.ResponseError as error:
-                    if not str(error).startswith("NOGROUP"):
+                    if "NOGROUP" not in str(error):
                         raise
                     self.ensure_group()
                     return []
-                claimed += entries
-                if _text(cursor) == "0-0":
+                self._warn(vanished, "while a worker that is gone held them")
+                records += [_record(*entry) for entry in entries]
+                if not last_id:
                     break
-            deliveries = self._deliveries([_text(id_) for id_, _ in claimed])
-        return [Record(_text(id_), fields.get(FIELD), deliveries.get(_text(id_), 1), fields) for id_, fields in claimed]
+                start = f"({_text(last_id)}"
+        return records
 
-    def _deliveries(self, ids: Sequence[str]) -> dict[str, int]:
-        pipe = self._redis.pipeline(transaction=False)
-        for id_ in ids:
-            pipe.xpending_range(self.key, self.group, id_, id_, 1, self.consumer)
-        return {_text(row["message_id"]): int(row["times_delivered"]) for rows in pipe.execute() for row in rows}
+    def _warn(self, vanished: int, when: str) -> None:
+        if vanished:
+            log.warning("%d records of %r were erased %s; XADD without MAXLEN and MINID", vanished, self.key, when)
 
     def wait_for_news(self, block_ms: int) -> None:
         """Sleep until somebody adds a record, at most `block_ms`. Reads nothing and takes nothing."""
@@ -231,12 +250,12 @@ class Stream:
     def renew(self, ids: Sequence[str]) -> int:
         """Prove this consumer alive for the records it holds. Returns how many of them it still does."""
         with _converted():
-            return int(self._renew(keys=[self.key], args=[self.group, self.consumer, *ids])) if ids else 0
+            return int(self._run("renew", self.group, self.consumer, *ids)) if ids else 0
 
     def count_isolated(self, id_: str, by: int = 1) -> int:
         """Note, before a suspect is scored alone, that it is; returns how often that is now. -1 takes one back."""
         with _converted():
-            return int(self._count(keys=[f"{self.key}:suspects"], args=[id_, by]))
+            return int(self._scripts["count"](keys=[f"{self.key}:suspects"], args=[id_, by]))
 
     def ack(self, ids: Sequence[str]) -> None:
         with _converted():
@@ -244,22 +263,23 @@ class Stream:
                 pipe = self._redis.pipeline(transaction=False)
                 pipe.xack(self.key, self.group, *ids)
                 pipe.hdel(f"{self.key}:suspects", *ids)
+                pipe.hdel(f"{self.key}:erased", *(f"{id_} {self.group}" for id_ in ids))
                 pipe.execute()
 
     def trim(self) -> int:
         """Remove what no group needs any more; returns how many records."""
         with _converted():
-            return int(self._trim(keys=[self.key]))
+            return int(self._run("trim"))
 
     def leave(self) -> None:
         """Take this consumer off the group's list, unless it still holds something somebody must claim."""
         with _converted():
-            self._sweep(keys=[self.key], args=[self.group, 0, self.consumer])
+            self._run("sweep", self.group, 0, self.consumer)
 
     def sweep(self, idle_ms: int) -> int:
         """Take consumers off the list that hold nothing and have not asked for `idle_ms`; returns how many."""
         with _converted():
-            return int(self._sweep(keys=[self.key], args=[self.group, idle_ms]))
+            return int(self._run("sweep", self.group, idle_ms))
 
     # --- taking out for good
 
@@ -278,7 +298,7 @@ class Stream:
         """Delete records, whoever holds them: their readers go on, and nobody takes them over."""
         with _converted():
             for start in range(0, len(ids), CLAIM_CHUNK):
-                self._redis.xdel(self.key, *ids[start : start + CLAIM_CHUNK])
+                self._run("remove", *ids[start : start + CLAIM_CHUNK])
 
     def held(self) -> set[str]:
         """The ids of all records that somebody holds, deleted ones too."""
@@ -334,8 +354,16 @@ class Stream:
             length = int(self._redis.xlen(self.key))
         for group in groups:
             if _text(group["name"]) == self.group:
-                return Depth(length, group["lag"], int(group["pending"]))
+                # Redis 7.0 counts what was erased unread as unread for ever.
+                lag = None if group["lag"] is None else min(int(group["lag"]), length)
+                return Depth(length, lag, int(group["pending"]))
         return Depth(length, length, 0)
+
+    def vanished(self) -> Vanished:
+        with _converted():
+            names = [f"vanished {self.group}", f"vanished_at {self.group}"]
+            records, at = self._redis.hmget(f"{self.key}:books", names)
+        return Vanished(int(records or 0), int(at or 0))
 
     def oldest(self) -> datetime | None:
         """When the record came in that has waited longest for its acknowledgement; None when there is none."""
@@ -374,15 +402,10 @@ def _out_of_memory(answer: object) -> bool:
     return isinstance(answer, redis.OutOfMemoryError) or (isinstance(answer, redis.RedisError) and "OOM" in str(answer))
 
 
-def _streams(reply: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
-    """redis-py gives a list over RESP2 and a dictionary of nested lists over RESP3."""
-    if not reply:
-        return []
-    if isinstance(reply, dict):
-        return [
-            (key, entries[0] if entries and isinstance(entries[0], list) else entries) for key, entries in reply.items()
-        ]
-    return list(reply)
+def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:
+    """From names and values in turns, as scripts give them."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    return Record(_text(id_), named.get(FIELD), deliveries, named)
 
 
 def _text(value: bytes | str) -> str:

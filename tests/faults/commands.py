@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from worker.settings import load_settings
 
 
 class Command:
-    """One process of ours, its output in a file."""
+    """One process of ours, its output in a file; with `under`, the child of a program that watches it."""
 
-    def __init__(self, output: Path, given: dict[str, Any], *arguments: str) -> None:
-        self.output = output
+    def __init__(self, output: Path, given: dict[str, Any], *arguments: str, under: Sequence[str] = ()) -> None:
+        self.output, self.watching = output, bool(under)
         output.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **child_environment(load_settings(**given))}
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker.cli", *arguments],
+                [*under, sys.executable, "-P", "-m", "worker.cli", *arguments],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**environment, "COLUMNS": "200"},
             )  # fmt: skip
 
@@ -48,7 +48,9 @@ class Command:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            # Whoever watches goes after the one it watches, which would go on alone.
+            for process in [*self.family(), self.process] if self.watching else [self.process]:
+                process.kill()
         self.process.wait()
 
 
