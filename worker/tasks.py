@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Task
 from celery.signals import celeryd_after_setup, setup_logging, worker_ready, worker_shutdown, worker_shutting_down
@@ -39,6 +39,7 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
     if lane is None:
         return 0
     if dataset is not None:
+        lane.gate.wait(lane.stopping)
         try:
             submit_job(lane.settings, lane.database, dataset, preset, options, self.request.id)
         except TweetscoreError as error:
@@ -57,6 +58,25 @@ def _start(sender: str, instance: Any, **_: Any) -> None:
         # Celery would log what a signal's handler raises, and run a worker that does nothing.
         log.critical("%s", error)
         raise SystemExit(2) from error
+    _await_database()
+
+
+def _await_database() -> None:
+    """Take no message before there is a database to work with: others may have one, and a request waits on the broker.
+
+    Celery listens for signals later. Told to end meanwhile, this worker ends: it holds nothing.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+    try:
+        for lane in lanes.values():
+            lane.gate.opened.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_lanes(hostname: str, queues: set[str]) -> None:
