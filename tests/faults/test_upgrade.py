@@ -109,21 +109,25 @@ def test_an_upgrade_is_rolled_under_load_and_nothing_is_lost_or_twice(
 
 
 def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_fits(
-    world: World, tmp_path: Path
+    world: World, labelled_csv: Path, tmp_path: Path
 ) -> None:
     """A migration takes away what this release stores, in the middle of its work, and is taken back."""
     newer = next_release(tmp_path / "newer", CONTRACTS)
+    job_id = world.submit(labelled_csv, epochs=1000)
     with world.worker(**PATIENT) as worker, world.worker("train", **PATIENT) as trainer:
         with publishing(world) as sent:
             more_come(world)
+            wait_until(lambda: world.epochs(job_id))
             newer.upgrades(world.settings)
             for one in (worker, trainer):
                 wait_for_log(one, f"has schema {NEXT} for releases that know {NEXT} or newer, this one knows ")
         scored = world.predictions()
         assert scored < len(sent)
         wait_until(lambda: "; upgrade tweetscore and start it again" in ask_health(world.settings, "scoring"))
+        wait_for_log(trainer, f"job {job_id}: left to its lease: the database has schema {NEXT}")
         trainer.send(signal.SIGTERM)
         assert trainer.ended() == 0, "a worker that waits ends when it is told to"
+        assert (world.job(job_id).state, world.job(job_id).error) == ("running", None), "whoever can goes on with it"
         assert (worker.alive, world.predictions(), world.dead()) == (True, scored, [])
 
         newer.downgrades(world.settings)
