@@ -64,6 +64,11 @@ def test_code_and_schema_work_together_unless_one_lacks_what_the_other_needs(sch
     assert (says or "") in (schema.misfit or "")
 
 
+def test_migrations_follow_each_other_as_their_numbers_do() -> None:
+    """Which schema is newer, and which code, is told by the numbers alone."""
+    assert sorted(REVISIONS) == REVISIONS
+
+
 def test_the_oldest_schema_has_all_that_the_models_name_and_no_older_one_has(database_url: str) -> None:
     opened = open_database(database_url)
     lacking = {}

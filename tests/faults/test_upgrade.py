@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from db import migrate
+from db.compatibility import newest_revision
+from db.errors import SchemaMismatch
 from db.models import ScoringWindow, utc_now
 from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
@@ -18,10 +22,11 @@ from tests.faults.commands import command
 from tests.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
 from tests.world import World, on_postgresql
 from worker.health import ask_health
+from worker.runtime import open_guarded
 
 # Nobody claims what a slow machine lets wait: each tweet passes once, or something is wrong.
 PATIENT = {"min_idle_seconds": 60.0}
-AT_ONCE = 20
+AT_ONCE = 10
 
 
 @contextmanager
@@ -136,3 +141,26 @@ def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_
     # What it held when it stopped is claimed by its next reader.
     world.recovers()
     assert_each_once(world, [*sent, "later"])
+
+
+@on_postgresql
+def test_a_migration_waits_for_a_workers_transaction_and_steps_back_for_others_meanwhile(
+    world: World, tmp_path: Path
+) -> None:
+    newer, database = next_release(tmp_path / "newer", CONTRACTS), open_guarded(world.settings)
+
+    def waits() -> bool:
+        sql = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'schema_compatibility'::regclass"
+        with world.database.read() as session:
+            return bool(session.scalar(text(sql)))
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.begin():
+            upgraded = pool.submit(newer.upgrades, world.settings)
+            wait_until(waits)
+            wait_until(lambda: not waits())
+            assert migrate.check(world.database) == newest_revision()
+        upgraded.result(PATIENCE_SECONDS)
+    with pytest.raises(SchemaMismatch), database.begin():
+        pytest.fail("a transaction that must not write began")
+    database.close()
