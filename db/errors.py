@@ -16,6 +16,14 @@ class DatabaseError(TweetscoreError):
     """Raised when the database cannot be reached, opened or migrated."""
 
 
+class SchemaMismatch(DatabaseError):
+    """Raised when the database has a schema that this code cannot work with."""
+
+
+class RightsMissing(DatabaseError):
+    """Raised when the database's role may not see or do what is asked of it."""
+
+
 class NotFound(TweetscoreError):
     """Raised when a job or a model version is named that does not exist."""
 

@@ -1,40 +1,69 @@
-"""Bring a database to the newest schema."""
+"""Bring a database to the newest schema, or make sure that it has one to work with."""
 
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from sqlalchemy import inspect, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from db.errors import DatabaseError, public_url
+from db import compatibility
+from db.compatibility import MIGRATIONS, newest_revision
+from db.errors import DatabaseError, RightsMissing, SchemaMismatch, public_url
 from db.session import Database
 
-MIGRATIONS = Path(__file__).parent / "migrations"
 INSUFFICIENT_PRIVILEGE = "42501"
+# A deadlock with workers, or a lock that they held for too long. Meanwhile others wait behind a migration that waits.
+CONTENDED = ("40P01", "55P03")
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 def upgrade(database: Database) -> None:
-    """Run every missing migration; raises `DatabaseError` when the database cannot be reached or is too new."""
-    try:
-        if not is_current(database):
-            _run_missing(database)
-    except SQLAlchemyError as error:
-        if getattr(getattr(error, "orig", None), "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
-            raise DatabaseError(
-                "the database lacks this release's schema, or this role the rights to it: let its owner run "
-                "`tweetscore db upgrade` and `tweetscore db grant-worker`"
-            ) from error
-        shown = public_url(database.engine.url.render_as_string(hide_password=True))
-        raise DatabaseError(f"the database {shown!r} cannot be used: {_first_line(error)}") from error
+    """Run every missing migration; raises `DatabaseError` when the database cannot be reached or is too new.
+
+    A newer schema that this code can work with is left as it is.
+    """
+    with _in_words(database):
+        for pause in (*PAUSES_SECONDS, None):
+            try:
+                _upgrade(database)
+                return
+            except OperationalError as error:
+                if pause is None or _sqlstate(error) not in CONTENDED:
+                    raise
+                time.sleep(pause)
+
+
+def prepare(database: Database) -> None:
+    """Make sure that this code can work with the database; raises `SchemaMismatch` or `DatabaseError` when it cannot.
+
+    SQLite is upgraded on the way: its file is one machine's. PostgreSQL is upgraded by `tweetscore db upgrade` alone.
+    """
+    if database.engine.dialect.name == "sqlite":
+        upgrade(database)
+    else:
+        check(database)
+
+
+def check(database: Database) -> str:
+    """The schema's number; raises as `prepare` does and changes nothing."""
+    with _in_words(database):
+        found = compatibility.find(database)
+    if found.misfit:
+        raise SchemaMismatch(found.misfit)
+    return str(found.revision)
 
 
 def is_current(database: Database) -> bool:
-    """Whether the schema is the newest one."""
-    return _revision(database) == newest_revision()
+    """Whether the schema is the newest one that this code knows."""
+    return compatibility.find(database).revision == newest_revision()
 
 
-def newest_revision() -> str:
-    """By the migrations' file names, which are numbered: Alembic takes longer to load than all else a command does."""
-    return max(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+def _upgrade(database: Database) -> None:
+    found = compatibility.find(database)
+    if found.revision is None or found.revision < newest_revision():
+        _run_missing(database)
+    elif found.misfit:
+        raise SchemaMismatch(found.misfit)
 
 
 def _run_missing(database: Database) -> None:
@@ -46,21 +75,28 @@ def _run_missing(database: Database) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     try:
         with database.engine.begin() as connection:
-            if database.engine.dialect.name == "postgresql":
-                # Workers that start together migrate one after the other.
-                connection.execute(text("SELECT pg_advisory_xact_lock(7413952)"))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except CommandError as error:
-        raise DatabaseError(f"the database has a newer schema ({error}); upgrade tweetscore") from error
+        raise DatabaseError(f"the database has a schema of another branch ({error}); upgrade tweetscore") from error
 
 
-def _revision(database: Database) -> str | None:
-    # A look must not wait for whoever is writing.
-    with database.engine.connect().execution_options(tweetscore_read=True) as connection:
-        if not inspect(connection).has_table("alembic_version"):
-            return None
-        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+@contextmanager
+def _in_words(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        if _sqlstate(error) == INSUFFICIENT_PRIVILEGE:
+            raise RightsMissing(
+                "this role lacks the rights to the database's schema: let its owner run `tweetscore db upgrade` and "
+                "`tweetscore db grant-worker` or `grant-readonly`"
+            ) from error
+        shown = public_url(database.engine.url.render_as_string(hide_password=True))
+        raise DatabaseError(f"the database {shown!r} cannot be used: {_first_line(error)}") from error
+
+
+def _sqlstate(error: SQLAlchemyError) -> str | None:
+    return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
 def _first_line(error: SQLAlchemyError) -> str:

@@ -285,3 +285,11 @@ class DeadLetter(Base):
     reason: Mapped[str]
     attempts: Mapped[int]
     buried_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class SchemaCompatibility(Base):
+    """One row: the oldest code, by its newest migration, that may work with this schema."""
+
+    __tablename__ = "schema_compatibility"
+
+    oldest_code: Mapped[str] = mapped_column(primary_key=True)

@@ -28,7 +28,7 @@ def grant_worker(database: Database, role: str) -> None:
         "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE{maintain} ON TABLES TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE ON SEQUENCES TO {role}",
-        "REVOKE INSERT, UPDATE, DELETE{maintain} ON alembic_version FROM {role}",
+        "REVOKE INSERT, UPDATE, DELETE{maintain} ON alembic_version, schema_compatibility FROM {role}",
     )
 
 

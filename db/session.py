@@ -5,7 +5,7 @@ begins: a deferred one that turns from reading to writing fails at once with "da
 timeout says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,21 @@ POOL_SIZE, POOL_OVERFLOW = 3, 2
 
 
 class Database:
-    """One database: `begin()` for a transaction that writes, `read()` for one that only looks."""
+    """One database: `begin()` for a transaction that writes, `read()` for one that only looks.
+
+    `guard` is called first in each transaction that writes, and raises when it must not.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.guard: Callable[[Session], None] = lambda session: None
         self._writing = sessionmaker(engine, expire_on_commit=False)
         self._reading = sessionmaker(engine.execution_options(tweetscore_read=True), expire_on_commit=False)
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
         with self._writing.begin() as session:
+            self.guard(session)
             yield session
 
     @contextmanager

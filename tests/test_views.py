@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
-from db import migrate, store
+from db import compatibility, migrate, store
 from db.session import Database, open_database
 from tests.test_store import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
@@ -176,7 +176,7 @@ REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 
 
 def test_the_newest_revision_is_read_off_the_file_names() -> None:
-    assert migrate.newest_revision() == REVISIONS[-1]
+    assert compatibility.newest_revision() == REVISIONS[-1]
 
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
 from db import jobs, registry
-from db.errors import LeaseLost, TweetscoreError
+from db.errors import LeaseLost, SchemaMismatch, TweetscoreError
 from db.models import EpochMetric, TrainingJob
 from db.session import Database
 from training import failpoint
@@ -74,8 +74,9 @@ def _run(database: Database, workshop: Workshop, job: TrainingJob, owner: str, s
             # The database is away. The lease lapses, and whoever claims the job goes on from its checkpoint.
             log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
             return job.id
-        except (StoreAway, TeamBroken) as error:
-            # The same, of a remote store or a process that trained here; begun too often this way, the job fails.
+        except (StoreAway, TeamBroken, SchemaMismatch) as error:
+            # The same, of a remote store, a process that trained here or an upgrade that this release cannot work with;
+            # begun too often this way, the job fails.
             log.warning("job %d: left to its lease: %s", job.id, error)
             return job.id
         except Cancelled:

@@ -10,7 +10,7 @@ from prometheus_client import Counter
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
-from db.errors import LeaseLost
+from db.errors import LeaseLost, SchemaMismatch
 from db.session import Database
 from training.errors import Cancelled, StopRequested
 
@@ -85,5 +85,5 @@ class Lease:
             except LeaseLost:
                 self._lost.set()
                 return
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, SchemaMismatch) as error:
                 log.warning("job %d: the heartbeat could not be written, trying again: %s", self.job_id, error)

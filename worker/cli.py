@@ -20,7 +20,7 @@ from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, embedded, s
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.processes import Workers, let_waiting_threads_sleep, workers
-from worker.runtime import broker, open_sql
+from worker.runtime import broker, open_sql, open_to_ask
 from worker.settings import Settings, load_settings
 from worker.show import Json
 
@@ -269,7 +269,7 @@ def query(
     from db.readonly import ask
 
     settings = load_settings()
-    open_sql(settings).close()
+    open_to_ask(settings).close()
     with ask(settings.asking_url, sql) as (columns, rows):
         if json or format == "json":
             show.as_json([dict(zip(columns, row, strict=True)) for row in rows])

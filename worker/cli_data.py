@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from db.session import open_database
 from worker import show
 from worker.errors import BadRequest
-from worker.runtime import broker, open_sql, open_stream
+from worker.runtime import broker, open_sql, open_stream, open_to_ask
 from worker.settings import load_settings
 from worker.show import Json
 
@@ -68,11 +67,11 @@ def export(
     if out != "-" and not Path(out).absolute().parent.is_dir():
         raise BadRequest(f"there is no folder for {out}; make it first")
     settings = load_settings()
-    open_sql(settings).close()
+    database = open_to_ask(settings)
     began = time.monotonic()
     with show.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
         done = write(
-            open_database(settings.asking_url), out, format, model=model, since=since and since.replace(tzinfo=UTC),
+            database, out, format, model=model, since=since and since.replace(tzinfo=UTC),
             topic=topic, excel=excel, progress=tell,
         )  # fmt: skip
     show.errors.print(f"exported {done} predictions in {time.monotonic() - began:.1f} s")
@@ -123,6 +122,5 @@ def plot(
     if not out.absolute().parent.is_dir():
         raise BadRequest(f"there is no folder for {out}; make it first")
     settings = load_settings()
-    open_sql(settings).close()
-    draw(open_database(settings.asking_url), picture, model).savefig(out, format="png", dpi=150)
+    draw(open_to_ask(settings), picture, model).savefig(out, format="png", dpi=150)
     show.console.print(f"{out}", markup=False)

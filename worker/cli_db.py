@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from db import migrate
 from db.errors import public_url
-from db.session import Database
+from db.session import Database, open_database
 from worker import show
 from worker.runtime import open_sql
 from worker.settings import load_settings
@@ -16,10 +17,13 @@ app = typer.Typer(no_args_is_help=True, help="The database: bring it up to date,
 
 @app.command()
 def upgrade() -> None:
-    """Bring the database to this release's schema. Workers and commands do it too, when they start."""
+    """Bring the database to this release's schema; with SQLite workers and commands do it too, when they start."""
     settings = load_settings()
-    open_sql(settings).close()
-    show.console.print(f"{public_url(settings.sql_url)} has the schema of this release", markup=False, soft_wrap=True)
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    place, schema = public_url(settings.sql_url), migrate.check(database)
+    database.close()
+    show.console.print(f"{place} has schema {schema}", markup=False, soft_wrap=True)
 
 
 @app.command("grant-worker")

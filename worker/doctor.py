@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from db import migrate, registry
+from db.compatibility import newest_revision
 from db.errors import TweetscoreError
 from db.session import open_database
 from worker import embedded
@@ -88,9 +89,8 @@ def _database(settings: Settings) -> str:
     database.close()
     # Opened anew: what another process would see.
     again = open_database(settings.sql_url)
-    if not migrate.is_current(again):
-        raise TweetscoreError("the schema is not the newest; stop other versions of tweetscore and try again")
-    return f"{again.engine.dialect.name}, schema up to date"
+    found, known = migrate.check(again), newest_revision()
+    return f"{again.engine.dialect.name}, schema {found}" + ("" if found == known else f"; this release knows {known}")
 
 
 def _mecab(settings: Settings) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import make_url
 
 from db.errors import TweetscoreError
 from worker import embedded
-from worker.pulse import FRESH_SECONDS, find_pulse
+from worker.pulse import FRESH_SECONDS, find_pulse, waits_for
 from worker.settings import Settings
 
 ANSWER_SECONDS = 5.0
@@ -54,7 +54,9 @@ def _worker(kind: str) -> Callable[[Settings], str]:
         pid, age = found
         if age > FRESH_SECONDS:
             raise Ill(f"the {kind} worker, process {pid}, gave no sign of life for {age:.0f} s")
-        return f"{kind} worker, process {pid}, seen {age:.0f} s ago"
+        # Alive, and no better for a restart: what it waits for is the database's ill health.
+        why = waits_for(settings.run, kind, pid)
+        return f"{kind} worker, process {pid}, seen {age:.0f} s ago" + (f"; it waits: {why}" if why else "")
 
     return look
 
@@ -80,9 +82,7 @@ def _database(settings: Settings) -> str:
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise Ill("there is no database yet; `tweetscore up` makes it")
     database = open_database(settings.sql_url)
-    if not migrate.is_current(database):
-        raise Ill("the database answers and its schema is not the newest; `tweetscore doctor` brings it there")
-    return f"{database.engine.dialect.name} answers, schema up to date"
+    return f"{database.engine.dialect.name} answers, schema {migrate.check(database)}"
 
 
 KINDS: dict[str, Callable[[Settings], str]] = {

@@ -45,11 +45,15 @@ Chore = Callable[[], bool]
 
 
 class Housekeeper:
-    """Does each chore at once and then every hour, until `stopping`. One that fails is said and tried again."""
+    """Does each chore at once and then every hour, until `stopping`. One that fails is said and tried again, and so is
+    one that is not `allowed`: the database may have a schema that this release cannot work with."""
 
-    def __init__(self, chores: list[Chore], stopping: threading.Event) -> None:
+    def __init__(
+        self, chores: list[Chore], stopping: threading.Event, allowed: Callable[[], bool] = lambda: True
+    ) -> None:
         self._due = [(chore, time.monotonic()) for chore in chores]
         self._stopping = stopping
+        self._allowed = allowed
         self._thread = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -64,7 +68,7 @@ class Housekeeper:
     def _done(self, chore: Chore) -> float:
         """Returns when the chore is due next."""
         try:
-            done = not self._stopping.is_set() and chore()
+            done = not self._stopping.is_set() and self._allowed() and chore()
         except (TweetscoreError, SQLAlchemyError, OSError) as error:
             done = False
             log.warning("housekeeping failed, trying again in %g s: %s", AGAIN_SECONDS, error)

@@ -16,16 +16,17 @@ from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
-from db.errors import TweetscoreError
+from db.errors import SchemaMismatch, TweetscoreError
 from training.devices import claim_devices
 from worker.errors import StreamError
+from worker.gate import Gate
 from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
 from worker.inbox import Inbox
 from worker.metrics import Looks
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
-from worker.runtime import open_sql, open_stream, stream_url
+from worker.runtime import open_guarded, open_stream, stream_url
 from worker.scorer import Champion, serving
 from worker.settings import Settings
 from worker.stream import Depth, Stream, connect_briefly
@@ -42,7 +43,8 @@ class Lane:
         self.settings = settings
         self.stopping = threading.Event()
         self.ended = threading.Event()
-        self.database = open_sql(settings)
+        self.database = open_guarded(settings)
+        self.gate = Gate(self.database, settings.watch_seconds)
         # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
         self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
         self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database)
@@ -50,7 +52,7 @@ class Lane:
         self._busy = threading.Lock()
         self._nudged = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._pulse = Pulse(settings.run, self.kind, self.state, self._ailing)
+        self._pulse = Pulse(settings.run, self.kind, self.state, self._ailing, lambda: self.gate.why)
         self._grace = threading.Thread(
             target=end_after, args=(self.stopping, settings.grace_seconds), name="grace", daemon=True
         )
@@ -61,7 +63,7 @@ class Lane:
 
     def start(self) -> None:
         self._watcher.start()
-        Housekeeper(self.chores(), self.stopping).start()
+        Housekeeper(self.chores(), self.stopping, self.gate.is_open).start()
         self._pulse.start()
         self._grace.start()
 
@@ -86,7 +88,11 @@ class Lane:
         while self._nudged.is_set() and self._busy.acquire(blocking=False):
             try:
                 self._nudged.clear()
-                done += self.work()
+                if self.gate.is_open():
+                    done += self.work()
+            except (SchemaMismatch, SQLAlchemyError):
+                if self.gate.is_open(now=True):
+                    raise
             finally:
                 if self.stopping.is_set():
                     self._close()  # and the lane stays busy: nothing starts any more
@@ -111,6 +117,8 @@ class Lane:
         """One word on what this lane is at, for those who look at its health."""
         if self.stopping.is_set():
             return "ending"
+        if self.gate.why is not None:
+            return "waiting"
         return "working" if self._busy.locked() else "idle"
 
     def model_version(self) -> int | None:
@@ -154,6 +162,9 @@ class Lane:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             try:
+                if not self.gate.is_open():
+                    self.stopping.wait(self.settings.watch_seconds)
+                    continue
                 if self._busy.locked():
                     self.stopping.wait(self.settings.watch_seconds)
                 elif self.has_work():
@@ -181,7 +192,7 @@ class ScoringLane(Lane):
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         [device] = self.claim(1)
         self.champion = Champion(self.database, serving(settings, device))
-        self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping)
+        self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
         self._stall = Stall(settings.stall_seconds)
 
     def work(self) -> int:
@@ -245,7 +256,9 @@ class TrainingLane(Lane):
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         self.workshop = settings.workshop(self.claim(settings.train_processes))
         self.requests = (
-            Requests(settings, self.database, inbox, make_app(settings), self.owner, self._announce, self.stopping)
+            Requests(
+                settings, self.database, self.gate, inbox, make_app(settings), self.owner, self._announce, self.stopping
+            )
             if inbox
             else None
         )

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
 from db import store
+from db.errors import SchemaMismatch
 from db.session import Database
 from training import failpoint
 from worker import metrics
@@ -56,13 +57,15 @@ class Pipeline:
     """One scoring worker's route and what it needs on the way."""
 
     def __init__(
-        self, stream: Stream, database: Database, champion: Champion, limits: Limits, stopping: threading.Event
-    ) -> None:
+        self, stream: Stream, database: Database, champion: Champion, limits: Limits, stopping: threading.Event,
+        may_read: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
         self.stream = stream
         self.database = database
         self.champion = champion
         self.limits = limits
         self.stopping = stopping
+        self.may_read = may_read
         self.tally = Tally()
         # The last sign of life: records came where none were held, a window was committed, or waits for the database.
         self.alive_at = time.monotonic()
@@ -75,7 +78,8 @@ class Pipeline:
         """Score until the stream has been empty for `linger_seconds`. Returns how many tweets were scored.
 
         Takes what is there at once and never waits for a fuller window; windows grow by themselves while the device is
-        busy. Without a champion nothing is read. Raises what keeps it from going on, with its records still pending.
+        busy. Without a champion, or with a schema that does not fit, nothing is read. Raises what keeps it from going
+        on, with its records still pending.
         """
         scored = 0
         self.stream.ensure_group()
@@ -198,7 +202,7 @@ class Pipeline:
         """
         try:
             # A value the database refuses is its record's fault; anything else it says, or the stream, is nobody's.
-            if isinstance(error, StreamError) or (
+            if isinstance(error, StreamError | SchemaMismatch) or (
                 isinstance(error, SQLAlchemyError) and not isinstance(error, DataError)
             ):
                 raise error
@@ -283,7 +287,9 @@ class Flow:
                 self._reap()
             if self.failed:
                 return True
-            if stopping.is_set() or (model := self.pipeline.champion.current()) is None:
+            if stopping.is_set() or not self.pipeline.may_read():
+                return False
+            if (model := self.pipeline.champion.current()) is None:
                 return False
             self.model = model
             began = time.perf_counter()

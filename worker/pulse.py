@@ -40,20 +40,23 @@ ENDINGS = {
 
 
 class Pulse:
-    """Beats from a thread of its own. `ailing` says why the process should end, None while all is well.
+    """Beats from a thread of its own.
 
-    Neither `state` nor `ailing` may wait long for anybody: a pulse that waits for a server looks like a dead worker.
+    `ailing` says why the process should end, None while all is well; `waits_for` what keeps a healthy one from working.
+    None of them may wait long for anybody: a pulse that waits for a server looks like a dead worker.
     """
 
     def __init__(
-        self, folder: Path, kind: str, state: Callable[[], str], ailing: Callable[[], tuple[int, str] | None]
-    ) -> None:
+        self, folder: Path, kind: str, state: Callable[[], str], ailing: Callable[[], tuple[int, str] | None],
+        waits_for: Callable[[], str | None],
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _clear(folder)
         self._path = folder / f"{kind}-{socket.gethostname()}-{os.getpid()}.json"
         self._kind = kind
         self._state = state
         self._ailing = ailing
+        self._waits_for = waits_for
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -79,6 +82,7 @@ class Pulse:
 
     def _show(self) -> None:
         said = {"kind": self._kind, "pid": os.getpid(), "at": time.time(), "state": self._state()}
+        said |= {"waits_for": self._waits_for()}
         try:
             self._path.write_text(json.dumps(said))
         except OSError as error:
@@ -120,6 +124,15 @@ def find_pulse(folder: Path, kind: str) -> tuple[str, float] | None:
         return None
     age, pid = min(found)
     return pid, age
+
+
+def waits_for(folder: Path, kind: str, pid: str) -> str | None:
+    """What keeps a worker of this host from working, by its pulse."""
+    try:
+        why = json.loads((folder / f"{kind}-{socket.gethostname()}-{pid}.json").read_text()).get("waits_for")
+    except (OSError, ValueError, AttributeError):  # it ended, or is writing
+        return None
+    return None if why is None else str(why)
 
 
 def _clear(folder: Path) -> None:

@@ -23,6 +23,7 @@ from db.models import TrainingJob
 from db.session import Database
 from training import failpoint
 from worker import answers
+from worker.gate import Gate
 from worker.inbox import CANCEL, Inbox, Request, is_message, read_request
 from worker.intake import accept_request
 from worker.settings import Settings
@@ -40,11 +41,12 @@ class Requests:
     """`owner` is whose jobs are reported, `wake` is called when there may be a job to run."""
 
     def __init__(
-        self, settings: Settings, database: Database, inbox: Inbox, app: Celery, owner: str,
+        self, settings: Settings, database: Database, gate: Gate, inbox: Inbox, app: Celery, owner: str,
         wake: Callable[[], None], stopping: threading.Event,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._database = database
+        self._gate = gate
         self._inbox = inbox
         self._app = app
         self._owner = owner
@@ -68,7 +70,8 @@ class Requests:
         pause = 0.1
         while not self._stopping.is_set():
             try:
-                self._step()
+                if self._gate.wait(self._stopping):
+                    self._step()
                 pause = 0.1
             except (SQLAlchemyError, TweetscoreError, KombuError, RedisError, OSError) as error:
                 said = getattr(error, "orig", None) or error

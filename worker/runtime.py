@@ -1,9 +1,10 @@
 """From settings to the things the routes work with: database, stream, workshop. One place that knows how they fit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from db import migrate
+from db import compatibility, migrate
+from db.errors import RightsMissing
 from db.session import Database, open_database
 from worker import embedded
 from worker.settings import Settings
@@ -11,9 +12,24 @@ from worker.stream import Depth, Stream, connect, connect_briefly
 
 
 def open_sql(settings: Settings) -> Database:
-    """The database, at the newest schema."""
+    """The database, with a schema that this release works with; raises `DatabaseError` when it has none."""
+    database = open_guarded(settings)
+    migrate.prepare(database)
+    return database
+
+
+def open_guarded(settings: Settings) -> Database:
+    """The database as it is; a transaction that writes raises `SchemaMismatch` unless the schema fits then."""
     database = open_database(settings.sql_url)
-    migrate.upgrade(database)
+    database.guard = compatibility.check
+    return database
+
+
+def open_to_ask(settings: Settings) -> Database:
+    """The same for who only asks, by a role that may have no right to look for the schema's number."""
+    database = open_database(settings.asking_url)
+    with suppress(RightsMissing):
+        migrate.prepare(database)
     return database
 
 

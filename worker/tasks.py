@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Task
 from celery.exceptions import Ignore
@@ -146,6 +146,25 @@ def _start(sender: str, instance: Any, **_: Any) -> None:
         log.critical("%s", error)
         raise SystemExit(2) from error
     queues.deselect(TRAINING)  # which `worker.inbox` reads
+    _await_database()
+
+
+def _await_database() -> None:
+    """Take no message before there is a database to work with: others may have one, and a request waits on the broker.
+
+    Celery listens for signals later. Told to end meanwhile, this worker ends: it holds nothing.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+    try:
+        for lane in lanes.values():
+            lane.gate.opened.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_lanes(hostname: str, queues: set[str]) -> None:

@@ -3,13 +3,27 @@
 import os
 
 from alembic import context
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect, text
 
 from db.models import Base
 from db.session import open_database
 
+# Workers and questions that come meanwhile wait behind a migration that waits for a lock: it gives up and comes again.
+LOCK_TIMEOUT = "3s"
+
+
+def keep_others_out(connection: Connection) -> None:
+    """One migration at a time, and none while a worker's transaction counts on the schema (`compatibility.check`)."""
+    if connection.dialect.name != "postgresql":
+        return
+    connection.execute(text("SELECT pg_advisory_xact_lock(7413952)"))
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+    if inspect(connection).has_table("schema_compatibility"):
+        connection.execute(text("LOCK TABLE schema_compatibility IN ACCESS EXCLUSIVE MODE"))
+
 
 def migrate(connection: Connection) -> None:
+    keep_others_out(connection)
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,

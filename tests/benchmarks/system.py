@@ -17,12 +17,12 @@ import pytest
 import redis
 from sqlalchemy import func, select
 
-from db import registry
+from db import migrate, registry
 from db.models import ModelVersion, Prediction
-from db.session import Database
+from db.session import Database, open_database
 from worker import embedded
 from worker.processes import Workers, workers
-from worker.runtime import open_sql, open_stream
+from worker.runtime import open_stream
 from worker.settings import load_settings
 from worker.stream import Stream
 
@@ -167,7 +167,8 @@ class System:
         from worker.doors import nudge
 
         self.server = stack.enter_context(embedded.owned(settings.home))
-        self.database = open_sql(settings)
+        self.database = open_database(settings.sql_url)
+        migrate.upgrade(self.database)
         stack.callback(self.database.close)
         self.look = Look(self.database)
         stack.callback(self.look.close)

@@ -20,6 +20,7 @@ from db import migrate
 from db.session import open_database
 from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
+from tests.faults.actors import wait_for_log
 from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.doors import send
@@ -189,3 +190,19 @@ def test_a_request_to_train_that_comes_while_the_database_is_away_is_a_job_when_
             assert trainer.alive
         wait_until(lambda: (job := world.asked(asked)) is not None and job.state == "failed")
         assert "outside the folders" in world.asked(asked).error
+
+
+@pytest.mark.parametrize("outage", ["postgresql"], indirect=True)  # to look at a locked SQLite is no trouble
+def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
+    outage: tuple[World, Callable[[], Any]],
+) -> None:
+    world, away = outage
+    world.stream.publish([wire(i) for i in range(20)])
+    with ExitStack() as stack:
+        with away():
+            worker = stack.enter_context(world.worker(stall_seconds=60))
+            wait_for_log(worker, "waiting, and taking no work: the database")
+            assert world.stream.depth().pending + (world.stream.depth().lag or 0) == 20, "nothing was acknowledged"
+            assert worker.alive
+        world.drained()
+    assert world.predictions() == world.passes() == 20
