@@ -49,9 +49,9 @@ def run_demo(settings: Settings) -> None:
     began = time.monotonic()
     say = show.console.print
     database = open_sql(settings)
-    if settings.embedded and embedded.find(settings.home):
+    if settings.embedded and embedded.owner(settings.home):
         say(f"using the server that runs on {settings.home}")
-    with broker(settings) as url, workers(settings, ("train", "score"), say) as running:
+    with broker(settings, show.line) as url, workers(settings, ("train", "score"), say) as running:
         say(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
         version = _train(settings, database, running)
         with database.begin() as session:
