@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 ANSWER_SECONDS = 5.0
@@ -42,15 +44,14 @@ def client_of(socket: Path, timeout: float = ANSWER_SECONDS) -> "redis.Redis":
 
 def ask(client: "redis.Redis") -> Loading | None:
     """None from a server that serves, else how far it has loaded. Raises `redis.RedisError` when it does not answer."""
-    pipe = client.pipeline(transaction=False)
-    pipe.ping()
-    pipe.info("persistence")  # in the same message
-    pong, told = pipe.execute(raise_on_error=False)
-    if not isinstance(pong, Exception):
+    try:
+        client.ping()
         return None
-    if not isinstance(pong, redis.BusyLoadingError):
-        raise pong
-    if not isinstance(told, dict):  # a user of the server's who may not ask
+    except redis.BusyLoadingError:
+        pass
+    try:
+        told: Any = client.info("persistence")
+    except NoPermissionError:
         return Loading()
     left = told.get("loading_eta_seconds")
     return Loading(told.get("loading_loaded_perc"), None if left is None else int(left))
