@@ -15,7 +15,7 @@ import redis
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.servers import OWN_UNTIL_STDIN_ENDS, contents, fill, is_running, log_file, orphan, server_pid, short_home
-from worker import embedded
+from worker import embedded, keeper
 from worker.stream import Depth, Stream, connect
 
 
@@ -105,7 +105,8 @@ def test_server_starts_beside_the_traces_of_a_killed_owner_and_server(home: Path
 
 
 @pytest.mark.parametrize("action", ["stop", "look at a dead socket"])
-def test_nobody_waits_for_a_server_that_is_gone(home: Path, action: str) -> None:
+def test_nobody_waits_for_a_server_that_is_gone(home: Path, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "FIRST_PAUSE_SECONDS", 600.0)
     with embedded.owned(home) as server:
         if action == "look at a dead socket":
             os.kill(server_pid(server), signal.SIGKILL)

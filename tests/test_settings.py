@@ -27,6 +27,7 @@ def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
         ("TWEETSCORE_TOKEN_BUDGET", "1", "TWEETSCORE_TOKEN_BUDGET is '1'.*greater than or equal to 64"),
         ("TWEETSCORE_DEVICE", "gpu", "TWEETSCORE_DEVICE is 'gpu'.*auto, cpu"),
         ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide, fast"),
+        ("TWEETSCORE_SERVER_SYNC", "no", "TWEETSCORE_SERVER_SYNC is 'no'.*everysec or always"),
         ("TWEETSCORE_MODEL_STORE", "floppy://models", "TWEETSCORE_MODEL_STORE is 'floppy://models'.*folder"),
         ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder of yours"),
     ],

@@ -24,7 +24,9 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
 
     A tweet is {"id", "text", ...}, or what the X API gives: one of its tweets or a page of them.
 
-    Raises `BadRecord`, and publishes nothing, when one of them is no tweet; `StreamError` when the broker is away.
+    A server that is started again, or loads its data, is waited for. It may then have some of them twice, and each gets
+    one row all the same. Raises `BadRecord`, and publishes nothing, when one of them is no tweet; `StreamError` or
+    `ServerFailed` when the broker is away.
     """
     from worker import doors
 

@@ -1,47 +1,84 @@
-"""What Celery's result backend says of a job, derived from its row. The row is the truth; this may be written again."""
+"""What a Redis or Valkey server answers when it is asked: that it serves, how far it has loaded, or nothing."""
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from celery import Celery, states
-from celery.exceptions import TaskRevokedError
-from sqlalchemy.orm import Session
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
 
-from db import jobs, registry
-from db.models import TrainingJob
-from worker.errors import JobFailed
-
-PROGRESS = "PROGRESS"
-REVOKED = "the job was cancelled"
-
-
-def state_of(session: Session, job: TrainingJob) -> tuple[str, Any] | None:
-    """Celery's state of a job and what goes with it; None of one that waits, of which Celery says PENDING by itself."""
-    if job.state == "running":
-        if not job.step:
-            return states.STARTED, {"job_id": job.id}
-        done = len(jobs.epochs(session, job.id))
-        epoch = min(done + 1, job.config.get("epochs", done + 1))
-        progress = {"step": job.step, "total_steps": job.total_steps, "epoch": epoch, "loss": job.loss}
-        return PROGRESS, {"job_id": job.id, **progress}
-    if job.state == "succeeded":
-        return states.SUCCESS, _result(session, job)
-    if job.state == "failed":
-        return states.FAILURE, JobFailed(job.error or "")
-    return (states.REVOKED, TaskRevokedError(job.error or REVOKED)) if job.state == "cancelled" else None
+ANSWER_SECONDS = 5.0
+LOOK_SECONDS = 0.01
+LONGEST_LOOK_SECONDS = 0.25
+# A load that is shorter than this is not worth a line.
+SAID_AFTER_SECONDS = 1.0
+SAID_EVERY_SECONDS = 10.0
 
 
-def publish(app: Celery, job: TrainingJob, found: tuple[str, Any] | None) -> None:
-    """Write what `state_of` found of a job into the backend. What is linked or chained behind the job hears nothing."""
-    if found is not None:
-        state, result = found
-        app.backend.store_result(job.request_id, result, state)
+@dataclass(frozen=True)
+class Loading:
+    """How far a server has loaded its data, as far as it says."""
+
+    percent: float | None = None
+    seconds_left: int | None = None
+
+    def __str__(self) -> str:
+        far = "" if self.percent is None else f", {self.percent:.0f} %"
+        left = "" if self.seconds_left is None or self.seconds_left < 0 else f", about {self.seconds_left} s left"
+        return f"loading{far}{left}"
 
 
-def _result(session: Session, job: TrainingJob) -> dict[str, Any]:
-    """`metrics` are those of the whole test split, by name."""
-    version = registry.of_job(session, job.id)
-    if version is None:
-        return {"job_id": job.id, "model_version_id": None, "metrics": {}}
-    figures = registry.metrics(session, version.id)
-    metrics = {metric: value for (metric, label), value in figures.items() if not label}
-    return {"job_id": job.id, "model_version_id": version.id, "metrics": metrics}
+def client_of(socket: Path, timeout: float = ANSWER_SECONDS) -> "redis.Redis":
+    """A client without redis-py's own patience, which would wait seconds for a server that is gone.
+
+    It does not introduce itself: a server that loads answers one message a portion, and portions may take long.
+    """
+    return redis.Redis(
+        unix_socket_path=str(socket), socket_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None
+    )
+
+
+def ask(client: "redis.Redis") -> Loading | None:
+    """None from a server that serves, else how far it has loaded. Raises `redis.RedisError` when it does not answer."""
+    try:
+        client.ping()
+        return None
+    except redis.BusyLoadingError:
+        pass
+    try:
+        told: Any = client.info("persistence")
+    except NoPermissionError:
+        return Loading()
+    left = told.get("loading_eta_seconds")
+    return Loading(told.get("loading_loaded_perc"), None if left is None else int(left))
+
+
+def serves(
+    client: "redis.Redis", silence_seconds: float, hopeless: Callable[[], bool], loads: Callable[[Loading], None]
+) -> bool:
+    """Wait until a server serves: while it loads without a limit, while it says nothing for `silence_seconds` at most.
+
+    Returns False when it stays silent, or as soon as `hopeless()` holds. `loads` hears now and then how far it is.
+    """
+    heard_at = time.monotonic()
+    say_at, pause = heard_at + SAID_AFTER_SECONDS, LOOK_SECONDS
+    while not hopeless():
+        try:
+            loading = ask(client)
+        except redis.RedisError:
+            if time.monotonic() - heard_at >= silence_seconds:
+                return False
+        else:
+            if loading is None:
+                return True
+            heard_at = time.monotonic()
+            if heard_at >= say_at:
+                loads(loading)
+                say_at = heard_at + SAID_EVERY_SECONDS
+        time.sleep(pause)
+        pause = min(1.2 * pause, LONGEST_LOOK_SECONDS)
+    return False

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -91,7 +91,10 @@ def up(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with _own_broker(settings) as url, workers(settings, roles, show.console.print) as running:
+    with (
+        _own_broker(settings, show.line, lambda: bool(told)) as url,
+        workers(settings, [] if told else roles, show.line) as running,
+    ):
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
@@ -107,8 +110,10 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
     if role not in ROLES:
         raise typer.BadParameter(f"{role!r} is no role; use train or score")
     settings = load_settings()
-    if settings.embedded and embedded.find(settings.home) is None:
-        raise ServerFailed(f"no server runs on {settings.home}; start `tweetscore up`, or set REDIS_URL")
+    # One that loads, or that its owner starts again, is waited for as one that goes away later is.
+    home = settings.home
+    if settings.embedded and embedded.trouble(home) is None and embedded.find(home) is None:
+        raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
     let_waiting_threads_sleep()  # before the next line loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
@@ -157,7 +162,7 @@ def train(
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
     database = open_sql(settings)
     job = submit_training(settings, database, dataset, preset, **options)
-    alone = settings.embedded and embedded.find(settings.home) is None
+    alone = settings.embedded and embedded.owner(settings.home) is None
     if not wait:
         heard = not alone and nudge(make_app(settings), TRAINING)
         if json:
@@ -166,7 +171,7 @@ def train(
             show.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
         return
     if alone:
-        with _own_broker(settings), workers(settings, ["train"], show.errors.print) as running:
+        with _own_broker(settings, show.aside), workers(settings, ["train"], show.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
@@ -187,7 +192,7 @@ def push(
     from worker.push import push_file
 
     settings = load_settings()
-    with broker(settings) as url:
+    with broker(settings, show.aside) as url:
         pushed = push_file(settings, url, file, quiet=json, topic=topic, strict=strict)
     if json:
         show.as_json(
@@ -320,11 +325,13 @@ def doctor(json: Json = False) -> None:
 
 
 @contextmanager
-def _own_broker(settings: Settings) -> Iterator[str]:
+def _own_broker(
+    settings: Settings, say: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
+) -> Iterator[str]:
     if settings.redis_url:
         yield public_url(settings.redis_url)
         return
-    with embedded.owned(settings.home, settings.server_memory_mb) as server:
+    with embedded.owned(settings.home, settings.server_memory_mb, settings.server_sync, say, give_up) as server:
         yield server.url
 
 

@@ -11,11 +11,13 @@ from db.session import Database
 from worker import embedded, show
 from worker.app import SCORING, TRAINING, make_app
 from worker.doors import nudge
+from worker.errors import StreamAway
 from worker.intake import submit_training
 from worker.processes import Workers, workers
 from worker.push import push_file
-from worker.runtime import broker, open_sql, open_stream
+from worker.runtime import broker, open_sql, open_stream, returns
 from worker.settings import Settings
+from worker.stream import Stream
 
 SAMPLE = Path(str(files("training") / "sample"))
 SCORING_SECONDS = 120.0
@@ -49,9 +51,9 @@ def run_demo(settings: Settings) -> None:
     began = time.monotonic()
     say = show.console.print
     database = open_sql(settings)
-    if settings.embedded and embedded.find(settings.home):
+    if settings.embedded and embedded.owner(settings.home):
         say(f"using the server that runs on {settings.home}")
-    with broker(settings) as url, workers(settings, ("train", "score"), say) as running:
+    with broker(settings, show.line) as url, workers(settings, ("train", "score"), say) as running:
         say(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
         version = _train(settings, database, running)
         with database.begin() as session:
@@ -100,7 +102,7 @@ def _wait_until_scored(
             with database.read() as session:
                 scored = store.prediction_count(session, version)
             progress.update(shown, completed=scored)
-            if scored >= expected and stream.depth().pending == 0:
+            if scored >= expected and _nothing_pending(settings, stream):
                 break
             if time.monotonic() - began > SCORING_SECONDS:
                 raise TweetscoreError(
@@ -109,6 +111,14 @@ def _wait_until_scored(
             running.watch()
             time.sleep(0.05)
     show.console.print(f"scored {expected} tweets in {time.monotonic() - began:.1f} s from publishing to rows")
+
+
+def _nothing_pending(settings: Settings, stream: Stream) -> bool:
+    try:
+        return stream.depth().pending == 0
+    except StreamAway:
+        returns(settings, show.line)
+        return False
 
 
 def _show_answers(settings: Settings) -> None:

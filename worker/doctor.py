@@ -72,7 +72,9 @@ def _broker(settings: Settings) -> str:
     if settings.embedded:
         found = embedded.find(settings.home)
         if found is None:
-            with embedded.owned(settings.home, settings.server_memory_mb):
+            if trouble := embedded.trouble(settings.home):
+                raise TweetscoreError(trouble)
+            with embedded.owned(settings.home, settings.server_memory_mb, settings.server_sync):
                 return "embedded Valkey, starts and stops well; not running now (`tweetscore up` runs it)"
         url = found.url
     else:

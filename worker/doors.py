@@ -10,10 +10,10 @@ from kombu.exceptions import KombuError
 from redis import RedisError
 
 from worker.app import SCORING, TRAINING, make_app
-from worker.errors import StreamFull
+from worker.errors import StreamAway, StreamFull
 from worker.intake import submit_training as queue_job
 from worker.records import parse_object
-from worker.runtime import broker, open_sql, open_stream
+from worker.runtime import broker, open_sql, open_stream, returns
 from worker.settings import Settings, load_settings
 from worker.stream import FULL_WAIT_SECONDS, Stream
 from worker.xapi import flat_tweets
@@ -57,13 +57,22 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
 
 
 def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, say: Callable[[str], None]) -> None:
-    """Append records when there is room: past the high-water mark, or with the server full, wait and `say` so."""
+    """Append records when there is room: past the high-water mark, or with the server full, wait and `say` so.
+
+    A server that is away and comes back gets them again: those that it had taken are there twice then, and have one row
+    all the same.
+    """
     while True:
-        stream.wait_for_room(settings.high_water, lambda length: say(f"waiting, the stream holds {length:,} records"))
         try:
+            stream.wait_for_room(
+                settings.high_water, lambda length: say(f"waiting, the stream holds {length:,} records")
+            )
             stream.publish(payloads)
             return
         except StreamFull as error:
             say(f"waiting: {error}")
             payloads = error.rest
-            time.sleep(FULL_WAIT_SECONDS)
+        except StreamAway:
+            if not returns(settings, say):
+                raise
+        time.sleep(FULL_WAIT_SECONDS)

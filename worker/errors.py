@@ -29,6 +29,10 @@ class StreamDenied(StreamError):
     """Raised when the stream's server knows who asks and does not allow it."""
 
 
+class StreamAway(StreamError):
+    """Raised when the stream's server is away or loads its data: it may come back, and may have what was sent."""
+
+
 class StreamFull(StreamError):
     """Raised when the stream's server has no memory left for another record; `rest` are those it did not take."""
 

@@ -11,6 +11,7 @@ from sqlalchemy import make_url
 
 from db.errors import TweetscoreError
 from worker import embedded
+from worker.answers import ask
 from worker.pulse import FRESH_SECONDS, find_pulse, waits_for
 from worker.settings import Settings
 
@@ -63,12 +64,13 @@ def _worker(kind: str) -> Callable[[Settings], str]:
 
 def _broker(settings: Settings) -> str:
     if settings.embedded and embedded.find(settings.home) is None:
-        raise Ill(f"no server runs on {settings.home}")
+        raise Ill(embedded.trouble(settings.home) or f"no server runs on {settings.home}; start `tweetscore up`")
     url = settings.redis_url or f"unix://{embedded.socket_path(settings.home)}"
     client = redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3, retry=Retry(NoBackoff(), 0))
     try:
         with client:
-            client.ping()
+            if loading := ask(client):
+                raise Ill(f"the broker is {loading}")
             return f"broker answers, {client.xlen(settings.stream_key)} records in the stream"
     except redis.RedisError as error:
         raise Ill(f"the broker does not answer ({type(error).__name__})") from error

@@ -58,7 +58,7 @@ class Workers:
                     child.pause = FIRST_PAUSE_SECONDS
                 child.restart_at = now + child.pause
                 self.say(
-                    f"the {child.role} worker ended ({_ending(code)}), starting it again in {child.pause:.0f} s; "
+                    f"the {child.role} worker ended ({ending(code)}), starting it again in {child.pause:.0f} s; "
                     f"log: {child.log}"
                 )
                 child.pause = min(LONGEST_PAUSE_SECONDS, 2 * child.pause)
@@ -130,7 +130,8 @@ def workers(settings: Settings, roles: Sequence[str], say: Callable[[str], None]
         running.stop()
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
+    """What a process's exit code says: `SIGKILL`, or `exit 75: it hung`."""
     if code >= 0:
         return f"exit {code}: {ENDINGS[code]}" if code in ENDINGS else f"exit {code}"
     try:

@@ -22,7 +22,7 @@ from db.errors import TweetscoreError
 from db.models import TrainingJob
 from db.session import Database
 from training import failpoint
-from worker import answers
+from worker import results
 from worker.gate import Gate
 from worker.inbox import CANCEL, Inbox, Request, is_message, read_request
 from worker.intake import accept_request
@@ -115,7 +115,7 @@ class Requests:
             return
         ended = None
         if request.id in self._revoked:
-            ended = "cancelled", answers.REVOKED
+            ended = "cancelled", results.REVOKED
         elif request.expired:
             ended = "cancelled", f"the request expired at {request.expires_at}, before a worker took it"
         job = accept_request(self._settings, self._database, request, ended)
@@ -124,7 +124,7 @@ class Requests:
             log.warning("job %d was refused; `tweetscore jobs show %d` says why", job.id, job.id)
         if job.finished_at and job.message is None:  # sent again after all was told
             with self._database.read() as session:
-                answers.publish(self._app, job, answers.state_of(session, job))
+                results.publish(self._app, job, results.state_of(session, job))
 
     def _cancel_revoked(self) -> None:
         for id_ in list(self._to_cancel):
@@ -142,15 +142,15 @@ class Requests:
         with self._database.read() as session:
             running = {job.id: job for job in jobs.held_by(session, self._owner)}
             for job in running.values():
-                if (found := answers.state_of(session, job)) != self._told.get(job.id):
+                if (found := results.state_of(session, job)) != self._told.get(job.id):
                     told.append((job, found))
             for id_ in set(self._told) - set(running):
                 job = jobs.get(session, id_)
                 # One that a message asked for is answered below, with what is linked to it.
                 if job.finished_at is None or job.message is None:
-                    told.append((job, answers.state_of(session, job)))
+                    told.append((job, results.state_of(session, job)))
         for job, found in told:
-            answers.publish(self._app, job, found)
+            results.publish(self._app, job, found)
             if found is not None and job.state == "running":
                 self._told[job.id] = found
             else:
@@ -176,7 +176,7 @@ def cancel(database: Database, job_id: Any, request_id: Any) -> TrainingJob | No
         if request_id is not None:
             job = jobs.submit(
                 session, request_id=str(request_id), dataset="", dataset_sha256=None, config={},
-                ended=("cancelled", answers.REVOKED),
+                ended=("cancelled", results.REVOKED),
             )  # fmt: skip
             return job if job.finished_at else jobs.request_cancel(session, job.id)
         there = isinstance(job_id, int) and session.get(TrainingJob, job_id) is not None

@@ -1,5 +1,6 @@
 """From settings to the things the routes work with: database, stream, workshop. One place that knows how they fit."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -7,8 +8,12 @@ from db import compatibility, migrate
 from db.errors import RightsMissing
 from db.session import Database, open_database
 from worker import embedded
+from worker.answers import serves
+from worker.errors import ServerFailed
 from worker.settings import Settings
 from worker.stream import Depth, Stream, connect, connect_briefly
+
+log = logging.getLogger(__name__)
 
 
 def open_sql(settings: Settings) -> Database:
@@ -49,11 +54,28 @@ def glance(settings: Settings) -> Callable[[], Depth | None]:
     return Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group).depth
 
 
+def returns(settings: Settings, say: Callable[[str], None]) -> bool:
+    """Wait for a broker that was just away: while it loads its data, or the embedded one's owner starts it again.
+
+    False when there is nothing to wait for. Raises `ServerFailed` when nobody owns the embedded server any more, or its
+    owner takes too long.
+    """
+    if settings.embedded:
+        if embedded.served(settings.home, say) is None:
+            raise ServerFailed(
+                f"the embedded server of {settings.home} is gone, and so is the process that ran it; start "
+                "`tweetscore up` and try again"
+            )
+        return True
+    with connect_briefly(stream_url(settings)) as client:
+        return serves(client, 0, lambda: False, lambda loading: say(f"waiting: the broker is {loading}"))
+
+
 @contextmanager
-def broker(settings: Settings) -> Iterator[str]:
+def broker(settings: Settings, say: Callable[[str], None] = log.warning) -> Iterator[str]:
     """A broker to talk to: the one named in the settings, or the home's embedded server, started here if need be."""
     if settings.redis_url:
         yield settings.redis_url
         return
-    with embedded.running(settings.home, settings.server_memory_mb) as server:
+    with embedded.running(settings.home, settings.server_memory_mb, settings.server_sync, say) as server:
         yield server.url

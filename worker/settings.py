@@ -131,6 +131,11 @@ class Settings(BaseSettings):
     server_memory_mb: int = Field(
         1024, ge=4, le=10_000_000, description="memory of the embedded server in MiB; full, publishers wait"
     )
+    server_sync: str = Field(
+        "everysec",
+        description="when the embedded server's records are on the disk: `everysec`, or `always` before they are "
+        "acknowledged, which publishes more slowly",
+    )
 
     retention_days: float | None = Field(
         None,
@@ -217,6 +222,13 @@ class Settings(BaseSettings):
     def _known_engine(cls, value: str) -> str:
         if value not in ("auto", *ENGINES):
             raise ValueError(f"it must be auto or one of {', '.join(ENGINES)}")
+        return value
+
+    @field_validator("server_sync")
+    @classmethod
+    def _known_sync(cls, value: str) -> str:
+        if value not in ("everysec", "always"):
+            raise ValueError("it must be everysec or always")
         return value
 
     @field_validator("preset")

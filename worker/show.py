@@ -35,6 +35,15 @@ INTERNAL = {"message", "answer_due_at"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
+def line(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def aside(text: str) -> None:
+    """A line beside the answer, which may be read by a program."""
+    errors.print(text, markup=False, soft_wrap=True)
+
+
 def as_json(value: Any) -> None:
     """One JSON document on standard output; times in ISO-8601."""
     print(json.dumps(value, ensure_ascii=False, default=_plain, indent=2))

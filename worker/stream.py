@@ -24,10 +24,10 @@ from typing import Any
 
 import redis
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.retry import Retry
 
-from worker.errors import StreamDenied, StreamError, StreamFull
+from worker.errors import StreamAway, StreamDenied, StreamError, StreamFull
 
 log = logging.getLogger(__name__)
 
@@ -394,7 +394,12 @@ def _converted() -> Iterator[None]:
             raise StreamFull(FULL) from error
         if isinstance(error, NoPermissionError):
             raise StreamDenied(f"the stream's server does not allow it: {error}") from error
-        raise StreamError(f"the stream's server does not answer as it should: {error}") from error
+        away = isinstance(error, redis.ConnectionError | redis.TimeoutError) and not isinstance(
+            error, AuthenticationError
+        )
+        raise (StreamAway if away else StreamError)(
+            f"the stream's server does not answer as it should: {error}"
+        ) from error
 
 
 def _out_of_memory(answer: object) -> bool:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import NotFound, TweetscoreError
 from training import failpoint
-from worker import answers, logs, metrics, requests
+from worker import logs, metrics, requests, results
 from worker.app import SCORING, TRAINING, app
 from worker.errors import JobFailed
 from worker.inbox import Inbox
@@ -86,7 +86,7 @@ def _outcome(task: Task, lane: Lane) -> dict[str, Any]:
             job = jobs.of_request(session, id_)
             if job is None:
                 raise JobFailed("the request could not be stored as a job; look at its arguments, then send it again")
-            found = answers.state_of(session, job) if job.finished_at and job.message is not None else None
+            found = results.state_of(session, job) if job.finished_at and job.message is not None else None
     except SQLAlchemyError as error:
         raise Ignore from error  # it is sent again
     if found is None:

@@ -48,7 +48,9 @@ def test_10_stream_group_pending_list_and_counts_survive_a_server_that_is_killed
         pid = server_pid(server)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_running(pid))
-        assert embedded.find(home) is None
+        wait_until(lambda: embedded.find(home))
+        assert server_pid(server) != pid, "its owner started it again"
+        assert contents(server) == before
     assert before[1] == Depth(length=20, lag=15, pending=4)
     with embedded.owned(home) as server:
         assert contents(server) == before

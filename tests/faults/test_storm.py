@@ -3,22 +3,29 @@
 The ordinary run kills less often; `pytest -m storm` is the whole of it. Both say what was killed and how long it took.
 """
 
+import os
 import random
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+import worker
 from db import registry
 from db.models import ModelVersion, Prediction, TestPrediction
 from tests.bench import wire
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.actors import Actor
-from tests.faults.commands import Command
+from tests.faults.commands import Command, command
+from tests.servers import server_pid
 from tests.world import World
 from training.artifact import make_spec, save_artifact
 from training.config import make_config
@@ -26,9 +33,11 @@ from training.encoders import STARTER, STARTER_FOLDER, Encoder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
+from worker.processes import child_environment
 
 TWEETS = 10_000
 SCORERS = 3
+SERVER_KILLS = 10
 WORDS = [
     "雨",
     "最高",
@@ -136,6 +145,96 @@ def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
         first.says(" ready.")
         first.kill()
     storm_of_tweets(starter_world, 60, lambda: Scorer(starter_world), report)
+
+
+@pytest.mark.storm
+def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_twice(
+    starter_world: World, monkeypatch: pytest.MonkeyPatch, report: Callable[[str], None]
+) -> None:
+    """The server that `tweetscore up` owns, and now and then a scorer, while one publishes who knows of neither."""
+    world, chance = starter_world, random.Random(20261125)
+    for name, value in child_environment(world.settings).items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as stack:
+        up = stack.enter_context(command(world.settings.logs / "up.log", world.given, "up", "--scorers", str(SCORERS)))
+        up.says("Ctrl-C ends it.")
+        began = time.monotonic()
+        publisher = stack.enter_context(Publisher(chance))
+        for kill in range(SERVER_KILLS):
+            pause = time.monotonic() + chance.uniform(0.5, 12)
+            wait_until(lambda pause=pause: time.monotonic() > pause and embedded.find(world.settings.home))
+            os.kill(server_pid(embedded.Server(embedded.socket_path(world.settings.home))), signal.SIGKILL)
+            if kill % 2:
+                chance.choice([child for child in up.family() if _scores(child)]).kill()
+        publisher.ends()
+        world.drained()
+        took = time.monotonic() - began
+        assert up.process.poll() is None
+        up.send(signal.SIGTERM)
+        assert up.ended() == 0
+    rows = Counter(row["tweet_id"] for row in world.rows(Prediction))
+    assert rows == dict.fromkeys(publisher.acknowledged, 1)
+    assert world.dead() == []
+    assert up.said().count("the embedded server was ended by SIGKILL") == SERVER_KILLS
+    report(
+        f"storm: {SERVER_KILLS} kills of the server under `up`, {SERVER_KILLS // 2} of its scorers, "
+        f"{len(publisher.acknowledged):,} tweets in {publisher.calls:,} calls and {publisher.repeats:,} repeats: "
+        f"{sum(rows.values()):,} rows, 0 dead letters, lag 0, pending 0, the longest call {publisher.longest:.1f} s, "
+        f"{took:.0f} s ({world.database.engine.dialect.name})"
+    )
+
+
+def _scores(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[-2:] == ["worker", "score"]
+    except psutil.Error:  # it has ended
+        return False
+
+
+class Publisher(threading.Thread):
+    """Calls `worker.publish` until it is told to end; `acknowledged` are the ids of the calls that returned."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__(name="publisher", daemon=True)
+        self._chance = random.Random(chance.random())
+        self._ending = threading.Event()
+        self.acknowledged: list[str] = []
+        self.calls, self.repeats, self.longest = 0, 0, 0.0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._ending.wait(self._chance.uniform(0, 0.1)):
+                self._publish()
+        except Exception as error:  # for `ends`
+            self.error = error
+
+    def _publish(self) -> None:
+        first, count = len(self.acknowledged), self._chance.randint(1, 60)
+        ids = [str(i) for i in range(first, first + count)]
+        again = self._chance.sample(self.acknowledged, min(first, count // 10))
+        tweets = [{"id": id_, "text": "".join(self._chance.choices(WORDS, k=8))} for id_ in [*ids, *again]]
+        began = time.monotonic()
+        worker.publish(tweets)
+        self.longest = max(self.longest, time.monotonic() - began)
+        self.acknowledged += ids
+        self.calls += 1
+        self.repeats += len(again)
+
+    def __enter__(self) -> "Publisher":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self.join(PATIENCE_SECONDS)
+
+    def ends(self) -> None:
+        self._ending.set()
+        self.join(PATIENCE_SECONDS)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
 
 
 def test_a_trainer_killed_ten_times_ends_its_job_as_if_nobody_had_touched_it(

@@ -1,0 +1,47 @@
+"""What Celery's result backend says of a job, derived from its row. The row is the truth; this may be written again."""
+
+from typing import Any
+
+from celery import Celery, states
+from celery.exceptions import TaskRevokedError
+from sqlalchemy.orm import Session
+
+from db import jobs, registry
+from db.models import TrainingJob
+from worker.errors import JobFailed
+
+PROGRESS = "PROGRESS"
+REVOKED = "the job was cancelled"
+
+
+def state_of(session: Session, job: TrainingJob) -> tuple[str, Any] | None:
+    """Celery's state of a job and what goes with it; None of one that waits, of which Celery says PENDING by itself."""
+    if job.state == "running":
+        if not job.step:
+            return states.STARTED, {"job_id": job.id}
+        done = len(jobs.epochs(session, job.id))
+        epoch = min(done + 1, job.config.get("epochs", done + 1))
+        progress = {"step": job.step, "total_steps": job.total_steps, "epoch": epoch, "loss": job.loss}
+        return PROGRESS, {"job_id": job.id, **progress}
+    if job.state == "succeeded":
+        return states.SUCCESS, _result(session, job)
+    if job.state == "failed":
+        return states.FAILURE, JobFailed(job.error or "")
+    return (states.REVOKED, TaskRevokedError(job.error or REVOKED)) if job.state == "cancelled" else None
+
+
+def publish(app: Celery, job: TrainingJob, found: tuple[str, Any] | None) -> None:
+    """Write what `state_of` found of a job into the backend. What is linked or chained behind the job hears nothing."""
+    if found is not None:
+        state, result = found
+        app.backend.store_result(job.request_id, result, state)
+
+
+def _result(session: Session, job: TrainingJob) -> dict[str, Any]:
+    """`metrics` are those of the whole test split, by name."""
+    version = registry.of_job(session, job.id)
+    if version is None:
+        return {"job_id": job.id, "model_version_id": None, "metrics": {}}
+    figures = registry.metrics(session, version.id)
+    metrics = {metric: value for (metric, label), value in figures.items() if not label}
+    return {"job_id": job.id, "model_version_id": version.id, "metrics": metrics}
