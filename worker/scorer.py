@@ -239,6 +239,11 @@ def served(version: ModelVersion, serving: Serving) -> Iterator[Served]:
         running.end()
 
 
+def warm_up() -> None:
+    """What takes more than a second of the first model's loading, while there is none to load."""
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+
 @dataclass(frozen=True)
 class Loading:
     """A model on its way, for one assignment of the alias; for none when it is the one before, coming back."""
@@ -391,3 +396,4 @@ class Champion:
                 "`tweetscore models promote ID`"
             )
             self._told_absent = True
+            self._loader.submit(warm_up)

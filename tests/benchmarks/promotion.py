@@ -90,7 +90,9 @@ def _rate(counts: list[tuple[float, int]], since: float, until: float) -> float:
 
 
 def _tweets():  # type: ignore[no-untyped-def]
-    texts = [json.loads(line)["text"] for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for number in itertools.count():
         text = f"{texts[number % len(texts)]} {number}"
         yield json.dumps({"v": 1, "id": str(number), "text": text}).encode()
