@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK = "lock"
+FAILED = 1  # and its last line says why
 # How often somebody else's choice is looked for, and how often memory.
 LOOK_SECONDS = 1.0
 MEMORY_SECONDS = 60.0
 CHILD_LOOK_SECONDS = 0.2
 # The largest models on the slowest CPUs take minutes. A child that takes longer than this hangs.
 LONGEST_SECONDS = 3600.0
-ENDING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Tryout:
     def end(self) -> None:
         """Stop, and return when the thread and what it held are gone."""
         self.stop()
-        self._thread.join(ENDING_SECONDS)
+        self._thread.join()
 
     def _run(self) -> None:
         with bound_contextvars(model_version=self._version_id):
@@ -206,8 +206,9 @@ class Tryout:
                     return
             if child.returncode:
                 output.seek(0)
-                said = output.read().decode(errors="replace").strip().splitlines() or [f"exit {child.returncode}"]
-                raise TrialFailed(f"trying engines out failed: {said[-1]}")
+                said = output.read().decode(errors="replace").strip().splitlines()
+                why = said[-1] if said and child.returncode == FAILED else f"exit {child.returncode}"
+                raise TrialFailed(f"trying engines out failed: {why}")
         for trial in next((choice.trials for choice in map(read_choice, map(Path, self._order.kept)) if choice), []):
             log.info("engine %s %s", trial.engine, trial.says or "was not needed")
 
@@ -225,11 +226,15 @@ class Served:
     def current(self) -> "Model":
         """The model for the next window."""
         if self._tryout is not None and (found := self._tryout.found()) is not None:
-            engine, choice = found
-            log.info(
-                "model %d: %s takes over from %s; it %s",
-                self.model.version_id, engine.name, self.model.engine.name, choice.why,
-            )  # fmt: skip
+            (engine, choice), before = found, self.model.engine
+            if engine.name == before.name:
+                engine = before
+                log.info("model %d: %s stays; it %s", self.model.version_id, engine.name, choice.why)
+            else:
+                log.info(
+                    "model %d: %s takes over from %s; it %s",
+                    self.model.version_id, engine.name, before.name, choice.why,
+                )  # fmt: skip
             self.model = self.model.on(engine, choice, self._token_budget or choice.token_budget)
             self._tryout = None
             settle_memory()
@@ -306,7 +311,7 @@ def main() -> int:
         run(Order(**json.loads(sys.argv[1])))
     except Exception as error:
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
-        return 1
+        return FAILED
     return 0
 
 
