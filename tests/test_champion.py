@@ -19,10 +19,13 @@ from db import registry
 from db.models import ModelVersion, ScoringWindow
 from tests.bench import CPU, Bench, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
+from tests.world import World, on_sqlite
 from training.artifact import SPEC, WEIGHTS, Artifact, load_artifact
-from training.sealed import seal
+from training.sealed import SUMS, seal
 from worker import scorer
+from worker.lane import ScoringLane
 from worker.lineup import loading_takes
+from worker.pause import Pause
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
 from worker.scorer import Champion, Model, load_model
 from worker.window import Window
@@ -109,6 +112,93 @@ def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_m
     assert lite.scored()["mended"] == new
 
 
+def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serves_once_it_is_mended(
+    lite: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that answers EIO, which nothing of ours makes an error of its own."""
+    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(scorer, "LONGEST_PAUSE_SECONDS", 2.0)
+    old, worker = lite.promote(), lite.worker()
+    lite.stream.publish([wire("before")])
+    assert worker.drain() == 1
+    folder, sums = tmp_path / "model", tmp_path / "model" / SUMS
+    shutil.copytree(lite.tiny.folder, folder)
+    whole = sums.rename(tmp_path / SUMS)
+    sums.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        sums.read_bytes()
+    new = register(lite, folder)
+    told = f"the champion, model {new}, cannot be loaded, model {old} goes on scoring; trying again in "
+
+    def faults() -> list[str]:
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+        return [line.removeprefix(told) for line in said]
+
+    number = itertools.count()
+
+    def windows_go_on_until(seen: int) -> bool:
+        lite.stream.publish([wire(f"while {next(number)}")])
+        return worker.drain() == 1 and len(faults()) >= seen
+
+    wait_until(lambda: windows_go_on_until(4))
+    kind = "(OSError: [Errno 5] Input/output error)"
+    assert faults()[:4] == [f"{pause} s {kind}" for pause in (0, 1, 2, 2)]  # of 0.5, 1, 2 and 2 seconds
+    assert set(lite.scored().values()) == {old}
+    assert next(number) > 4, "there were windows without a try"
+    sums.unlink()
+    whole.rename(sums)
+    wait_until(lambda: worker.champion.current().version_id == new)
+    lite.stream.publish([wire("mended")])
+    assert worker.drain() == 1
+    assert lite.scored()["mended"] == new
+
+
+@on_sqlite
+def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_is_mended(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.3)
+    sums = world.settings.models.folder / "tiny" / SUMS
+    whole = sums.rename(sums.with_name("aside"))
+    sums.symlink_to("/proc/self/mem")
+    world.stream.publish([wire("waits")])
+    lane = ScoringLane(world.settings, lambda: None)
+    lane.start()
+    try:
+        wait_until(lambda: caplog.text.count("cannot be loaded, tweets wait in the stream; trying again") >= 2)
+        assert "cannot look for work" not in caplog.text
+        assert lane.run() == 0
+        assert (lane.stalled(), lane.state(), lane.model_version(), lane.engine()) == (None, "idle", None, None)
+        sums.unlink()
+        whole.rename(sums)
+        wait_until(lambda: lane.run() == 1)
+    finally:
+        lane.end()
+    assert world.scored() == {"waits"}
+
+
+def test_a_pause_doubles_up_to_a_bound_and_is_over_for_anything_else() -> None:
+    pause = Pause()
+    assert pause.over(None)
+    assert pause.over(1)
+    assert [pause.begin(1, 5, 300) for _ in range(8)] == [5, 10, 20, 40, 80, 160, 300, 300]
+    assert not pause.over(1)
+    assert pause.over(2)
+    assert pause.begin(2, 5, 300) == 5
+
+
+def register(lite: Bench, folder: Path, sha256: str | None = None) -> int:
+    """A copy of the tiny model, or what `sha256` names, as the champion."""
+    with lite.database.begin() as session:
+        version = ModelVersion(
+            base_model="tiny", artifact_url=folder.as_uri(), sha256=sha256 or lite.tiny.sha256, labels=LABELS,
+            cleaner_version="1",
+        )  # fmt: skip
+        registry.add_version(session, version, [], [], [])
+        registry.assign(session, registry.CHAMPION, version.id)
+        return version.id
+
+
 def unreadable(lite: Bench, folder: Path) -> int:
     """A version whose files are whole and of a format that is yet to come."""
     draft = shutil.copytree(lite.tiny.folder, folder.with_name("draft"))
@@ -184,7 +274,7 @@ def test_a_model_that_is_damaged_or_fits_beside_the_old_one_costs_no_tweet_a_wai
 
     def free(device: torch.device) -> int:
         asked.append(1)
-        return int(loading_takes(folder, "", device, "auto", weights))
+        return int(loading_takes(weights))
 
     champion = Champion(lite.database, replace(CPU, free=free))
     assert champion.current().version_id == old

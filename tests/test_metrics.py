@@ -70,6 +70,7 @@ def test_a_scorer_tells_what_it_did_and_what_waits(world: World) -> None:
         assert found["stage_seconds_count", stage] == len(rows)
         assert found["stage_seconds_sum", stage] == pytest.approx(sum(row[f"{stage}_ms"] for row in rows) / 1000)
     assert found["model_version", ""] == rows[-1]["model_version_id"]
+    assert found["engine", "torch-float32"] == 1
     waiting = ("stream_lag", "stream_pending", "stream_length", "oldest_unscored_seconds")
     assert [found[name, ""] for name in waiting] == [0, 0, 0, 0]
     assert (found["broker_up", ""], found["database_up", ""]) == (1, 1)

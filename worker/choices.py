@@ -38,6 +38,11 @@ def engines_folder(artifact: Path) -> Path:
     return artifact.with_name(f"{artifact.name}.engines")
 
 
+def spare_folder(artifact: Path, spare: Path) -> Path:
+    """The same below another folder, where the artifact's own cannot be written."""
+    return spare / engines_folder(artifact).name
+
+
 def read_choice(folder: Path) -> Choice | None:
     try:
         written = json.loads((folder / CHOICE).read_text(encoding="utf-8"))
@@ -46,7 +51,8 @@ def read_choice(folder: Path) -> Choice | None:
         return None  # never made, or by another version: made again
 
 
-def kept_choices(artifact: Path) -> list[Choice]:
+def kept_choices(artifact: Path, spare: Path) -> list[Choice]:
     """Of every machine that served this artifact from here."""
-    found = map(read_choice, sorted(engines_folder(artifact).glob("[!.]*")))
+    folders = (engines_folder(artifact), spare_folder(artifact, spare))
+    found = [read_choice(path) for folder in folders for path in sorted(folder.glob("[!.]*"))]
     return [choice for choice in found if choice is not None]

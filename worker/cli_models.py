@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from shutil import rmtree
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db import registry
 from worker import show
+from worker.choices import kept_choices, spare_folder
 from worker.runtime import open_sql
 from worker.settings import load_settings
 from worker.show import Json
@@ -48,15 +50,13 @@ def models_list(
 @app.command("show")
 def models_show(model: int, json: Json = False) -> None:
     """One model: where it lies, which engine scores with it and why, its test figures, and where it errs most."""
-    from worker.choices import kept_choices
-
     settings = load_settings()
     with open_sql(settings).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         spells = [row for row in registry.history(session) if row.model_version_id == model]
-    engines = kept_choices(settings.models.place(version.artifact_url, version.sha256))
+    engines = kept_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
             "metrics": show.metric_rows(figures),
@@ -77,6 +77,8 @@ def models_show(model: int, json: Json = False) -> None:
         show.console.print(f"{row.alias} from {row.assigned_at:%Y-%m-%d %H:%M:%S} on")
     for choice in engines:
         show.engine_table(choice)
+    if not engines:
+        show.console.print("no engine was tried out here yet; until a worker has, the model scores on torch-float32")
     show.test_table(version, figures)
     if cells:
         show.table(
@@ -151,6 +153,7 @@ def models_delete(
         version = registry.mark_deleted(session, model, predictions)
     # After the commit: an artifact without a row does no harm, a row without its artifact would.
     settings.models.remove(version.artifact_url, version.sha256)
+    rmtree(spare_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
     if json:
         show.as_json(show.fields(version))
     else:

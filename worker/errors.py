@@ -51,3 +51,7 @@ class ServerFailed(TweetscoreError):
 
 class DeviceFull(TweetscoreError):
     """Raised when a batch does not fit into the memory of its device."""
+
+
+class TrialFailed(TweetscoreError):
+    """Raised when engines could not be tried out on a model; the one that serves goes on."""

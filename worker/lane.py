@@ -47,7 +47,7 @@ class Lane:
         self.gate = Gate(self.database, settings.watch_seconds)
         # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
         self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
-        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database)
+        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database, self.engine)
         self._nudge = nudge
         self._busy = threading.Lock()
         self._nudged = threading.Event()
@@ -123,6 +123,10 @@ class Lane:
 
     def model_version(self) -> int | None:
         """Which model scores here, None where none does."""
+        return None
+
+    def engine(self) -> str | None:
+        """What runs that model, None where none does."""
         return None
 
     def stalled(self) -> str | None:
@@ -204,6 +208,9 @@ class ScoringLane(Lane):
     def model_version(self) -> int | None:
         return self.champion.version_id
 
+    def engine(self) -> str | None:
+        return self.champion.engine
+
     def stalled(self) -> str | None:
         since, longest = self.champion.loading_since, PATIENCE * self.settings.stall_seconds
         if since is not None and time.monotonic() - since > longest:
@@ -235,6 +242,7 @@ class ScoringLane(Lane):
         return not self.stream.depth().idle
 
     def close(self) -> None:
+        self.champion.close()
         try:
             self.stream.leave()
         except StreamError as error:

@@ -55,13 +55,14 @@ class Looks(Collector):
 
     def __init__(
         self, kind: str, state: Callable[[], str], model_version: Callable[[], int | None], stream: Stream,
-        database: Database,
+        database: Database, engine: Callable[[], str | None] = lambda: None,
     ) -> None:  # fmt: skip
         self._kind = kind
         self._state = state
         self._model_version = model_version
         self._stream = stream
         self._database = database
+        self._engine = engine
         self._threads = ThreadPoolExecutor(2, "metrics")
         self._asked: dict[str, Future[list[Metric]]] = {}
 
@@ -75,6 +76,10 @@ class Looks(Collector):
         if self._kind == "scoring":
             version = self._model_version() or 0
             yield _gauge("tweetscore_model_version", "model version that scores here, 0 before there is one", version)
+            engine = GaugeMetricFamily("tweetscore_engine", "1 for what runs that model here", labels=["engine"])
+            if (name := self._engine()) is not None:
+                engine.add_metric([name], 1)
+            yield engine
         for name, look in (("broker", self._of_stream), ("database", self._of_database)):
             if (asked := self._asked.get(name)) is None or asked.done():
                 self._asked[name] = self._threads.submit(look)

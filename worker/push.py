@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -90,7 +91,7 @@ def _say(progress: Progress, shown: TaskID, said: str) -> None:
 
 def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
     """Score every tweet of a file and print what the model says. Returns how many lines were no tweets."""
-    from worker.scorer import load_model, serving
+    from worker.scorer import served, serving
 
     with database.read() as session:
         wanted = model_id if model_id is not None else registry.assigned(session, registry.CHAMPION)
@@ -101,11 +102,12 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
     with (
         open_source(file) as source,
         show.long_work("scoring", TimeRemainingColumn(), prints=True) as tell,
+        ExitStack() as stack,
     ):
-        model = None
+        running = None
         for window in batched(_good(source, pushed, need_id=False), settings.window_tweets):
-            model = model or load_model(version, serving(settings))
-            scores = model.score([tweet.text for tweet in window])
+            running = running or stack.enter_context(served(version, serving(settings)))
+            scores = running.current().score([tweet.text for tweet in window])
             tell(source.position() or 0, source.size)
             if as_lines:
                 for tweet, said in zip(window, scores, strict=True):

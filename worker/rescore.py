@@ -14,7 +14,7 @@ from db import registry, store
 from db.models import utc_now
 from db.session import Database
 from worker.errors import StreamError
-from worker.scorer import Model, describe, load_model, serving
+from worker.scorer import Model, describe, served, serving
 from worker.settings import Settings
 from worker.stream import Depth
 
@@ -44,24 +44,24 @@ def rescore(
         version = registry.usable(session, version_id)
         until = utc_now()  # what comes in later is the scoring workers'
         total = store.unscored_count(session, version_id, since, until)
-    model = load_model(version, serving(settings))
     done, after = 0, ""
     progress(done, total, False)
-    while True:
-        patience_ends = time.monotonic() + LONGEST_WAIT_SECONDS
-        while _busy(depth) and time.monotonic() < patience_ends:
-            progress(done, total, True)
-            time.sleep(LOOK_SECONDS)
-        with database.read() as session:
-            chunk = store.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
-        if not chunk:
-            return done
-        rows = _score(model, chunk)
-        with database.begin() as session:
-            there = store.present(session, [id_ for id_, _ in chunk])  # some may have been deleted meanwhile
-            store.add_predictions(session, [row for row in rows if row["tweet_id"] in there])
-        done, after = done + len(chunk), chunk[-1][0]
-        progress(done, max(total, done), False)
+    with served(version, serving(settings)) as running:
+        while True:
+            patience_ends = time.monotonic() + LONGEST_WAIT_SECONDS
+            while _busy(depth) and time.monotonic() < patience_ends:
+                progress(done, total, True)
+                time.sleep(LOOK_SECONDS)
+            with database.read() as session:
+                chunk = store.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
+            if not chunk:
+                return done
+            rows = _score(running.current(), chunk)
+            with database.begin() as session:
+                there = store.present(session, [id_ for id_, _ in chunk])  # some may have been deleted meanwhile
+                store.add_predictions(session, [row for row in rows if row["tweet_id"] in there])
+            done, after = done + len(chunk), chunk[-1][0]
+            progress(done, max(total, done), False)
 
 
 def _score(model: Model, chunk: list[tuple[str, str]]) -> list[dict[str, object]]:

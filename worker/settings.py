@@ -282,6 +282,11 @@ class Settings(BaseSettings):
         return self.home / "run"
 
     @property
+    def engines(self) -> Path:
+        """What workers of this machine share about engines, beside what the model store keeps."""
+        return self.home / "engines"
+
+    @property
     def logs(self) -> Path:
         return self.home / "logs"
 

@@ -1,7 +1,8 @@
 """What it takes to load a model, in memory and time: `python -m tests.benchmarks.loading [--small]`.
 
-Each model is loaded in a process of its own, first with no choice of an engine kept, then with it. Memory is what is
-the process's alone and no file's, at its peak and when all is loaded.
+In a process each: a model is loaded with no choice of an engine kept, so on plain torch; its engines are tried out; it
+is loaded with the engine that was kept. Memory is what is the process's alone and no file's, at its peak and when all
+is done; of a trial, which has a process for itself, all that the process has.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from tests.benchmarks.models import base_artifact, starter_artifact
 from training.artifact import WEIGHTS, load_artifact
 from training.paths import file_sha256
 from training.sealed import SUMS
-from worker.lineup import pick_engine
+from worker.lineup import place, ready_engine
+from worker.tryout import Order, run
 
 LOOK_SECONDS = 0.005
 
@@ -30,8 +32,8 @@ def anonymous_bytes() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def load(folder: Path) -> dict[str, object]:
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
+def load(folder: Path, trial: bool) -> dict[str, object]:
+    before, peak, done = 0 if trial else anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -40,34 +42,42 @@ def load(folder: Path) -> dict[str, object]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began, sha256 = time.perf_counter(), file_sha256(folder / SUMS)
-    artifact = load_artifact(folder, sha256)
-    engine, _ = pick_engine(artifact, sha256, torch.device("cpu"), "auto")
+    began, sha256, device = time.perf_counter(), file_sha256(folder / SUMS), torch.device("cpu")
+    kept = [place(folder, sha256, device, "auto")]
+    if trial:
+        run(Order(str(folder), sha256, "cpu", "auto", list(map(str, kept))))
+        name = "all"
+    else:
+        artifact = load_artifact(folder, sha256)
+        engine, _, _ = ready_engine(artifact, device, "auto", kept)
+        name = engine.name
+        del artifact  # a scorer keeps the engine alone
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    del artifact  # a scorer keeps the engine alone
     gc.collect()
     weights = (folder / WEIGHTS).stat().st_size
     return {
-        "engine": engine.name,
+        "engine": name,
         "seconds": round(seconds, 1),
         "weights_mb": round(weights / 1e6),
+        "peak_mb": round((peak - before) / 1e6),
         "peak_in_weights": round((peak - before) / weights, 2),
         "kept_in_weights": round((anonymous_bytes() - before) / weights, 2),
     }
 
 
 def measure(small: bool) -> list[dict[str, object]]:
-    """One line a load: base size and the starter, first and again."""
+    """One line a load: base size and the starter."""
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         made = {"base": Path(scratch) / "base", "starter": Path(scratch) / "starter"}
         base_artifact(made["base"], small)
         starter_artifact(made["starter"])
         for name, folder in made.items():
-            for when in ("first", "again"):
+            for when in ("first", "trial", "again"):
                 command = [sys.executable, "-m", "tests.benchmarks.loading", "--load", str(folder)]
+                command += ["--trial"] if when == "trial" else []
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 found.append({"model": name, "when": when, **json.loads(said.splitlines()[-1])})
     return found
@@ -77,9 +87,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", action="store_true", help="a few layers instead of base size")
     parser.add_argument("--load", type=Path)
+    parser.add_argument("--trial", action="store_true", help="with --load: try the engines out")
     given = parser.parse_args()
     if given.load:
-        print(json.dumps(load(given.load)))
+        print(json.dumps(load(given.load, given.trial)))
     else:
         for line in measure(given.small):
             print(json.dumps(line), flush=True)

@@ -1,0 +1,139 @@
+"""From a promotion to rows, of a real scoring worker: `python -m tests.benchmarks.promotion [--base]`.
+
+The first model of a worker that waits for one, then a stream that never runs dry: seconds until the first row, until
+the better engine has taken over, and tweets a second before and after. `--base` takes a model of BERT-base size.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from db import registry, store
+from db.models import ModelVersion
+from db.session import Database
+from tests.benchmarks.models import base_artifact, starter_artifact
+from worker import embedded
+from worker.choices import kept_choices
+from worker.demo import SAMPLE
+from worker.runtime import open_sql, open_stream
+from worker.settings import Settings, load_settings
+from worker.stream import Stream
+
+LOOK_SECONDS = 0.02
+AHEAD = 2_000  # tweets that always wait
+SPAN_SECONDS = 10.0
+LONGEST_SECONDS = 600.0
+TOOK_OVER = ("takes over", "stays;")
+
+
+def measure(base: bool, limit: float) -> dict[str, object]:
+    with tempfile.TemporaryDirectory(prefix="tweetscore-") as scratch:
+        settings = load_settings(home=Path(scratch) / "home")
+        made = settings.home / "models" / "model"
+        sha256 = base_artifact(made) if base else starter_artifact(made)
+        shutil.rmtree(made.with_name("model.engines"), ignore_errors=True)
+        database = open_sql(settings)
+        with embedded.owned(settings.home) as server:
+            log = settings.home / "worker.log"
+            with log.open("wb") as output:
+                command = [sys.executable, "-m", "worker.cli", "worker", "score"]
+                environment = {**os.environ, "TWEETSCORE_HOME": str(settings.home)}
+                worker = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            try:
+                _wait(lambda: " ready." in _read(log))
+                stream = open_stream(settings, server.url)
+                version = _promote(database, made, sha256)
+                found = _watched(settings, database, stream, version, log, limit)
+                tried = [trial for choice in kept_choices(made, settings.engines) for trial in choice.trials]
+                return {**found, "trials": {trial.engine: trial.tweets_per_second for trial in tried}}
+            finally:
+                worker.terminate()
+                worker.wait()
+
+
+def _watched(
+    settings: Settings, database: Database, stream: Stream, version: int, log: Path, limit: float
+) -> dict[str, object]:
+    began, began_at, told = time.monotonic(), datetime.now(UTC), iter(_tweets())
+    counts: list[tuple[float, int]] = []
+    took_over = None
+    while time.monotonic() - began < limit:
+        depth = stream.depth()
+        if (depth.lag or 0) < AHEAD:
+            stream.publish(list(itertools.islice(told, AHEAD)))
+        with database.read() as session:
+            counts.append((time.monotonic() - began, store.prediction_count(session, version)))
+        if took_over is None and any(word in _read(log) for word in TOOK_OVER):
+            took_over = time.monotonic() - began
+        if took_over is not None and time.monotonic() - began > took_over + SPAN_SECONDS + 1:
+            break
+        time.sleep(LOOK_SECONDS)
+    first = next((at for at, count in counts if count), None)
+    last = counts[-1][0]
+    return {
+        "loaded_seconds": round((_said_at(log, ": torch-float32 serves until") - began_at).total_seconds(), 2),
+        "first_row_seconds": first and round(first, 2),
+        "took_over_seconds": took_over and round(took_over, 1),
+        "plain_tweets_per_second": first and round(_rate(counts, first, took_over or last)),
+        "later_tweets_per_second": round(_rate(counts, last - SPAN_SECONDS, last)),
+        "rows": counts[-1][1],
+        "log": [line for line in _read(log).splitlines() if "takes over" in line or "stays;" in line],
+    }
+
+
+def _rate(counts: list[tuple[float, int]], since: float, until: float) -> float:
+    inside = [(at, count) for at, count in counts if since <= at <= until]
+    (start, before), (end, after) = inside[0], inside[-1]
+    return (after - before) / max(end - start, 1e-9)
+
+
+def _tweets():  # type: ignore[no-untyped-def]
+    texts = [
+        json.loads(line)["text"] for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    for number in itertools.count():
+        text = f"{texts[number % len(texts)]} {number}"
+        yield json.dumps({"v": 1, "id": str(number), "text": text}).encode()
+
+
+def _promote(database: Database, folder: Path, sha256: str) -> int:
+    with database.begin() as session:
+        version = ModelVersion(
+            base_model="starter", artifact_url=folder.as_uri(), sha256=sha256,
+            labels=["negative", "neutral", "positive"], cleaner_version="2",
+        )  # fmt: skip
+        registry.add_version(session, version, [], [], [])
+        registry.assign(session, registry.CHAMPION, version.id)
+        return version.id
+
+
+def _said_at(log: Path, words: str) -> datetime:
+    line = next(line for line in _read(log).splitlines() if words in line)
+    return datetime.fromisoformat(json.loads(line)["timestamp"])
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _wait(condition) -> None:  # type: ignore[no-untyped-def]
+    until = time.monotonic() + LONGEST_SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(LOOK_SECONDS)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", action="store_true", help="a model of BERT-base size")
+    parser.add_argument("--seconds", type=float, default=LONGEST_SECONDS, help="look for at most so long")
+    given = parser.parse_args()
+    print(json.dumps(measure(given.base, given.seconds), ensure_ascii=False, indent=1))
