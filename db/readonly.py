@@ -9,10 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 import psycopg
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from db.connection import connect
-from db.errors import DatabaseError
+from db.errors import DatabaseError, shown
 
 STATEMENT_TIMEOUT_MS = 60_000
 # How often SQLite looks at the clock, in steps of its virtual machine: some hundred times a second.
@@ -25,7 +26,7 @@ Answer = tuple[list[str], Iterator[Sequence[Any]]]
 @contextmanager
 def ask(url: str, sql: str) -> Iterator[Answer]:
     """Column names and rows of one SELECT, streamed; raises `DatabaseError` with the database's own words."""
-    parsed = make_url(url)
+    parsed = _checked(url, sql)
     try:
         if parsed.get_backend_name() == "sqlite":
             with _ask_sqlite(parsed.database or "", sql) as answer:
@@ -36,14 +37,34 @@ def ask(url: str, sql: str) -> Iterator[Answer]:
             ) as answer:
                 yield answer
     except (sqlite3.Error, psycopg.Error) as error:
-        raise DatabaseError(f"the query was refused: {str(error).strip().splitlines()[0]}") from error
+        said = str(error).strip() or type(error).__name__
+        raise DatabaseError(f"the query was refused: {said.splitlines()[0]}") from error
+
+
+def _checked(url: str, sql: str) -> URL:
+    """The URL, when both are such that a driver can refuse them in words of its own."""
+    try:
+        sql.encode()
+        fits = "\x00" not in sql
+    except (UnicodeEncodeError, AttributeError):
+        fits = False
+    if not fits:
+        raise DatabaseError(f"the query {shown(sql)} is no text that a database takes; ask with one SELECT as a string")
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise DatabaseError(
+            "the database's URL cannot be read; use sqlite:////path/file.db or postgresql://user@host/name"
+        ) from error
 
 
 @contextmanager
 def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
     if not Path(path).is_file():
         raise DatabaseError(f"there is no database {path} yet; run `tweetscore demo` or `tweetscore up` first")
-    with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=30)) as connection:
+    place = f"file:{quote(path)}?mode=ro"
+    # Any one thread at a time: rows that are read on later may be closed by the garbage collector of another.
+    with closing(sqlite3.connect(place, uri=True, timeout=30, check_same_thread=False)) as connection:
         # mode=ro guards this file; the authorizer also keeps ATTACH and PRAGMA from reaching others.
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
         clock = Clock()
@@ -64,6 +85,7 @@ class Clock:
         return time.monotonic() - self._began > STATEMENT_TIMEOUT_MS / 1000
 
     def each(self, rows: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        self._began = time.monotonic()  # the first row is there; when it is asked for is not the question's fault
         for row in rows:
             yield row
             self._began = time.monotonic()

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sqlalchemy import and_, delete, func, insert, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Subquery, and_, case, delete, func, insert, join, select
+from sqlalchemy.orm import Session
 
 from db.errors import InUse, NotFound
 from db.models import ConfusionCell, ModelAlias, ModelVersion, Prediction, TestMetric, TestPrediction, utc_now
@@ -150,17 +150,28 @@ def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPre
 
 
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
-    """Test rows two versions share, by text and label: (all, those only `one` has right, those only `other` has)."""
-    a, b = aliased(TestPrediction), aliased(TestPrediction)
-    right_a, right_b = a.actual == a.predicted, b.actual == b.predicted
+    """Texts two versions were tested on with the same label: (all, those only `one` has right, those only `other` has).
+
+    Each counts once, however often the guide's split has it among the test rows.
+    """
+    a, b = _tested(one), _tested(other)
     shared, only_a, only_b = session.execute(
         select(
             func.count(),
-            func.count().filter(right_a, ~right_b),
-            func.count().filter(right_b, ~right_a),
-        )
-        .select_from(a)
-        .join(b, and_(a.text == b.text, a.actual == b.actual))
-        .where(a.model_version_id == one, b.model_version_id == other)
+            func.count().filter(a.c.right, ~b.c.right),
+            func.count().filter(b.c.right, ~a.c.right),
+        ).select_from(join(a, b, and_(a.c.text == b.c.text, a.c.actual == b.c.actual)))
     ).one()
     return shared, only_a, only_b
+
+
+def _tested(version_id: int) -> Subquery:
+    """Text and label of a version's test rows, each once, and whether it was right of all of them."""
+    rows = (TestPrediction.text, TestPrediction.actual)
+    right = func.min(case((TestPrediction.actual == TestPrediction.predicted, 1), else_=0)) == 1
+    return (
+        select(*rows, right.label("right"))
+        .where(TestPrediction.model_version_id == version_id)
+        .group_by(*rows)
+        .subquery()
+    )

@@ -194,7 +194,7 @@ def test_any_dataset_is_split_or_refused_with_a_sentence(
     fuzzed: Callable[[int, int], None], ending: str, examples: int
 ) -> None:
     count, examples = 0, examples // 3
-    config = make_config("fast")
+    configs = [make_config("fast", split=split) for split in ("stratified", "guide")]
 
     @settings(max_examples=examples, **calm)
     @given(tables(ending) | st.lists(cells, min_size=20, max_size=40).map(plausible))
@@ -202,9 +202,10 @@ def test_any_dataset_is_split_or_refused_with_a_sentence(
         nonlocal count
         count += 1
         with file_of(content, ending) as path:
-            data, error = ended(lambda: split_rows(read_rows(path), config))
-        assert error is None or is_sentence(error)
-        assert data is None or min(len(data.train), len(data.valid), len(data.test)) > 0
+            for config in configs:
+                data, error = ended(lambda config=config: split_rows(read_rows(path), config))
+                assert error is None or is_sentence(error)
+                assert data is None or min(len(data.train), len(data.valid), len(data.test)) > 0
 
     split()
     fuzzed(count, examples)

@@ -225,6 +225,25 @@ def test_a_file_is_looked_at_before_it_is_used(tmp_path: Path) -> None:
         word in advice for advice in found["advice"])] == []  # fmt: skip
 
 
+def test_labels_and_ids_that_read_like_nothing_are_labels_and_ids(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,label\nNA,良い,NA\nnan,悪い,nan\nNA,null,None\n01,NA,nan\n,良い,\n", encoding="utf-8")
+    found = check_file(str(path), "starter", 50)
+    assert list(found["labels"].items()) == [("nan", 2), ("NA", 1), ("None", 1)]
+    assert {key: found[key] for key in ("rows", "repeated_ids", "duplicates", "conflicting_at")} == {
+        "rows": 5, "repeated_ids": 1, "duplicates": 1, "conflicting_at": ["lines 2 and 6"],
+    }  # fmt: skip
+    path.write_text("id,text\n1,\n", encoding="utf-8")
+    assert sum(check_file(str(path), "starter", 50)["tokens"]["histogram"].values()) == 0
+
+
+def test_copies_within_one_page_of_the_api_are_counted(tmp_path: Path) -> None:
+    """Its tweets share one line."""
+    path = tmp_path / "page.json"
+    path.write_text(json.dumps({"data": [{"id": str(i), "text": "同じ日"} for i in range(3)]}), encoding="utf-8")
+    assert check_file(str(path), "starter", 50)["duplicates"] == 2
+
+
 def test_the_command_checks_a_file_of_tweets(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id":1,"text":"良い"}\n{"data":[{"id":"2","text":"悪い"}]}\n', encoding="utf-8")

@@ -107,6 +107,14 @@ def test_the_most_confidently_wrong_come_first_and_shared_rows_are_paired(databa
         assert registry.paired(session, other, one) == (3, 2, 1)
 
 
+def test_a_text_that_stands_among_the_test_rows_twice_is_paired_once(database: Database) -> None:
+    """As in the guide's split; a text under both labels is two."""
+    one = version_of(database, [("a", "x", "x", 0.9), ("a", "x", "x", 0.9), ("a", "y", "x", 0.9)])
+    other = version_of(database, [("a", "x", "y", 0.9), ("a", "x", "y", 0.9), ("a", "y", "y", 0.9)])
+    with database.read() as session:
+        assert registry.paired(session, one, other) == (2, 1, 1)
+
+
 # --- rescoring
 
 

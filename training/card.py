@@ -111,23 +111,35 @@ def _use(outcome: Outcome) -> str:
 
 
 def _data(outcome: Outcome) -> str:
-    report = outcome.data.report
     sizes = {part: len(getattr(outcome.data, part)) for part in ("train", "valid", "test")}
     rows = [
         (_code(label), *(int(getattr(outcome.data, part).targets[:, k].sum()) for part in sizes))
         for k, label in enumerate(outcome.spec.labels)
     ]
+    return (
+        f"## Training data\n\n`{outcome.dataset_name}`, sha256 `{outcome.dataset_sha256}`.{_split(outcome)}\n\n"
+        + _table(["rows", "training", "validation", "test"], [*rows, ("**all**", *sizes.values())])
+    )
+
+
+def _split(outcome: Outcome) -> str:
+    report, config = outcome.data.report, outcome.spec.config
+    if config.split == "guide":
+        leaked = report["also_in_training"]
+        return (
+            f" The split is the guide's: all {report['read']:,} rows, drawn by pandas with seed {config.seed}, among "
+            f"them {report['blank']:,} blank ones, {report['duplicates']:,} copies and {report['conflicting']:,} texts "
+            f"under two labels. {leaked['valid']:,} validation rows and {leaked['test']:,} test rows have a text that "
+            "also stands among the training rows, which makes figures better than new tweets would."
+        )
     left_out = (
         f" Of {report['read']:,} rows read, {report['blank']:,} blank ones, {report['duplicates']:,} copies and "
         f"{report['conflicting']:,} texts under two labels were left out."
         if report
         else ""
     )
-    return (
-        f"## Training data\n\n`{outcome.dataset_name}`, sha256 `{outcome.dataset_sha256}`.{left_out} The split is "
-        f"seeded{' and stratified' if outcome.spec.config.task == 'single_label' else ''}; no text stands in two parts."
-        "\n\n" + _table(["rows", "training", "validation", "test"], [*rows, ("**all**", *sizes.values())])
-    )
+    stratified = " and stratified" if config.task == "single_label" else ""
+    return f"{left_out} The split is seeded{stratified}; no text stands in two parts."
 
 
 def _results(outcome: Outcome) -> str:

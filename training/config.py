@@ -29,6 +29,9 @@ class TrainConfig(BaseModel):
     dropout: float = Field(0.2, ge=0, lt=1)
     max_length: int = Field(200, ge=8, le=8192, description="tokens, special ones included")
 
+    # `guide` draws the guide's very rows: no label and no copy is looked at. Written down where it is chosen alone, so
+    # that a worker of an earlier release takes every other job and model.
+    split: Literal["stratified", "guide"] = Field("stratified", exclude_if=lambda split: split == "stratified")
     train_size: float = Field(0.8, gt=0, lt=1)
     valid_size: float = Field(0.5, gt=0, lt=1, description="share of what training leaves")
     seed: int = Field(200, ge=0, lt=2**31)

@@ -1,7 +1,8 @@
 """Labelled rows -> deduplicated, stratified, seeded splits. Knows no tokens and no tensors beyond the targets.
 
 The guide's form works as it is (a header row, then an integer label and a text); so do named columns, in CSV, TSV and
-JSONL. A text, its retweets and its copies are one row: they can never stand in two splits.
+JSONL. A text, its retweets and its copies are one row: they can never stand in two splits, unless the guide's own split
+is asked for, which takes every row.
 """
 
 import csv
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +24,17 @@ from db.errors import listed, plain, shown
 from training.clean import clean, same_text_key
 from training.columns import LABEL_COLUMNS, MULTI_LABEL_SEPARATOR, TEXT_COLUMNS
 from training.config import TrainConfig
+from training.cuts import CUTS, Cut
 from training.errors import BadDataset, BadSource
 from training.paths import inside_roots, is_file
 from training.sources import Source, has_bad_bytes, open_source
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MAX_TEXT_CHARS = 100_000
 MAX_LABEL_CHARS = 1_000
+NAMES = {"train": "training", "valid": "validation", "test": "test"}
 INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -110,42 +116,35 @@ def read_rows(path: Path) -> Rows:
 def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     """Clean, deduplicate, name the labels, and cut into training, validation and test rows (8 : 1 : 1 by the guide).
 
-    Single labels are stratified. The cut is the same for the same rows and seed. Raises `BadDataset` when a label is
-    unknown, there is only one, or a label has fewer rows than the split needs.
+    Single labels are stratified. The cut is the same for the same rows and seed. With `split: guide` the rows of each
+    part are the guide's, in its order, copies and all. Raises `BadDataset` when a label is unknown, there is only one,
+    or a label has fewer rows than the split needs.
     """
     named = [_name_labels(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)]
-    kept, report = _deduplicate(rows, named)
-    names = _label_names([named[i] for i in kept], config)
-    _check_enough(rows, named, kept, names, config)
+    table = _table(rows, named)
+    kept = table if config.split == "guide" else table[~table[["blank", "again", "clashes"]].any(axis=1)]
+    names = _label_names([named[i] for i in kept.index], config)
+    _check_enough(rows, named, kept.index.tolist(), names, config)
 
     position = {name: index for index, name in enumerate(names)}
-    texts = [clean(rows.texts[i], config.cleaner) for i in kept]
     targets = np.zeros((len(kept), len(names)), dtype=np.float32)
-    for row, i in enumerate(kept):
-        for name in named[i]:
-            targets[row, position[name]] = 1.0
-
-    # Here, as a scorer loads this module too, and starts sooner without scikit-learn.
-    from sklearn.model_selection import train_test_split
-
-    stratify = targets.argmax(axis=1) if config.task == "single_label" else None
-    train, rest = train_test_split(
-        np.arange(len(kept)), train_size=config.train_size, random_state=config.seed, stratify=stratify
-    )
-    valid, test = train_test_split(
-        rest,
-        train_size=config.valid_size,
-        random_state=config.seed,
-        stratify=None if stratify is None else stratify[rest],
-    )
+    for row, i in enumerate(kept.index):
+        targets[row, [position[name] for name in named[i]]] = 1.0
+    cut = CUTS[config.split](targets, config)
     splits = {
-        name: Split([texts[i] for i in index], targets[index], [rows.row_numbers[kept[i]] for i in index])
-        for name, index in (("train", train), ("valid", valid), ("test", test))
+        part: Split(
+            [clean(rows.texts[i], config.cleaner) for i in kept.index[index]],
+            targets[index],
+            kept["row_number"].iloc[index].tolist(),
+        )
+        for part, index in cut.items()
     }
-    report |= {"rows": len(kept), "sizes": {name: len(split) for name, split in splits.items()}}
+    report = _report(rows, table, kept, cut, config)
     report["labels"] = {
         name: {part: int(split.targets[:, position[name]].sum()) for part, split in splits.items()} for name in names
     }
+    if config.split == "guide":
+        _check_parts(report, splits, config)
     return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
 
 
@@ -278,31 +277,50 @@ def _name_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _deduplicate(rows: Rows, named: Sequence[tuple[str, ...]]) -> tuple[list[int], dict[str, Any]]:
-    """Indices of the rows to keep: the first of each text; none of a text that stands under different labels."""
-    first: dict[str, int] = {}
-    clashing: set[str] = set()
-    blank = duplicates = 0
-    for i, text in enumerate(rows.texts):
-        key = same_text_key(text)
-        if not key:
-            blank += 1
-        elif key not in first:
-            first[key] = i
-        else:
-            duplicates += 1
-            if set(named[first[key]]) != set(named[i]):
-                clashing.add(key)
-    kept = [i for key, i in first.items() if key not in clashing]
-    report = {
+def _table(rows: Rows, named: Sequence[tuple[str, ...]]) -> "pd.DataFrame":
+    """A line a row: what tells its text from others, and whether it is blank, was there before, or clashes with a row
+    of the same text under other labels."""
+    # Here, as a scorer loads this module too, and starts sooner without pandas.
+    import pandas as pd
+
+    keys = pd.Series([same_text_key(text) for text in rows.texts], dtype="object")
+    labels = pd.Series(["\x00".join(sorted(names)) for names in named], dtype="object")
+    blank = keys == ""
+    return pd.DataFrame(
+        {
+            "key": keys,
+            "row_number": rows.row_numbers,
+            "blank": blank,
+            "again": keys.duplicated() & ~blank,
+            "clashes": (labels.groupby(keys).transform("nunique") > 1) & ~blank,
+        }
+    )
+
+
+def _report(
+    rows: Rows,
+    table: "pd.DataFrame",
+    kept: "pd.DataFrame",
+    cut: Cut,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """What became of the rows; of the guide's split also how many texts it tests on after training on them."""
+    clashing = table[table["clashes"] & ~table["again"]]
+    report: dict[str, Any] = {
+        "split": config.split,
         "encoding": rows.encoding,
-        "read": len(rows.texts),
-        "blank": blank,
-        "duplicates": duplicates,
+        "read": len(table),
+        "blank": int(table["blank"].sum()),
+        "duplicates": int(table["again"].sum()),
         "conflicting": len(clashing),
-        "conflicting_rows": [rows.row_numbers[first[key]] for key in sorted(clashing, key=first.__getitem__)[:10]],
+        "conflicting_rows": clashing["row_number"].head(10).tolist(),
+        "rows": len(kept),
+        "sizes": {part: len(index) for part, index in cut.items()},
     }
-    return kept, report
+    if config.split == "guide":
+        keys = {part: kept["key"].iloc[index] for part, index in cut.items()}
+        report["also_in_training"] = {part: int(keys[part].isin(keys["train"]).sum()) for part in ("valid", "test")}
+    return report
 
 
 def _label_names(named: Sequence[tuple[str, ...]], config: TrainConfig) -> list[str]:
@@ -320,7 +338,7 @@ def _check_enough(
 ) -> None:
     rest = 1 - config.train_size
     smallest_share = min(config.train_size, rest * config.valid_size, rest * (1 - config.valid_size))
-    needed = ceil(round(1 / smallest_share, 6))
+    needed = 1 if config.split == "guide" else ceil(round(1 / smallest_share, 6))
     if len(kept) < needed:
         raise BadDataset(
             f"the dataset has {len(kept)} distinct texts in {len(rows.texts)} rows, blank ones left out; a split into "
@@ -336,3 +354,19 @@ def _check_enough(
                 f"label {shown(name)} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
                 f"a split needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
             )
+
+
+def _check_parts(report: dict[str, Any], splits: dict[str, Split], config: TrainConfig) -> None:
+    """After a cut that looked at no label: whether every part can do what it is for."""
+    remedy = "add rows, try another seed, or leave out `--split guide`"
+    for part, split in splits.items():
+        if not len(split):
+            raise BadDataset(f"the guide's split of {report['rows']} rows has no {NAMES[part]} rows; {remedy}")
+        for label, found in report["labels"].items():
+            if config.task == "single_label" and not found[part]:
+                raise BadDataset(
+                    f"the guide's split has none of the {sum(found.values())} rows of label {shown(label)} among its "
+                    f"{len(split)} {NAMES[part]} rows; {remedy}"
+                )
+    if not any(map(same_text_key, splits["train"].texts)):
+        raise BadDataset("every training row is blank; a dataset needs a header and a label and a text in each row")

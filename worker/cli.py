@@ -142,6 +142,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option()] = None,
     train_batch_size: Annotated[int | None, typer.Option()] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a tweet is cut to.")] = None,
+    split: Annotated[str | None, typer.Option(help="stratified, or guide: the rows that the guide draws.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any other field: `--set dropout=0.1`.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show the job until it ends.")] = False,
@@ -157,7 +158,8 @@ def train(
     options: dict[str, Any] = {
         "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
         "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
-        "max_length": max_length, "seed": seed, "labels": label_map(labels), "polarity": numbers("polarity", polarity),
+        "max_length": max_length, "split": split, "seed": seed,
+        "labels": label_map(labels), "polarity": numbers("polarity", polarity),
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
     database = open_sql(settings)

@@ -235,12 +235,17 @@ def job_summary(database: Database, job: TrainingJob) -> None:
         report = job.data_report
         sizes, encoding = report["sizes"], report.get("encoding", "UTF-8")
         read_as = "" if encoding == "UTF-8" else f", read as {encoding}"
+        guide = report.get("split") == "guide"
         console.print(
             f"data{read_as}: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, "
-            f"{report['blank']} blank, {report['conflicting']} texts under two labels left out); "
-            f"training {sizes['train']}, validation "
+            f"{report['blank']} blank, {report['conflicting']} texts under two labels"
+            f"{', kept as the guide keeps them' if guide else ' left out'}); training {sizes['train']}, validation "
             f"{sizes['valid']}, test {sizes['test']}"
         )
+        if guide and report["also_in_training"]["test"]:
+            console.print(
+                f"{report['also_in_training']['test']} test rows have a text that was trained on: figures are too good"
+            )
     if job.error:
         console.print(job.error, style="red", markup=False)
     with database.read() as session:
