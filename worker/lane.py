@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import TweetscoreError
 from training.devices import claim_devices
+from training.orphans import clear_orphans
 from worker.errors import StreamError
 from worker.forget import apply_retention
 from worker.metrics import Looks
@@ -32,6 +33,7 @@ from worker.stream import Depth, Stream, connect_briefly
 log = logging.getLogger(__name__)
 
 RETENTION_EVERY_SECONDS = 3600.0
+ORPHANS_EVERY_SECONDS = 3600.0
 
 
 class Lane:
@@ -245,6 +247,7 @@ class TrainingLane(Lane):
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         self.workshop = settings.workshop(self.claim(settings.train_processes))
+        self._clears_at = time.monotonic()
 
     def work(self) -> int:
         done = 0
@@ -253,7 +256,14 @@ class TrainingLane(Lane):
             and self._run_next_job(self.database, self.workshop, self.owner, self.stopping) is not None
         ):
             done += 1
+        self._clear_up()
         return done
+
+    def _clear_up(self) -> None:
+        """Once an hour, when no job waits."""
+        if not self.stopping.is_set() and time.monotonic() >= self._clears_at:
+            self._clears_at = time.monotonic() + ORPHANS_EVERY_SECONDS
+            clear_orphans(self.database, self.settings.models)
 
     def has_work(self) -> bool:
         with self.database.read() as session:

@@ -230,6 +230,8 @@ def job_summary(database: Database, job: TrainingJob) -> None:
             f"training {sizes['train']}, validation "
             f"{sizes['valid']}, test {sizes['test']}"
         )
+        for note in report.get("notes", ()):
+            console.print(f"note: {note}", markup=False)
     if job.error:
         console.print(job.error, style="red", markup=False)
     with database.read() as session:
