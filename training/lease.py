@@ -103,7 +103,8 @@ class Lease:
         """What `do` returns, once the database answers and has all that was recorded; see `patience.patiently`."""
 
         def after_the_rest() -> Value:
-            self._write_or_forget()
+            if not self._lost.is_set():  # else nothing of it may be written any more
+                self._write_or_forget()
             return do()
 
         return patiently(after_the_rest, self._stopping)
