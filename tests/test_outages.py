@@ -1,4 +1,4 @@
-"""A job and a database or store that is away: no outage counts as a death, and no answer that was lost costs a model."""
+"""A job and a database or store that is away: an outage is no death, and a lost answer costs no model."""
 
 import sqlite3
 import tempfile
@@ -27,8 +27,8 @@ from training.artifact import load_artifact
 from training.cache import Cache
 from training.inputs import keep_dataset
 from training.job import run_next_job
-from training.lease import AWAY_SECONDS
 from training.orphans import clear_orphans
+from training.paths import file_sha256
 from training.storage import Store
 from training.workshop import Workshop
 
@@ -115,7 +115,11 @@ def _stopped(server: Any) -> Iterator[None]:
 
 
 def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrupt_it(
-    outage: Any, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], caplog: pytest.LogCaptureFixture  # noqa: F811
+    outage: Any,
+    workshop: Workshop,
+    labelled_csv: Path,
+    base: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,  # noqa: F811
 ) -> None:
     database, away, _ = outage
     workshop = replace(workshop, lease_seconds=1.5, max_attempts=1)
@@ -143,7 +147,11 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
 
 @pytest.mark.parametrize("outage", ["postgresql"], indirect=True)
 def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_next_gives_the_job_back(
-    outage: Any, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], caplog: pytest.LogCaptureFixture  # noqa: F811
+    outage: Any,
+    workshop: Workshop,
+    labelled_csv: Path,
+    base: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,  # noqa: F811
 ) -> None:
     database, away, _ = outage
     workshop = replace(workshop, max_attempts=1, lease_seconds=1.5)
@@ -172,11 +180,12 @@ def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_o
     through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any],  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """Four times, of three that are allowed; the taker gives it back in order each time."""
-    workshop = replace(workshop, lease_seconds=1.5)
+    """Three times, of two that are allowed; the taker gives it back in order each time."""
+    workshop = replace(workshop, lease_seconds=1.5, max_attempts=2)
     job_id = submit(through.near, labelled_csv, **{**base, "epochs": 1000})
-    for _ in range(4):
+    for _ in range(3):
         with running(through.far, workshop, job_id, threading.Event()):
+            wait_until(lambda: job_of(through.near, job_id).state == "running")
             caplog.clear()
             with through.door.shut():
                 wait_until(lambda: "could not be written" in caplog.text)
@@ -236,8 +245,8 @@ def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_art
     assert run_next_job(through.far, workshop, "here", NEVER) == job_id
     assert through.door.lost.is_set()
     assert is_whole(through.near, workshop, job_id)
-    assert f"job {job_id}: succeeded, model 1" in caplog.text
-    assert "failed" not in caplog.text
+    assert f"job {job_id}: succeeded, model" in caplog.text
+    assert not [said for said in ("taken over", f"job {job_id}: failed") if said in caplog.text]
     assert left_in(workshop.jobs_folder) == []
     assert artifacts(workshop) == [f"job-{job_id}-1"]
 
@@ -282,7 +291,11 @@ def test_a_claim_without_an_answer_is_one_start_or_none(
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_failure_without_an_answer_is_written_once(
-    through: SimpleNamespace, workshop: Workshop, tmp_path: Path, answer: bool, caplog: pytest.LogCaptureFixture  # noqa: F811
+    through: SimpleNamespace,
+    workshop: Workshop,
+    tmp_path: Path,
+    answer: bool,
+    caplog: pytest.LogCaptureFixture,  # noqa: F811
 ) -> None:
     (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
     job_id = submit(through.near, tmp_path / "bytes.csv")
@@ -296,6 +309,35 @@ def test_a_failure_without_an_answer_is_written_once(
     assert "taken over" not in caplog.text
 
 
+# --- what nobody registered
+
+
+def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
+    sqlite: Database,
+    workshop: Workshop,
+    labelled_csv: Path,
+    base: dict[str, Any],  # noqa: F811
+) -> None:
+    store = workshop.model_store
+    registered = submit(sqlite, labelled_csv, **base)
+    run_next_job(sqlite, workshop, "here", NEVER)
+    cancelled, runs = submit(sqlite, labelled_csv), submit(sqlite, labelled_csv)
+    assert claim(sqlite).id == cancelled
+    lapse(sqlite, cancelled)
+    with sqlite.begin() as session:
+        jobs.request_cancel(session, cancelled)
+    assert claim(sqlite).id == runs
+    stay = [f"job-{registered}-1", f"job-{registered}-1.engines", f"job-{runs}-1", "job-999-1", "job-mine", "tiny"]
+    go = [f"job-{registered}-0", f"job-{cancelled}-1", f".job-{cancelled}-1.draft", f"job-{cancelled}-1.engines"]
+    for name in stay + go:
+        (store.folder / name).mkdir(exist_ok=True)
+    clear_orphans(sqlite, store, runs)
+    assert artifacts(workshop) == sorted(stay + go)
+    clear_orphans(sqlite, store)
+    assert artifacts(workshop) == sorted(stay)
+    assert job_of(sqlite, cancelled).state == "cancelled"
+
+
 # --- a store is away
 
 
@@ -306,12 +348,15 @@ def fragile() -> Iterator[S3]:
 
 
 def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_jobs_go_on(
-    fragile: S3, workshop: Workshop, tmp_path: Path, sqlite: Database, labelled_csv: Path, base: dict[str, Any]  # noqa: F811
+    fragile: S3,
+    workshop: Workshop,
+    tmp_path: Path,
+    sqlite: Database,
+    labelled_csv: Path,
+    base: dict[str, Any],  # noqa: F811
 ) -> None:
     inputs = Store(fragile.url("data"), Cache(tmp_path / "cache", 10**9))
     workshop = replace(workshop, input_store=inputs, max_attempts=2)
-    from training.paths import file_sha256
-
     waits = submit(sqlite, Path("x"), file_sha256(labelled_csv), **base)
     with sqlite.begin() as session:
         jobs.get(session, waits).dataset = keep_dataset(inputs, labelled_csv)
@@ -326,7 +371,8 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
         pauses.append((job.lease_expires_at - utc_now()).total_seconds())
         if len(pauses) == 1:
             assert run_next_job(sqlite, workshop, "here", NEVER) == other, "it needs no store"
-        assert run_next_job(sqlite, workshop, "here", NEVER) is None, "not at once again"
+        else:
+            assert run_next_job(sqlite, workshop, "here", NEVER) is None, "not at once again"
         lapse(sqlite, waits)
     assert job_of(sqlite, other).state == "succeeded"
     assert 35 < pauses[-1] <= 40, "twice as long each time: 5, 10, 20, 40 s"
