@@ -54,10 +54,14 @@ def of_request(session: Session, request_id: str) -> TrainingJob | None:
 
 
 def get(session: Session, job_id: int) -> TrainingJob:
-    job = session.get(TrainingJob, job_id)
+    job = find(session, job_id)
     if job is None:
         raise NotFound(f"there is no job {job_id}; `tweetscore jobs list` shows those there are")
     return job
+
+
+def find(session: Session, job_id: int) -> TrainingJob | None:
+    return session.get(TrainingJob, job_id)
 
 
 def recent(session: Session, limit: int = 20) -> list[TrainingJob]:
@@ -75,8 +79,10 @@ def epochs(session: Session, job_id: int) -> list[EpochMetric]:
 
 
 def _claimable() -> ColumnElement[bool]:
-    lapsed = and_(TrainingJob.state == "running", TrainingJob.lease_expires_at < utc_now())
-    return or_(TrainingJob.state == "queued", lapsed)
+    """Running with a lapsed lease, or queued; a queued job with a time in the lease's place waits until then."""
+    lapsed = TrainingJob.lease_expires_at < utc_now()
+    waiting = and_(TrainingJob.state == "queued", or_(TrainingJob.lease_expires_at.is_(None), lapsed))
+    return or_(waiting, and_(TrainingJob.state == "running", lapsed))
 
 
 def any_claimable(session: Session) -> bool:
@@ -86,7 +92,8 @@ def any_claimable(session: Session) -> bool:
 def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: int) -> TrainingJob | None:
     """The oldest queued or lapsed job, now leased to `owner` under a new fencing token; None when there is none.
 
-    A lapsed job that was asked to stop is cancelled instead, and one whose worker died `max_attempts` times fails.
+    A lapsed job that was asked to stop is cancelled instead, and one whose worker died `max_attempts` times fails. Its
+    last worker has one lease's time more to be heard: while the database was away it could not renew.
     """
     while True:
         job = session.scalar(
@@ -95,7 +102,10 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
         if job is None:
             return None
         if job.cancel_requested:
-            job.state, job.finished_at = "cancelled", utc_now()
+            job.state, job.finished_at, job.error = "cancelled", utc_now(), None
+        elif job.attempts >= max_attempts and job.state == "running" and job.error is None:
+            job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
+            job.error = f"{job.lease_owner} is silent; unless it is heard soon, the job fails"
         elif job.attempts >= max_attempts:
             job.state, job.finished_at = "failed", utc_now()
             job.error = (
@@ -103,7 +113,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
                 "look into that worker's log, then submit the job again"
             )
         else:
-            job.state = "running"
+            job.state, job.error = "running", None
             job.lease_owner = owner
             job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
             job.fencing_token += 1
@@ -132,7 +142,19 @@ def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) ->
 
 def renew_lease(session: Session, job_id: int, token: int, lease_seconds: float) -> bool:
     """Push the lease into the future. Returns whether the job has been asked to cancel."""
-    return _write(session, job_id, token, {"lease_expires_at": utc_now() + timedelta(seconds=lease_seconds)})
+    ends = utc_now() + timedelta(seconds=lease_seconds)
+    return _write(session, job_id, token, {"lease_expires_at": ends, "error": None})
+
+
+def holds(session: Session, job_id: int, token: int) -> bool:
+    """Whether a running job is leased under this token. Raises an error that `is_away` knows while another
+    transaction, whose connection was lost, may still be committing the row."""
+    job = lock(session, job_id)
+    return job is not None and (job.state, job.fencing_token) == ("running", token)
+
+
+def lock(session: Session, job_id: int) -> TrainingJob | None:
+    return session.get(TrainingJob, job_id, with_for_update={"nowait": True}, populate_existing=True)
 
 
 def record_data(session: Session, job_id: int, token: int, sha256: str, report: dict[str, Any]) -> None:
@@ -179,8 +201,13 @@ def finish(session: Session, job_id: int, token: int, state: str, error: str | N
     )
 
 
-def release(session: Session, job_id: int, token: int) -> None:
-    """Give a job back after a clean stop: queued again, and this start does not count as an attempt."""
+def release(
+    session: Session, job_id: int, token: int, says: str | None = None, pause_seconds: float | None = None
+) -> None:
+    """Give a job back: queued again, and this start does not count as an attempt.
+
+    `says` is why, where that is for people to know; for `pause_seconds` nobody may claim it.
+    """
     _write(
         session,
         job_id,
@@ -189,9 +216,31 @@ def release(session: Session, job_id: int, token: int) -> None:
             "state": "queued",
             "attempts": TrainingJob.attempts - 1,
             "lease_owner": None,
-            "lease_expires_at": None,
+            "lease_expires_at": None if pause_seconds is None else utc_now() + timedelta(seconds=pause_seconds),
+            "error": says,
         },
     )
+
+
+def excuse(session: Session, job_id: int, token: int, started_at: datetime | None) -> bool:
+    """Take a start off the count whose job another worker has claimed since, as its own is alive.
+
+    To be called once a start. Does nothing, and returns False, once the job has ended or was queued anew by `retry`,
+    which counts from zero: that it was, `started_at` shows, which is as this start saw it.
+    """
+    changed = session.execute(
+        update(TrainingJob)
+        .where(
+            TrainingJob.id == job_id,
+            TrainingJob.fencing_token > token,
+            TrainingJob.started_at == started_at,
+            TrainingJob.state.not_in(FINISHED_STATES),
+            TrainingJob.attempts > 0,
+        )
+        .values(attempts=TrainingJob.attempts - 1)
+        .returning(TrainingJob.id)
+    ).first()
+    return changed is not None
 
 
 def retry(session: Session, job_id: int) -> TrainingJob:
@@ -200,6 +249,7 @@ def retry(session: Session, job_id: int) -> TrainingJob:
     if job.state != "failed":
         raise NotFailed(f"job {job_id} is {job.state}; only a job that failed can be tried again")
     job.state, job.attempts, job.error, job.finished_at, job.cancel_requested = "queued", 0, None, None, False
+    job.started_at = None
     session.flush()
     return job
 
@@ -223,7 +273,7 @@ def request_cancel(session: Session, job_id: int) -> TrainingJob:
     if job.state not in FINISHED_STATES:
         job.cancel_requested = True
     if job.state == "queued":
-        job.state, job.finished_at = "cancelled", utc_now()
+        job.state, job.finished_at, job.error, job.lease_expires_at = "cancelled", utc_now(), None, None
     session.flush()
     return job
 

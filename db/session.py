@@ -5,13 +5,15 @@ begins: a deferred one that turns from reading to writing fails at once with "da
 timeout says.
 """
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.errors import DatabaseError
@@ -21,6 +23,12 @@ BUSY_TIMEOUT_MS = 30_000
 # champion and a watcher that does the same; a trainer has the job and its heartbeat; either has one for `/metrics`. The
 # overflow is for moments such as retention. With at most five a worker, a server of 100 connections takes nineteen.
 POOL_SIZE, POOL_OVERFLOW = 3, 2
+# SQLite calls almost every error operational: of these the same statement may be free later.
+SQLITE_AWAY = frozenset(
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in ("BUSY", "LOCKED", "NOMEM", "READONLY", "IOERR", "FULL", "CANTOPEN", "PROTOCOL")
+)
+READ_ONLY_STATE = "25006"  # a standby answers, its failover under way
 
 
 class Database:
@@ -90,6 +98,23 @@ def _postgresql(url: URL) -> Engine:
     event.listen(engine, "do_connect", lambda _d, _r, args, given: postgresql.Connection.connect(*args, **given))
     event.listen(engine, "connect", lambda connection, _record: postgresql.prepare(connection))
     return engine
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database is to blame and not what it was asked: down, restarting, locked, full, out of connections.
+
+    The same statement may succeed later. Of a commit that fails this way nobody can tell whether it was made.
+    """
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code, state = getattr(error.orig, "sqlite_errorcode", None), getattr(error.orig, "sqlstate", None)
+    if code is not None:
+        return code & 0xFF in SQLITE_AWAY
+    limit = (state or "").startswith("54")  # a statement that is too large stays too large
+    operational = isinstance(error, OperationalError) and not limit
+    return error.connection_invalidated or state == READ_ONLY_STATE or operational
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -1,5 +1,6 @@
 """The route of a job, from the queue to a registered model: every way it can end, and what it leaves behind."""
 
+import io
 import shutil
 import threading
 import uuid
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sqlalchemy import func, select
 
 from db import jobs, registry
@@ -19,6 +21,7 @@ from db.errors import LeaseLost
 from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, TestPrediction, TrainingJob, utc_now
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS, wait_until
+from training import failpoint
 from training.artifact import load_artifact, make_reference
 from training.cache import Cache
 from training.checkpoint import Epoch
@@ -31,6 +34,7 @@ from training.paths import file_sha256
 from training.register import register_model
 from training.storage import Store
 from training.workshop import Workshop
+from worker import show
 
 NEVER = threading.Event()
 
@@ -127,6 +131,26 @@ def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
         assert load_artifact(folder, version.sha256).spec.labels == version.labels
     assert left_in(workshop.jobs_folder) == []  # the checkpoints have served
     assert run_next_job(database, workshop, "here", NEVER) is None
+
+
+def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
+    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(show, "console", Console(file=screen, width=200))
+    job_id = submit(sqlite, labelled_csv, **base)
+    failpoint.arm("baseline=full~tfidf")
+    try:
+        run_next_job(sqlite, workshop, "here", NEVER)
+    finally:
+        failpoint.arm("")
+    job = job_of(sqlite, job_id)
+    note = "the tfidf baseline failed (MemoryError); the model has no such figures beside it"
+    assert (job.state, job.data_report["notes"]) == ("succeeded", [note])
+    show.job_summary(sqlite, job)
+    assert f"note: {note}" in screen.getvalue()
+    [artifact] = workshop.model_store.folder.iterdir()
+    assert f"Note: {note}." in (artifact / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_job_of_several_labels_a_row_is_trained_and_registered(

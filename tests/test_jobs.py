@@ -170,6 +170,9 @@ def test_job_whose_workers_keep_dying_fails_with_the_reason_and_the_next_is_clai
         lapse(database, killer)
     harmless = submit(database, "harmless")
     assert claim(database).id == harmless
+    assert read(database, killer).state == "running", "its last worker has a lease's time to be heard"
+    lapse(database, killer)
+    assert claim(database) is None
     job = read(database, killer)
     assert (job.state, job.attempts) == ("failed", 3)
     assert "3 times" in job.error

@@ -1,5 +1,7 @@
 """Figures an expert would sign: calibration, intervals, ranking, baselines, the card and its pictures."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,22 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from matplotlib import image
-from sklearn.metrics import brier_score_loss
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, f1_score
 from sklearn.metrics import log_loss as reference_log_loss
+from sklearn.multiclass import OneVsRestClassifier
 
-from training import plots
+from training import baselines as baselines_module
+from training import failpoint, plots
 from training.artifact import Spec
-from training.baselines import baselines, majority
+from training.baselines import STRENGTHS, baselines, majority, tfidf
 from training.calibrate import brier, calibration_error, fit_temperature, log_loss, reliability
 from training.card import write_card
 from training.checkpoint import Epoch
 from training.config import make_config
 from training.data import Dataset, Split
-from training.decide import to_probabilities
+from training.decide import choose, to_probabilities
 from training.evaluate import mcnemar, model_figures
 from training.outcome import Outcome
 
@@ -116,10 +122,78 @@ def splits(targets: Any) -> Dataset:
 def test_the_majority_gives_every_row_the_commonest_training_label() -> None:
     data = splits(np.eye(2, dtype=np.float32)[[0, 0, 0, 1]])
     assert majority(data.train, data.test).tolist() == [[0.75, 0.25]] * 4
-    figures = baselines(data, SINGLE)
+    figures, notes = baselines(data, SINGLE)
+    assert notes == []
     assert figures["majority_accuracy", ""] == 0.75
     assert figures["tfidf_accuracy", ""] == 1.0
     assert ("majority_support", "否定") not in figures
+
+
+def random_splits(rows: int, labels: int = 3) -> Dataset:
+    generator = np.random.default_rng(0)
+    names = [f"label {k}" for k in range(labels)]
+
+    def split(count: int) -> Split:
+        of = generator.integers(0, labels, count)
+        texts = [f"{'晴雨雪風雲霧'[k] * 2}が{generator.integers(10**9)}回続く" for k in of]
+        return Split(texts, np.eye(labels, dtype=np.float32)[of], list(range(count)))
+
+    return Dataset(names, split(rows), split(rows // 8), split(rows // 8))
+
+
+@pytest.mark.parametrize("task", [SINGLE, SEVERAL])
+def test_the_figures_of_a_dataset_of_ordinary_size_are_those_of_plain_tfidf(task: str) -> None:
+    data = random_splits(160)
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True)
+    x_train, x_valid, x_test = (
+        vectorizer.fit_transform(data.train.texts), *map(vectorizer.transform, (data.valid.texts, data.test.texts))
+    )  # fmt: skip
+    tried = []
+    for strength in STRENGTHS:
+        plain = LogisticRegression(C=strength, max_iter=1000)
+        plain = plain if task == SINGLE else OneVsRestClassifier(plain)
+        plain.fit(x_train, data.train.targets.argmax(axis=1) if task == SINGLE else data.train.targets)
+        chosen = choose(np.asarray(plain.predict_proba(x_valid), dtype=np.float32), task)
+        quality = f1_score(data.valid.targets, chosen, average="macro", zero_division=0)
+        tried.append((quality, -strength, plain.predict_proba(x_test).astype(np.float32)))
+    said, notes = tfidf(data.train, data.valid, data.test, task)
+    assert notes == []
+    assert (said == max(tried, key=lambda found: found[:2])[2]).all()
+
+
+def test_a_large_dataset_is_fitted_on_a_part_drawn_by_the_seed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random_splits(800)
+    characters = sum(map(len, data.train.texts))
+    monkeypatch.setattr(baselines_module, "MOST_CHARACTERS", characters // 40)
+    monkeypatch.setattr(baselines_module, "MOST_WEIGHTS", 300)
+    figures, (note,) = baselines(data, SINGLE, seed=1)
+    assert baselines(data, SINGLE, seed=1) == (figures, [note])
+    assert figures["tfidf_accuracy", ""] > 0.9
+    assert re.fullmatch(
+        r"the tfidf baseline was bounded to (19|20|21) of 800 training rows, drawn by the seed and the 100 most "
+        "frequent features, to spare memory", note,
+    )  # fmt: skip
+
+
+def test_a_label_that_no_drawn_row_has_is_given_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random_splits(400)
+    rare = np.eye(4, dtype=np.float32)[[*data.train.targets.argmax(axis=1)[:-1], 3]]
+    train = replace(data.train, targets=rare)
+    monkeypatch.setattr(baselines_module, "MOST_CHARACTERS", 200)
+    said, notes = tfidf(train, train, data.test, SINGLE)
+    assert said.shape == (len(data.test), 4)
+    assert (said[:, 3] == 0).all()
+    assert len(notes) == 1
+
+
+def test_a_baseline_without_memory_costs_a_note_and_no_other_figure() -> None:
+    failpoint.arm("baseline=full~tfidf")
+    try:
+        figures, notes = baselines(random_splits(80), SINGLE)
+    finally:
+        failpoint.arm("")
+    assert notes == ["the tfidf baseline failed (MemoryError); the model has no such figures beside it"]
+    assert {name.partition("_")[0] for name, _ in figures} == {"majority"}
 
 
 def test_mcnemar_is_chance_for_equals_and_none_for_a_landslide() -> None:

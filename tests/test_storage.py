@@ -318,14 +318,15 @@ def test_a_trainer_goes_on_without_the_store_of_its_checkpoints(
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
 
 
-def test_a_job_whose_dataset_is_out_of_reach_is_left_to_its_lease(
+def test_a_job_whose_dataset_is_out_of_reach_is_given_back_with_the_reason(
     fragile: S3, tmp_path: Path, sqlite: Database, labelled_csv: Path, tiny_encoder: Path
 ) -> None:
     settings = load_settings(home=tmp_path / "home", dataset_store=fragile.url("data"), read_roots=(tmp_path,))
     job = submit_training(settings, sqlite, labelled_csv, "fast", base_model="starter", epochs=1)
     fragile.kill()
     assert run_next_job(sqlite, settings.workshop(), "here", NEVER) == job.id
-    assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("running", None)
+    assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).attempts) == ("queued", 0)
+    assert "s3://tweetscore/data does not answer" in job_of(sqlite, job.id).error
 
 
 def test_the_command_refuses_a_store_of_a_kind_nobody_knows(tweetscore: Callable[..., Any]) -> None:

@@ -163,6 +163,7 @@ def _results(outcome: Outcome) -> str:
         + _table(["", "model", "95 % interval (bootstrap)", "TF-IDF + logistic regression", "majority"], rows)
         + "\n\n"
         + _table(["label", "precision", "recall", "F1", "test rows"], per_label)
+        + "".join(f"\n\nNote: {note}." for note in outcome.data.report.get("notes", ()))
         + f"\n\nThe temperature, {outcome.spec.temperature:.3f}, was fitted on the {len(outcome.data.valid):,} "
         "validation rows."
     )

@@ -49,6 +49,7 @@ JOB_POINTS = {
 }
 # Passed now and then, on neither route's straight way.
 OTHER_POINTS = {
+    "baseline": "a baseline is about to be fitted, its name as text",
     "counted": "a suspect record was counted and is scored alone next",
     "device": "a batch is about to be run on the device",
     "starting": "a worker begins to start",

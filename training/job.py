@@ -7,15 +7,17 @@ import logging
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from db import jobs, registry
 from db.errors import LeaseLost, SchemaMismatch, TweetscoreError
 from db.models import EpochMetric, TrainingJob
-from db.session import Database
-from training import failpoint
+from db.session import Database, is_away
+from training import excuses, failpoint
 from training.artifact import make_reference, make_spec
 from training.baselines import baselines
 from training.calibrate import fit_temperature
@@ -32,63 +34,158 @@ from training.inputs import dataset_at_hand, encoder_at_hand
 from training.launch import fit_on
 from training.lease import Lease, losses
 from training.model import build_model
+from training.orphans import clear_orphans
 from training.outcome import Outcome
 from training.paths import file_sha256
+from training.patience import cause, patiently
 from training.register import register_model
 from training.text import TextEncoder, load_tokenizer
 from training.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
+# For so long nobody claims a job that was given back for want of a store; twice as long each time in a row.
+FIRST_PAUSE_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 300.0
+
 
 def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: threading.Event) -> int | None:
-    """Claim and work one job to its end. Returns its id, None when there was none to claim."""
-    with database.begin() as session:
-        job = jobs.claim(session, owner=owner, lease_seconds=workshop.lease_seconds, max_attempts=workshop.max_attempts)
+    """Claim and work one job to its end. Returns its id, None when there was none to claim or nobody to ask."""
+    try:
+        excuses.settle_all(database, workshop.jobs_folder)
+        job = _claim(database, workshop, owner, stopping)
+    except StopRequested:
+        return None
+    except SQLAlchemyError as error:
+        if not is_away(error):
+            raise
+        log.warning("no job can be claimed, the database does not answer: %s", cause(error))
+        return None
     if job is None:
         return None
     with bound_contextvars(job=job.id):
-        return _run(database, workshop, job, owner, stopping)
+        return _run(database, workshop, job, stopping)
 
 
-def _run(database: Database, workshop: Workshop, job: TrainingJob, owner: str, stopping: threading.Event) -> int:
-    log.info("job %d: claimed by %s, start %d", job.id, owner, job.attempts)
+def _claim(database: Database, workshop: Workshop, owner: str, stopping: threading.Event) -> TrainingJob | None:
+    job: TrainingJob | None = None
+    try:
+        with database.begin() as session:
+            job = jobs.claim(
+                session, owner=owner, lease_seconds=workshop.lease_seconds, max_attempts=workshop.max_attempts
+            )
+            if job is not None:
+                session.expunge(job)
+        return job
+    except SQLAlchemyError as error:
+        if job is None or not is_away(error):
+            raise
+    # The answer to the commit was lost. A claim that was made and that nobody knows of would count as a death.
+    claimed = job
+    try:
+        with_row = patiently(lambda: _holds(database, claimed), stopping)
+    except StopRequested:
+        excuses.leave(workshop.jobs_folder, claimed)
+        raise
+    return claimed if with_row else None
+
+
+def _holds(database: Database, job: TrainingJob) -> bool:
+    with database.begin() as session:
+        return jobs.holds(session, job.id, job.fencing_token)
+
+
+def _run(database: Database, workshop: Workshop, job: TrainingJob, stopping: threading.Event) -> int:
+    log.info("job %d: claimed by %s, start %d", job.id, job.lease_owner, job.attempts)
     failpoint.passing("claimed")
-    ended: str | None = None
     with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
         try:
-            with ExitStack() as at_hand:
-                version = _work(database, workshop, job, lease, at_hand)
-            log.info("job %d: succeeded, model %d", job.id, version)
-            ended = "succeeded"
+            ended = _work_to_its_end(database, workshop, job, lease)
         except StopRequested:
-            with database.begin() as session:
-                jobs.release(session, job.id, lease.token)
-            log.info("job %d: given back to the queue at its checkpoint", job.id)
-            return job.id
-        except LeaseLost as error:
-            losses.inc()
-            log.warning("%s", error)
-            return job.id
-        except OperationalError as error:
-            # The database is away. The lease lapses, and whoever claims the job goes on from its checkpoint.
-            log.warning("job %d: left to its lease, the database does not answer: %s", job.id, error.orig)
-            return job.id
-        except (StoreAway, TeamBroken, SchemaMismatch) as error:
-            # The same, of a remote store, a process that trained here or an upgrade that this release cannot work with;
-            # begun too often this way, the job fails.
-            log.warning("job %d: left to its lease: %s", job.id, error)
-            return job.id
-        except Cancelled:
-            ended = _finish(database, lease, "cancelled", None)
-        except TweetscoreError as error:
-            ended = _finish(database, lease, "failed", str(error))
-        except Exception as error:
-            log.exception("job %d failed", job.id)
-            ended = _finish(database, lease, "failed", f"{type(error).__name__}: {error}")
+            ended = None
+            _stop(database, workshop, job)
+    if ended is not None:
+        workshop.outages.pop(job.id, None)
     if ended in ("succeeded", "cancelled"):  # one that failed may be retried, and goes on from its checkpoint
         _checkpoints(workshop, job).clear()
+    if ended in ("failed", "cancelled"):
+        clear_orphans(database, workshop.model_store, job.id)
     return job.id
+
+
+def _work_to_its_end(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease) -> str | None:
+    """The state the job ended in, None where it goes on later or elsewhere. Raises `StopRequested`."""
+    try:
+        with ExitStack() as at_hand:
+            version = _work(database, workshop, job, lease, at_hand)
+        log.info("job %d: succeeded, model %d", job.id, version)
+        return "succeeded"
+    except StopRequested:
+        raise
+    except LeaseLost as error:
+        losses.inc()
+        log.warning("%s", error)
+        if lease.doubted.is_set():  # it lapsed since no renewal could be written, and this worker is alive
+            _give_back(database, job, lease)
+    except TeamBroken as error:
+        # A death, of a process that trained here. The lease lapses, and whoever claims the job goes on from its
+        # checkpoint; begun too often this way, the job fails.
+        log.warning("job %d: left to its lease: %s", job.id, error)
+    except SchemaMismatch as error:
+        # An upgrade that this release cannot work with: nothing may be written, and this start was no death.
+        excuses.leave(workshop.jobs_folder, job)
+        log.warning("job %d: left to its lease: %s", job.id, error)
+    except Cancelled:
+        return _finish(database, lease, "cancelled", None)
+    except Exception as error:
+        if isinstance(error, StoreAway) or is_away(error):
+            _wait_outside(database, workshop, job, lease, error)
+            return None
+        if not isinstance(error, TweetscoreError):
+            log.exception("job %d failed", job.id)
+        says = str(error) if isinstance(error, TweetscoreError) else f"{type(error).__name__}: {error}"
+        return _finish(database, lease, "failed", says)
+    return None
+
+
+def _wait_outside(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, error: Exception) -> None:
+    """Give a job back for want of a store: other jobs may need none, and this one is not claimed for a while."""
+    workshop.outages[job.id] += 1
+    pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (workshop.outages[job.id] - 1), LONGEST_PAUSE_SECONDS)
+    log.warning("job %d: goes back to the queue for %g s: %s", job.id, pause, error)
+    says = str(error) if isinstance(error, StoreAway) else "the database did not answer"
+    _give_back(database, job, lease, f"waiting: {says}", pause)
+
+
+def _give_back(
+    database: Database, job: TrainingJob, lease: Lease, says: str | None = None, pause_seconds: float | None = None
+) -> None:
+    """Take this start off the count, and queue the job again unless another worker has it by now."""
+    sent = False
+
+    def once() -> None:
+        nonlocal sent
+        with database.begin() as session:
+            token, started_at = job.fencing_token, job.started_at
+            # After a commit whose answer was lost the other worker's row may be without this start already.
+            excuses.give_back(session, job.id, token, started_at, says, pause_seconds, excuse=not sent)
+            sent = True
+
+    lease.patiently(once)
+
+
+def _stop(database: Database, workshop: Workshop, job: TrainingJob) -> None:
+    """This worker must end: give the job back, or leave word that it ended in order."""
+    left = excuses.leave(workshop.jobs_folder, job)
+    try:
+        if excuses.settle(database, left):
+            log.info("job %d: given back to the queue at its checkpoint", job.id)
+    except SQLAlchemyError as error:
+        if not is_away(error):
+            raise
+        log.warning("job %d: to be given back by the next worker here, the database does not answer", job.id)
+    except OSError as error:
+        log.warning("job %d: left to its lease: %s", job.id, error)
 
 
 def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, at_hand: ExitStack) -> int:
@@ -97,13 +194,12 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     store, roots = workshop.input_store, workshop.read_roots
     with dataset_at_hand(job.dataset, job.dataset_sha256, store, roots) as dataset:
         data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
-    with database.begin() as session:
-        jobs.record_data(session, job.id, lease.token, sha256, data.report)
+    record_data = partial(jobs.record_data, job_id=job.id, token=lease.token, sha256=sha256)
+    lease.record(partial(record_data, report=dict(data.report)))
     failpoint.passing("split")
     lease.check()
 
-    with database.read() as session:
-        pinned = registry.revision_used(session, present_name(config.base_model))
+    pinned = lease.patiently(lambda: _pinned(database, config.base_model))
     encoder = at_hand.enter_context(encoder_at_hand(config.base_model, config.base_revision or pinned, store, roots))
     tokenizer = load_tokenizer(encoder.folder)
     encode = TextEncoder(tokenizer)
@@ -125,7 +221,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         inputs,
         checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),
         board_folder=workshop.boards_folder / f"job-{job.id}",
-        hooks=_hooks(database, lease),
+        hooks=_hooks(lease),
     )
 
     def logits(part: str, split: Split) -> Floats:
@@ -136,29 +232,42 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     temperature = fit_temperature(valid, data.valid.targets, config.task)
     figures = model_figures(data.test.targets, tested, temperature, data.labels, config)
     if config.baseline:
-        figures |= baselines(data, config.task)
+        beside, notes = baselines(data, config.task, config.seed, lease.check)
+        figures |= beside
+        if notes:
+            data.report["notes"] = notes
+            lease.record(partial(record_data, report=dict(data.report)))
     failpoint.passing("evaluated")
     lease.check()
 
     spec = make_spec(data.labels, config, encoder, tokenizer, temperature)
     reference = make_reference(rows["valid"], valid)
     outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, fitted.history, figures, tested)
-    return register_model(database, workshop.model_store, model, tokenizer, reference, outcome)
+    return register_model(database, workshop.model_store, model, tokenizer, reference, outcome, lease.patiently)
+
+
+def _pinned(database: Database, base_model: str) -> str | None:
+    with database.read() as session:
+        return registry.revision_used(session, present_name(base_model))
 
 
 def _checkpoints(workshop: Workshop, job: TrainingJob) -> Checkpoints:
     return Checkpoints(workshop.jobs_folder / str(job.id), job.fencing_token, workshop.checkpoint_store)
 
 
-def _hooks(database: Database, lease: Lease) -> Hooks:
+def _hooks(lease: Lease) -> Hooks:
     def on_resume(progress: Progress) -> None:
         if progress.step:
             log.info("job %d: goes on from step %d", lease.job_id, progress.step)
-        with database.begin() as session:
+        last, history = progress.epoch - 1, list(progress.history)
+
+        def resume(session: Session) -> None:
             jobs.hold(session, lease.job_id, lease.token)
-            jobs.forget_epochs_after(session, lease.job_id, progress.epoch - 1)
-            for figures in progress.history:
+            jobs.forget_epochs_after(session, lease.job_id, last)
+            for figures in history:
                 session.merge(EpochMetric(job_id=lease.job_id, **figures))
+
+        lease.record(resume)
 
     def on_epoch(epoch: Epoch) -> None:
         log.info(
@@ -169,23 +278,35 @@ def _hooks(database: Database, lease: Lease) -> Hooks:
             epoch.learning_rate,
             epoch.valid_accuracy,
         )
-        with database.begin() as session:
-            jobs.record_epoch(session, lease.token, EpochMetric(job_id=lease.job_id, **asdict(epoch)))
+        lease.record(
+            lambda session: jobs.record_epoch(session, lease.token, EpochMetric(job_id=lease.job_id, **asdict(epoch)))
+        )
         failpoint.passing("recorded")
 
     return Hooks(on_resume, lease.step, on_epoch)
 
 
 def _finish(database: Database, lease: Lease, state: str, error: str | None) -> str | None:
-    """Returns the state the job is in now, None when it is somebody else's by now."""
-    try:
+    """Returns the state the job is in now, None when it is somebody else's by now. Raises `StopRequested`."""
+
+    def once() -> None:
         with database.begin() as session:
             jobs.finish(session, lease.job_id, lease.token, state, error)
-        # Why it failed stands in its row alone: an error may quote the dataset.
-        hint = f"; `tweetscore jobs show {lease.job_id}` says why" if error else ""
-        log.info("job %d: %s%s", lease.job_id, state, hint)
+
+    try:
+        lease.patiently(once)
     except LeaseLost as lost:
-        losses.inc()
-        log.warning("%s", lost)
-        return None
+        if not lease.patiently(lambda: _is_in(database, lease, state)):  # else the answer to the commit was lost
+            losses.inc()
+            log.warning("%s", lost)
+            return None
+    # Why it failed stands in its row alone: an error may quote the dataset.
+    hint = f"; `tweetscore jobs show {lease.job_id}` says why" if error else ""
+    log.info("job %d: %s%s", lease.job_id, state, hint)
     return state
+
+
+def _is_in(database: Database, lease: Lease, state: str) -> bool:
+    with database.read() as session:
+        job = jobs.get(session, lease.job_id)
+        return (job.state, job.fencing_token) == (state, lease.token)

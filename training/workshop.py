@@ -1,7 +1,8 @@
 """Where a training worker works."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.storage import Store
@@ -13,6 +14,7 @@ class Workshop:
 
     `devices` are one a process that trains: the first is where a model is tested and, if it is the only one, trained.
     `checkpoint_store` is a remote one that follows what `jobs_folder` holds; None where that is all there is.
+    `outages` counts by job how often in a row it was given back for want of a store.
     """
 
     model_store: Store
@@ -24,3 +26,4 @@ class Workshop:
     devices: Sequence[str]
     lease_seconds: float
     max_attempts: int
+    outages: Counter[int] = field(default_factory=Counter)

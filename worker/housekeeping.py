@@ -24,6 +24,7 @@ from db.errors import TweetscoreError
 from db.models import utc_now
 from db.session import Database
 from training.leftovers import remove_leftovers
+from training.orphans import clear_orphans
 from training.workshop import Workshop
 from worker.forget import Gone
 from worker.settings import Settings
@@ -96,13 +97,18 @@ def scoring_chores(database: Database, settings: Settings, stopping: threading.E
 
 
 def training_chores(database: Database, workshop: Workshop, days: float, stopping: threading.Event) -> list[Chore]:
-    """What training workers clear away: checkpoints that no job goes on from, of failed ones after so many days."""
+    """What training workers clear away: checkpoints that no job goes on from, of failed ones after so many days, and
+    artifacts that were never registered."""
 
     def clear_checkpoints() -> bool:
         remove_leftovers(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
         return True
 
-    return [clear_checkpoints]
+    def clear_artifacts() -> bool:
+        clear_orphans(database, workshop.model_store)
+        return True
+
+    return [clear_checkpoints, clear_artifacts]
 
 
 def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> Gone:

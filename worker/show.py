@@ -246,6 +246,8 @@ def job_summary(database: Database, job: TrainingJob) -> None:
             console.print(
                 f"{report['also_in_training']['test']} test rows have a text that was trained on: figures are too good"
             )
+        for note in report.get("notes", ()):
+            console.print(f"note: {note}", markup=False)
     if job.error:
         console.print(job.error, style="red", markup=False)
     with database.read() as session:
