@@ -129,7 +129,8 @@ def test_empty_database_is_not_current(database_url: str) -> None:
 def test_database_of_a_newer_release_is_refused_in_words(database: Database) -> None:
     with database.begin() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(DatabaseError):
+        session.execute(text("UPDATE schema_compatibility SET oldest_code = '9999'"))
+    with pytest.raises(DatabaseError, match="upgrade tweetscore"):
         migrate.upgrade(database)
     assert table_names(database) == set(Base.metadata.tables)
 
