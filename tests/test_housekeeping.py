@@ -169,17 +169,22 @@ def test_sums_of_every_connection_are_folded_into_one_row_a_key(database: Databa
     assert sums(database) == []
 
 
-def test_a_key_whose_connections_add_up_to_something_is_kept(database: Database) -> None:
-    """In shard 0 as many came as went, and each was another: alone it looks as if nothing were left."""
+@on_postgresql
+def test_a_sum_of_nothing_is_kept_while_a_connection_has_the_other_half(database: Database) -> None:
+    """What came and went in one connection folds to no tweets, and what it replaced is another's, who holds its row."""
     version = make_version(database)
     write(database, [tweet_row("1"), tweet_row("2")], [prediction_row("1", version, probability=0.9)])
-    tidy_sums(database.begin, NEVER)
+    [first] = sums(database)
+    database.engine.dispose()
     run(database, "DELETE FROM predictions")
     write(database, [], [prediction_row("2", version, probability=0.6)])
-    with database.begin() as session:
-        upkeep.drop_empty_sums(session)
+    with database.begin() as holding:
+        holding.execute(text(f"SELECT 1 FROM sentiment_rollup WHERE shard = {first.shard} FOR UPDATE"))
+        tidy_sums(database.begin, NEVER)
+    assert {row.shard: row.tweets for row in sums(database)} == {0: 0, first.shard: 1}
     assert_counted(database)
     tidy_sums(database.begin, NEVER)
+    assert {row.shard: row.tweets for row in sums(database)} == {0: 1}
     assert_counted(database)
 
 
