@@ -236,7 +236,7 @@ def test_prediction_without_its_tweet_is_refused_with_the_whole_window(database:
 
 
 def test_every_sqlite_connection_has_wal_foreign_keys_and_busy_timeout(sqlite: Database) -> None:
-    wanted = {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": BUSY_TIMEOUT_MS}
+    wanted = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": BUSY_TIMEOUT_MS}
     # Two at once, both only reading, so that the second is a new connection of the pool.
     with sqlite.read() as first, sqlite.read() as second:
         for session in (first, second):
