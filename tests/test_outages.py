@@ -1,5 +1,6 @@
 """A job and a database or store that is away: an outage is no death, and a lost answer costs no model."""
 
+# ruff: noqa: F811 - fixtures of another file are named as arguments
 import sqlite3
 import tempfile
 import threading
@@ -55,11 +56,11 @@ def through(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) -
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
-def artifacts(workshop: Workshop) -> list[str]:  # noqa: F811
+def artifacts(workshop: Workshop) -> list[str]:
     return left_in(workshop.model_store.folder)
 
 
-def is_whole(database: Database, workshop: Workshop, job_id: int) -> bool:  # noqa: F811
+def is_whole(database: Database, workshop: Workshop, job_id: int) -> bool:
     """Whether the job succeeded and its model, of which there is one, can be loaded from the only artifact there is."""
     job = job_of(database, job_id)
     with database.read() as session:
@@ -119,7 +120,7 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
     workshop: Workshop,
     labelled_csv: Path,
     base: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     database, away, _ = outage
     workshop = replace(workshop, lease_seconds=1.5, max_attempts=1)
@@ -151,7 +152,7 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
     workshop: Workshop,
     labelled_csv: Path,
     base: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     database, away, _ = outage
     workshop = replace(workshop, max_attempts=1, lease_seconds=1.5)
@@ -177,7 +178,7 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
 
 @on_postgresql
 def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_off_the_count(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any],  # noqa: F811
+    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Three times, of two that are allowed; the taker gives it back in order each time."""
@@ -236,7 +237,7 @@ def test_a_start_is_not_excused_from_a_count_that_began_anew(database: Database)
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_artifact(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,  # noqa: F811
+    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
@@ -254,7 +255,7 @@ def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_art
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,  # noqa: F811
+    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
     through.door.lose(MODEL, answer, then_shut=True)
@@ -276,7 +277,7 @@ def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_claim_without_an_answer_is_one_start_or_none(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,  # noqa: F811
+    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
     through.door.lose(CLAIM, answer)
@@ -295,7 +296,7 @@ def test_a_failure_without_an_answer_is_written_once(
     workshop: Workshop,
     tmp_path: Path,
     answer: bool,
-    caplog: pytest.LogCaptureFixture,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
     job_id = submit(through.near, tmp_path / "bytes.csv")
@@ -316,7 +317,7 @@ def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
     sqlite: Database,
     workshop: Workshop,
     labelled_csv: Path,
-    base: dict[str, Any],  # noqa: F811
+    base: dict[str, Any],
 ) -> None:
     store = workshop.model_store
     registered = submit(sqlite, labelled_csv, **base)
@@ -353,7 +354,7 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
     tmp_path: Path,
     sqlite: Database,
     labelled_csv: Path,
-    base: dict[str, Any],  # noqa: F811
+    base: dict[str, Any],
 ) -> None:
     inputs = Store(fragile.url("data"), Cache(tmp_path / "cache", 10**9))
     workshop = replace(workshop, input_store=inputs, max_attempts=2)
