@@ -1,6 +1,7 @@
 # ruff: noqa: F811 - the fixtures of the route of a job serve here too
 """A job and a database or store that is away: an outage is no death, and a lost answer costs no model."""
 
+# ruff: noqa: F811 - fixtures of another file are named as arguments
 import sqlite3
 import tempfile
 import threading
