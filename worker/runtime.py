@@ -61,7 +61,7 @@ def returns(settings: Settings, say: Callable[[str], None]) -> bool:
     owner takes too long.
     """
     if settings.embedded:
-        if embedded.served(settings.home, say) is None:
+        if embedded.served(settings.home, say) is None and embedded.find(settings.home) is None:
             raise ServerFailed(
                 f"the embedded server of {settings.home} is gone, and so is the process that ran it; start "
                 "`tweetscore up` and try again"
