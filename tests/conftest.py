@@ -34,8 +34,9 @@ from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
 from worker.processes import let_waiting_threads_sleep
+from worker.redis_client import connect
 from worker.settings import Settings, load_settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 if TYPE_CHECKING:
     from tests.bench import Bench

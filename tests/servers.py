@@ -14,7 +14,8 @@ import redis
 
 from tests.conftest import PATIENCE_SECONDS
 from worker import embedded
-from worker.stream import Depth, Stream, connect
+from worker.redis_client import connect
+from worker.stream import Depth, Stream
 
 OWN_UNTIL_STDIN_ENDS = """
 import sys

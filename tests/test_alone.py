@@ -12,8 +12,9 @@ import pytest
 from db import jobs
 from db.session import open_database
 from worker import embedded
+from worker.redis_client import connect
 from worker.settings import Settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -21,10 +21,11 @@ from worker import embedded
 from worker.app import make_app
 from worker.dead import drop, retry
 from worker.records import pack_fields, unpack_fields
+from worker.redis_client import connect
 from worker.runtime import open_sql
 from worker.scorer import Model, Scores
 from worker.settings import Settings
-from worker.stream import FIELD, Stream, connect
+from worker.stream import FIELD, Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 POISON = "毒のある文"

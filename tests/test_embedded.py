@@ -16,7 +16,8 @@ import redis
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.servers import OWN_UNTIL_STDIN_ENDS, contents, fill, is_running, log_file, orphan, server_pid, short_home
 from worker import embedded, keeper
-from worker.stream import Depth, Stream, connect
+from worker.redis_client import connect
+from worker.stream import Depth, Stream
 
 
 @pytest.fixture

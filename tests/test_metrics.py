@@ -23,7 +23,8 @@ from tests.faults.commands import worker
 from tests.world import World
 from worker import logs, metrics
 from worker.metrics import Looks
-from worker.stream import CLIENT_TIMEOUT_SECONDS, Stream, connect_briefly
+from worker.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
+from worker.stream import Stream
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:

@@ -34,8 +34,9 @@ from worker.check import check_file
 from worker.errors import StreamError
 from worker.export import SCHEMA, export
 from worker.forget import Gone, Wish, forget
+from worker.redis_client import connect
 from worker.settings import Settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

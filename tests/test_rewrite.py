@@ -26,8 +26,9 @@ from tests.world import on_postgresql
 from worker import embedded
 from worker.cli import app
 from worker.forget import compact
+from worker.redis_client import connect
 from worker.settings import Settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 OPEN = """
 import sqlite3, sys

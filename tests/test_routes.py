@@ -26,7 +26,8 @@ from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from worker import embedded
 from worker.app import broker_url
-from worker.stream import Stream, connect
+from worker.redis_client import connect
+from worker.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

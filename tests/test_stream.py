@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.conftest import wait_until
 from worker import embedded
 from worker.errors import StreamError, StreamFull
-from worker.stream import Depth, Record, Stream, connect
+from worker.redis_client import connect
+from worker.stream import Depth, Record, Stream
 
 
 @pytest.fixture(scope="module")

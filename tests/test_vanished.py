@@ -23,7 +23,8 @@ from tests.test_metrics import looked
 from tests.world import World, on_sqlite
 from worker import embedded
 from worker.metrics import Looks
-from worker.stream import Stream, connect
+from worker.redis_client import connect
+from worker.stream import Stream
 
 
 @pytest.fixture(scope="module")

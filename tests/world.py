@@ -24,8 +24,9 @@ from training.job import run_next_job
 from worker import embedded
 from worker.app import TRAINING, broker_url
 from worker.intake import submit_training
+from worker.redis_client import connect
 from worker.settings import Settings, load_settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 # For what is the same whichever database it is: one of them, in turn.
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -7,9 +7,9 @@ from urllib.parse import parse_qsl, urlsplit
 from celery import Celery
 
 from worker.errors import BadSettings
+from worker.redis_client import CLIENT_TIMEOUT_SECONDS
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
-from worker.stream import CLIENT_TIMEOUT_SECONDS
 
 TRAINING = "training"
 SCORING = "scoring"

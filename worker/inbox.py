@@ -9,8 +9,7 @@ import base64
 import importlib.resources
 import json
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +21,7 @@ from kombu.exceptions import KombuError
 from kombu.serialization import loads
 from kombu.transport.redis import Channel
 
-from worker.errors import StreamError
+from worker.redis_client import converted
 
 TRAIN, CANCEL = "worker.tasks.train", "worker.tasks.cancel"
 DEFAULT_QUEUE = "celery"
@@ -123,7 +122,7 @@ class Inbox:
     def take(self, block_seconds: float) -> list[bytes]:
         """Every message that was taken and not handed on, by whomever, the oldest first. Waits for one up to
         `block_seconds`."""
-        with _converted():
+        with converted():
             for priority in Channel.priority_steps[1:]:
                 self._redis.lmove(f"{self._queue}{Channel.sep}{priority}", self._taken, "RIGHT", "LEFT")
             if self._shared:
@@ -136,26 +135,17 @@ class Inbox:
 
     def drop(self, raw: bytes) -> None:
         """Throw a message away."""
-        with _converted():
+        with converted():
             self._redis.lrem(self._taken, 0, raw)  # type: ignore[arg-type]
 
     def forward(self, raw: bytes) -> None:
         """Hand a message on to Celery, unless another worker has: its request is a row now, or needs none."""
-        with _converted():
+        with converted():
             self._forward(keys=[self._taken, self._own], args=[raw])
 
     def send(self, kept: str) -> None:
         """Give Celery a message again, under a delivery tag of its own."""
         message = json.loads(kept)
         message["properties"]["delivery_tag"] = str(uuid.uuid4())
-        with _converted():
+        with converted():
             self._redis.lpush(self._own, json.dumps(message))
-
-
-@contextmanager
-def _converted() -> Iterator[None]:
-    """redis-py's errors end here."""
-    try:
-        yield
-    except redis.RedisError as error:
-        raise StreamError(f"the broker does not answer as it should: {error}") from error

@@ -26,10 +26,11 @@ from worker.metrics import Looks
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
+from worker.redis_client import connect_briefly
 from worker.runtime import open_guarded, open_stream, stream_url
 from worker.scorer import Champion, serving
 from worker.settings import Settings
-from worker.stream import Depth, Stream, connect_briefly
+from worker.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from db.session import Database, open_database
 from worker import embedded
 from worker.answers import serves
 from worker.errors import ServerFailed
+from worker.redis_client import connect, connect_briefly
 from worker.settings import Settings
-from worker.stream import Depth, Stream, connect, connect_briefly
+from worker.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
 

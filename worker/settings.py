@@ -23,7 +23,7 @@ from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
 from training.workshop import Workshop
 from worker.errors import BadSettings, StreamError
-from worker.stream import connect
+from worker.redis_client import connect
 
 # By name, so that the settings need not import the libraries.
 ENGINES = (

@@ -1,4 +1,4 @@
-"""The stream of tweets and its protocol. Knows redis-py and bytes; knows no SQL, no model and no tweet's meaning.
+"""The stream of tweets and its protocol. Knows bytes; knows no SQL, no model and no tweet's meaning.
 
 Keys
     KEY             a stream; one record is one tweet: field `tweet`, a JSON object with `v`, `id` and `text`
@@ -17,17 +17,14 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError
-from redis.retry import Retry
 
-from worker.errors import StreamAway, StreamDenied, StreamError, StreamFull
+from worker.errors import StreamDenied, StreamError, StreamFull
+from worker.redis_client import FULL, converted, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +40,8 @@ MAX_ISOLATED_ATTEMPTS = 3
 PUBLISH_CHUNK = 250
 CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
-# Past this a silent server counts as gone; no command may block as long.
-CLIENT_TIMEOUT_SECONDS = 15
+# Less than a client waits for a silent server.
 LONGEST_BLOCK_MS = 5_000
-FULL = "the stream's server has reached its maxmemory; start scoring workers or raise it"
 STILL_IN_LOG = "what was deleted is still in the append-only file"
 
 
@@ -90,32 +85,6 @@ class Vanished:
     at: int
 
 
-def connect(url: str) -> "redis.Redis":
-    """A client that keeps trying for a few seconds when the server is away, and notices a dead connection.
-
-    Raises `StreamError` for what is no URL of a server.
-    """
-    try:
-        client = redis.Redis.from_url(
-            url,
-            socket_connect_timeout=5,
-            socket_timeout=CLIENT_TIMEOUT_SECONDS,
-            health_check_interval=15,
-            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
-            retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
-        )
-        client.connection_pool.make_connection()  # dials nobody, and sees every option
-    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        # What redis-py says of it may hold the password.
-        raise StreamError("it cannot be read; write it as redis://host:6379/0 or unix:///path/to.sock") from error
-    return client
-
-
-def connect_briefly(url: str) -> "redis.Redis":
-    """A client for a look: it gives up after some seconds, so that a half-open server does not hold whoever looks."""
-    return redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0))
-
-
 class Stream:
     def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
         self._redis = client
@@ -136,21 +105,21 @@ class Stream:
         """Append records in order, in pipelined chunks. Raises `StreamFull`, which knows those that were not taken."""
         for start in range(0, len(payloads), PUBLISH_CHUNK):
             chunk = payloads[start : start + PUBLISH_CHUNK]
-            with _converted():
+            with converted():
                 pipe = self._redis.pipeline(transaction=False)
                 for payload in chunk:
                     pipe.xadd(self.key, {FIELD: payload})
                 answers = pipe.execute(raise_on_error=False)
-                full = [payload for payload, answer in zip(chunk, answers, strict=True) if _out_of_memory(answer)]
+                full = [payload for payload, answer in zip(chunk, answers, strict=True) if out_of_memory(answer)]
                 for answer in answers:
-                    if isinstance(answer, Exception) and not _out_of_memory(answer):
+                    if isinstance(answer, Exception) and not out_of_memory(answer):
                         raise answer
             if full:
                 raise StreamFull(FULL, [*full, *payloads[start + PUBLISH_CHUNK :]])
 
     def add(self, entries: Sequence[dict[bytes, bytes]]) -> None:
         """Append entries with all their fields, each whole or not at all."""
-        with _converted():
+        with converted():
             pipe = self._redis.pipeline(transaction=True)
             for fields in entries:
                 pipe.xadd(self.key, dict(fields.items()))
@@ -177,13 +146,13 @@ class Stream:
             return 0
 
     def length(self) -> int:
-        with _converted():
+        with converted():
             return int(self._redis.xlen(self.key))
 
     # --- reading
 
     def ensure_group(self) -> None:
-        with _converted():
+        with converted():
             self._run("group", self.group)
 
     def read(self, count: int, block_ms: int | None) -> list[Record]:
@@ -191,7 +160,7 @@ class Stream:
 
         A group that is gone (FLUSHALL, a new server) is made again at 0, so that nothing in the stream is skipped.
         """
-        with _converted():
+        with converted():
             records, last_id = self._take(count)
             if not records and last_id is not None and block_ms is not None:
                 self._redis.xread({self.key: last_id}, count=1, block=block_ms)
@@ -200,7 +169,7 @@ class Stream:
 
     def look_for_vanished(self) -> None:
         """Notice what was erased before anybody read it, when nobody reads. Reading does it, too."""
-        with _converted():
+        with converted():
             self._take(0)
 
     def _take(self, count: int) -> tuple[list[Record], Any]:
@@ -219,7 +188,7 @@ class Stream:
         """Take over up to `count` records that their readers have not renewed for `min_idle_ms`."""
         records: list[Record] = []
         start = "-"
-        with _converted():
+        with converted():
             while len(records) < count:
                 most = min(count - len(records), CLAIM_CHUNK)
                 try:
@@ -242,23 +211,23 @@ class Stream:
 
     def wait_for_news(self, block_ms: int) -> None:
         """Sleep until somebody adds a record, at most `block_ms`. Reads nothing and takes nothing."""
-        with _converted():
+        with converted():
             self._redis.xread({self.key: "$"}, count=1, block=min(block_ms, LONGEST_BLOCK_MS))
 
     # --- holding and letting go
 
     def renew(self, ids: Sequence[str]) -> int:
         """Prove this consumer alive for the records it holds. Returns how many of them it still does."""
-        with _converted():
+        with converted():
             return int(self._run("renew", self.group, self.consumer, *ids)) if ids else 0
 
     def count_isolated(self, id_: str, by: int = 1) -> int:
         """Note, before a suspect is scored alone, that it is; returns how often that is now. -1 takes one back."""
-        with _converted():
+        with converted():
             return int(self._scripts["count"](keys=[f"{self.key}:suspects"], args=[id_, by]))
 
     def ack(self, ids: Sequence[str]) -> None:
-        with _converted():
+        with converted():
             if ids:
                 pipe = self._redis.pipeline(transaction=False)
                 pipe.xack(self.key, self.group, *ids)
@@ -268,17 +237,17 @@ class Stream:
 
     def trim(self) -> int:
         """Remove what no group needs any more; returns how many records."""
-        with _converted():
+        with converted():
             return int(self._run("trim"))
 
     def leave(self) -> None:
         """Take this consumer off the group's list, unless it still holds something somebody must claim."""
-        with _converted():
+        with converted():
             self._run("sweep", self.group, 0, self.consumer)
 
     def sweep(self, idle_ms: int) -> int:
         """Take consumers off the list that hold nothing and have not asked for `idle_ms`; returns how many."""
-        with _converted():
+        with converted():
             return int(self._run("sweep", self.group, idle_ms))
 
     # --- taking out for good
@@ -287,7 +256,7 @@ class Stream:
         """All records of the stream, pending ones too, `count` at a time."""
         start = "-"
         while True:
-            with _converted():
+            with converted():
                 entries: Any = self._redis.xrange(self.key, min=start, count=count)
             if not entries:
                 return
@@ -296,7 +265,7 @@ class Stream:
 
     def remove(self, ids: Sequence[str]) -> None:
         """Delete records, whoever holds them: their readers go on, and nobody takes them over."""
-        with _converted():
+        with converted():
             for start in range(0, len(ids), CLAIM_CHUNK):
                 self._run("remove", *ids[start : start + CLAIM_CHUNK])
 
@@ -304,7 +273,7 @@ class Stream:
         """The ids of all records that somebody holds, deleted ones too."""
         found: set[str] = set()
         start = "-"
-        with _converted():
+        with converted():
             while True:
                 try:
                     rows: Any = self._redis.xpending_range(self.key, self.group, start, "+", CLAIM_CHUNK)
@@ -324,7 +293,7 @@ class Stream:
         """
         self._log_state()  # a rewrite that is under way may have begun before the removal
         try:
-            with _converted():
+            with converted():
                 self._redis.bgrewriteaof()
         except StreamDenied as error:
             raise StreamDenied(f"{error}; {STILL_IN_LOG} until an administrator runs BGREWRITEAOF") from error
@@ -335,7 +304,7 @@ class Stream:
     def _log_state(self) -> dict[str, Any]:
         """What the server tells of its append-only file, once no rewrite is under way."""
         while True:
-            with _converted():
+            with converted():
                 state: dict[str, Any] = self._redis.info("persistence")
             if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
                 return state
@@ -344,7 +313,7 @@ class Stream:
     # --- looking
 
     def depth(self) -> Depth:
-        with _converted():
+        with converted():
             try:
                 groups = self._redis.xinfo_groups(self.key)
             except redis.ResponseError as error:
@@ -360,14 +329,14 @@ class Stream:
         return Depth(length, length, 0)
 
     def vanished(self) -> Vanished:
-        with _converted():
+        with converted():
             names = [f"vanished {self.group}", f"vanished_at {self.group}"]
             records, at = self._redis.hmget(f"{self.key}:books", names)
         return Vanished(int(records or 0), int(at or 0))
 
     def oldest(self) -> datetime | None:
         """When the record came in that has waited longest for its acknowledgement; None when there is none."""
-        with _converted():
+        with converted():
             try:
                 groups = {_text(group["name"]): group for group in self._redis.xinfo_groups(self.key)}
                 if self.group not in groups:
@@ -382,29 +351,6 @@ class Stream:
                     raise
                 return None
         return Record(_text(waiting[0][0]), None, 0).came_in if waiting and waiting[0][0] else None
-
-
-@contextmanager
-def _converted() -> Iterator[None]:
-    """redis-py's errors end here."""
-    try:
-        yield
-    except redis.RedisError as error:
-        if _out_of_memory(error):
-            raise StreamFull(FULL) from error
-        if isinstance(error, NoPermissionError):
-            raise StreamDenied(f"the stream's server does not allow it: {error}") from error
-        away = isinstance(error, redis.ConnectionError | redis.TimeoutError) and not isinstance(
-            error, AuthenticationError
-        )
-        raise (StreamAway if away else StreamError)(
-            f"the stream's server does not answer as it should: {error}"
-        ) from error
-
-
-def _out_of_memory(answer: object) -> bool:
-    # A script that is refused says so in words of its own.
-    return isinstance(answer, redis.OutOfMemoryError) or (isinstance(answer, redis.RedisError) and "OOM" in str(answer))
 
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:

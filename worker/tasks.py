@@ -29,9 +29,9 @@ from worker.errors import JobFailed
 from worker.inbox import Inbox
 from worker.lane import Lane, ScoringLane, TrainingLane
 from worker.pulse import end_at_signal
+from worker.redis_client import connect
 from worker.runtime import stream_url
 from worker.settings import load_settings
-from worker.stream import connect
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerBase
 from training.artifact import load_artifact
 from training.text import TextEncoder, load_tokenizer
 from worker.app import celery_config
-from worker.stream import Stream, connect
+from worker.redis_client import connect
+from worker.stream import Stream
 
 MAX_LENGTH = 200
 PIPELINE_BATCH_SIZE = 32

@@ -22,9 +22,9 @@ from training import failpoint
 from worker.app import TRAINING
 from worker.inbox import Inbox
 from worker.lane import Lane, ScoringLane, TrainingLane
+from worker.redis_client import connect
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
-from worker.stream import connect
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a lane loads when it is to train

@@ -24,7 +24,7 @@ from tests.faults.actors import wait_for_log
 from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.doors import send
-from worker.stream import CLIENT_TIMEOUT_SECONDS, connect
+from worker.redis_client import CLIENT_TIMEOUT_SECONDS, connect
 
 
 def publish_quietly(world: World, ids: range) -> None:

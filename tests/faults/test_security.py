@@ -41,8 +41,9 @@ from worker import embedded
 from worker.app import SCORING, broker_url, make_app
 from worker.doors import nudge
 from worker.errors import BadSettings, StreamDenied, StreamError
+from worker.redis_client import connect
 from worker.settings import load_settings
-from worker.stream import Stream, connect
+from worker.stream import Stream
 
 UNSAFE = re.compile(r"\b(pickle|dill|joblib|marshal)\.loads?\b|trust_remote_code=True")
 SECRET_TEXT = "秘密の文章"
