@@ -23,7 +23,6 @@ from tests.world import World, on_sqlite
 from training.artifact import SPEC, WEIGHTS, Artifact, load_artifact
 from training.sealed import SUMS, seal
 from worker import scorer
-from worker.lane import ScoringLane
 from worker.lineup import loading_takes
 from worker.pause import Pause
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
@@ -154,26 +153,18 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
 
 
 @on_sqlite
-def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_is_mended(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.3)
+def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_is_mended(world: World) -> None:
     sums = world.settings.models.folder / "tiny" / SUMS
     whole = sums.rename(sums.with_name("aside"))
     sums.symlink_to("/proc/self/mem")
     world.stream.publish([wire("waits")])
-    lane = ScoringLane(world.settings, lambda: None)
-    lane.start()
-    try:
-        wait_until(lambda: caplog.text.count("cannot be loaded, tweets wait in the stream; trying again") >= 2)
-        assert "cannot look for work" not in caplog.text
-        assert lane.run() == 0
-        assert (lane.stalled(), lane.state(), lane.model_version(), lane.engine()) == (None, "idle", None, None)
+    with world.worker() as worker:
+        wait_until(lambda: "cannot be loaded, tweets wait in the stream; trying again in 10 s" in worker.said())
+        assert "cannot look for work" not in worker.said()
+        assert worker.alive
         sums.unlink()
         whole.rename(sums)
-        wait_until(lambda: lane.run() == 1)
-    finally:
-        lane.end()
+        world.drained()
     assert world.scored() == {"waits"}
 
 

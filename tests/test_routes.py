@@ -175,7 +175,9 @@ def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
     client = Celery(broker=broker_url(up.url))
     task_id = uuid.uuid4().hex
     for _ in range(2):
-        client.send_task("worker.tasks.train", kwargs={"dataset": str(dataset), "epochs": 1}, task_id=task_id)
+        client.send_task(
+            "worker.tasks.train", kwargs={"dataset": str(dataset), "epochs": 1}, task_id=task_id, queue="training"
+        )
 
     def of_message() -> list[TrainingJob]:
         with up.database.read() as session:
@@ -183,13 +185,14 @@ def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
 
     wait_until(of_message)
     assert finished(up.database, of_message()[0].id).state == "succeeded"
-    # Redis hands out a queue's messages in turn: when a later one was worked, the second was too.
+    # A queue's messages are taken in turn: when a later one is a job, the second was taken too.
     marker = uuid.uuid4().hex
-    client.send_task("worker.tasks.train", kwargs={"dataset": "/etc/passwd"}, task_id=marker)
+    client.send_task("worker.tasks.train", kwargs={"dataset": "/etc/passwd"}, task_id=marker, queue="training")
     with up.database.read() as session:
         find = select(TrainingJob).where(TrainingJob.request_id == marker)
         wait_until(lambda: (session.rollback(), session.scalar(find))[1])
-        refused = session.scalar(find)
+        marked = session.scalar(find)
+    refused = finished(up.database, marked.id)
     assert refused.state == "failed"
     assert "'/etc/passwd' lies outside the folders this worker may read" in refused.error
     assert len(of_message()) == 1

@@ -24,7 +24,8 @@ from training.data import Dataset, read_rows, split_rows
 from training.errors import BadDataset
 from training.job import run_next_job
 from worker import show
-from worker.intake import submit_job, submit_training
+from worker.inbox import TRAIN, Request
+from worker.intake import accept_request, submit_training
 from worker.settings import Settings
 
 # As they stand in the guide.
@@ -194,7 +195,8 @@ def test_every_door_takes_the_guides_split(
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)["config"]["split"] == "guide"
     settings = settings.model_copy(update={"read_roots": (labelled_csv.parent,)})
-    job = submit_job(settings, sqlite, str(labelled_csv), None, {"split": "guide", "seed": 1}, "message")
+    asked = Request("message", TRAIN, [str(labelled_csv)], {"split": "guide", "seed": 1}, None, "{}")
+    job = accept_request(settings, sqlite, asked)
     assert job.config["split"] == "guide"
 
 

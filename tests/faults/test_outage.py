@@ -157,14 +157,20 @@ def test_a_request_to_train_that_comes_while_the_database_is_away_is_a_job_when_
 ) -> None:
     """A locked SQLite is waited for 30 s at a time, so that it must be away for longer."""
     world, away = outage
+
+    def failed(request_id: str) -> bool:
+        return (job := world.asked(request_id)) is not None and job.state == "failed"
+
     with world.worker("train") as trainer:
+        before = world.ask("/etc/passwd")
+        wait_until(lambda: failed(before))
         with away():
             asked = world.ask("/etc/passwd")
             wait_until(lambda: "requests to train wait" in trainer.said())
             until = time.monotonic() + (15 if world.database.engine.dialect.name == "sqlite" else 1)
             wait_until(lambda: time.monotonic() > until)
             assert trainer.alive
-        wait_until(lambda: (job := world.asked(asked)) is not None and job.state == "failed")
+        wait_until(lambda: failed(asked))
         assert "outside the folders" in world.asked(asked).error
 
 
