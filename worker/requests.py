@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # An outcome that was given to Celery and not noted as told is told again after this.
 ANSWER_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 5.0
+# What may go well when it is tried again.
+PASSING = (SQLAlchemyError, TweetscoreError, KombuError, RedisError, OSError)
 # Cancelled by `AsyncResult.revoke()` before their message came; most ids on a shared broker are other programs'.
 REVOKED_IDS, REVOKED_SECONDS = 10_000, 3 * 3600
 
@@ -73,7 +75,7 @@ class Requests:
                 if self._gate.wait(self._stopping):
                     self._step()
                 pause = 0.1
-            except (SQLAlchemyError, TweetscoreError, KombuError, RedisError, OSError) as error:
+            except PASSING as error:
                 said = getattr(error, "orig", None) or error
                 log.warning("requests to train wait, trying again in %.1f s: %s", pause, said)
                 self._stopping.wait(pause)
@@ -99,9 +101,11 @@ class Requests:
         if request is not None:
             try:
                 self._keep(request)
-            except DataError as error:
-                # Nothing that is tried again would help it; Celery says that it failed.
-                log.warning("a request to train cannot be kept: %s", type(error.orig).__name__)
+            except Exception as error:
+                if _may_pass(error):
+                    raise
+                # It would fail for ever, and hold up what is behind it; its sender is told that it failed.
+                log.warning("a request to train cannot be kept: %s", type(error).__name__)
         failpoint.passing("accepted")
         self._inbox.forward(raw)
         if request is not None and request.asks_to_train:
@@ -122,9 +126,8 @@ class Requests:
         if job.state == "failed":
             # Why, its row says: the reason quotes what was sent.
             log.warning("job %d was refused; `tweetscore jobs show %d` says why", job.id, job.id)
-        if job.finished_at and job.message is None:  # sent again after all was told
-            with self._database.read() as session:
-                results.publish(self._app, job, results.state_of(session, job))
+        if job.finished_at and job.message is None:  # sent again after all was told: `_report` tells the backend again
+            self._told[job.id] = "", None
 
     def _cancel_revoked(self) -> None:
         for id_ in list(self._to_cancel):
@@ -165,6 +168,10 @@ class Requests:
             due = jobs.claim_answers(session, ANSWER_SECONDS)
         for message in filter(None, (job.message for job in due)):
             self._inbox.send(message)
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, PASSING) and not isinstance(error, DataError)
 
 
 def cancel(database: Database, job_id: Any, request_id: Any) -> TrainingJob | None:
