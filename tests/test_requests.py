@@ -184,6 +184,17 @@ def test_a_request_that_expired_before_a_worker_took_it_is_cancelled(place: Simp
     assert "expired" in job_of(place, asked.id).error
 
 
+def test_a_request_that_is_sent_again_when_its_result_has_expired_is_told_again(place: SimpleNamespace) -> None:
+    asked = ask(place, dataset="/etc/passwd")
+    with pytest.raises(Exception, match="outside the folders"):
+        asked.get(timeout=PATIENCE_SECONDS)
+    wait_until(lambda: job_of(place, asked.id).message is None)
+    place.raw.delete(f"celery-task-meta-{asked.id}")
+    again = place.client.send_task(TRAIN, kwargs={"dataset": place.dataset}, queue=TRAINING, task_id=asked.id)
+    with pytest.raises(Exception, match="outside the folders"):
+        again.get(timeout=PATIENCE_SECONDS)
+
+
 def test_cancelling_a_job_that_is_not_there_fails_with_a_sentence(place: SimpleNamespace) -> None:
     with pytest.raises(Exception, match="there is no job 999999"):
         place.client.send_task(CANCEL, kwargs={"job_id": 999_999}, queue=TRAINING).get(timeout=PATIENCE_SECONDS)
