@@ -1,9 +1,9 @@
 """Which schemas this code can work with, and which code a schema can work with. Both are numbers of migrations.
 
-A newer schema is accepted as long as nothing that this code uses was taken away: each schema names the oldest code that
-may still work with it, in `schema_compatibility`. A migration that only adds leaves that row alone; one that removes or
-changes something raises it in its own transaction. So an upgrade is rolled in three steps: a migration that expands, a
-release that uses what is new and no longer what is old, a migration that contracts.
+Code accepts a newer schema as long as nothing that it uses was removed. Each schema names the oldest code that can work
+with it, in `schema_compatibility`. A migration that only adds leaves that row alone; one that removes or changes
+something raises it in its own transaction. A rolling upgrade therefore takes three steps: a migration that expands, a
+release that uses only what is new, and a migration that contracts.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ from pathlib import Path
 from sqlalchemy import inspect, text
 from sqlalchemy.orm import Session
 
-from db.errors import SchemaMismatch
+from db.errors import SchemaMismatch, shown
 from db.session import Database
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-# The oldest schema that has all that this code uses: the newest migration that added to the models.
-OLDEST_SCHEMA = "0008"
+# The oldest schema with every table and column of the models: the newest migration that added to them.
+OLDEST_SCHEMA = "0001"
+# Databases from before version 0.1.0 hold this value or have no `schema_compatibility`, and their migrations have other
+# contents than the released ones of the same numbers. No released migration may write this value.
+DEVELOPMENT_OLDEST_CODE = "0005"
 
 REVISION = "SELECT version_num FROM alembic_version"
 OLDEST_CODE = "SELECT oldest_code FROM schema_compatibility"
@@ -26,39 +29,52 @@ OLDEST_CODE = "SELECT oldest_code FROM schema_compatibility"
 
 @dataclass(frozen=True)
 class Schema:
-    """What a database holds: its newest migration, None when it is empty, and the oldest code that may work with it."""
+    """The state of a database: its newest migration, and the oldest code that can work with it.
+
+    `revision` is None for an empty database, `oldest_code` for one without `schema_compatibility`.
+    """
 
     revision: str | None
     oldest_code: str | None
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether a version before 0.1.0, or another program that uses Alembic, made this schema."""
+        return self.revision is not None and self.oldest_code in (None, DEVELOPMENT_OLDEST_CODE)
+
+    @property
     def misfit(self) -> str | None:
-        """Why this code cannot work with it and what to do, in one sentence; None when it can."""
+        """One sentence on why this code cannot work with the schema and on the remedy; None when it can."""
         if self.revision is None:
             return "the database is empty; let its owner run `tweetscore db upgrade`"
+        if self.is_foreign:
+            return (
+                f"the database has schema {shown(self.revision)} of a development version before 0.1.0 or of another "
+                "program, which cannot be upgraded; set DATABASE_URL to a new database"
+            )
         if self.revision < OLDEST_SCHEMA:
             return (
                 f"the database has schema {self.revision}, this release needs {OLDEST_SCHEMA} or newer; "
                 "let its owner run `tweetscore db upgrade`"
             )
-        needed = self.oldest_code or self.revision
+        needed = str(self.oldest_code)  # never None here: the schema is not foreign
         if self.revision > newest_revision() and needed > newest_revision():
             return (
-                f"the database has schema {self.revision} for releases that know {needed} or newer, this one knows "
-                f"{newest_revision()}; upgrade tweetscore and start it again"
+                f"the database has schema {self.revision} for releases with migration {needed} or newer, this release "
+                f"ends at {newest_revision()}; upgrade tweetscore and start it again"
             )
         return None
 
 
 @cache
 def newest_revision() -> str:
-    """By the migrations' file names, which are numbered: Alembic takes longer to load than all else a command does."""
+    """Read from the numbered file names, since loading Alembic takes longer than the rest of most commands."""
     return max(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
 
 
 def find(database: Database) -> Schema:
-    """The schema as it is now; raises what SQLAlchemy raises when the database cannot be asked."""
-    # A look must not wait for a transaction that writes.
+    """The current schema. Raises SQLAlchemy's errors when the database cannot be read."""
+    # A read transaction does not wait for writers.
     with database.engine.connect().execution_options(tweetscore_read=True) as connection:
         tables = inspect(connection)
         if not tables.has_table("alembic_version"):
@@ -70,7 +86,7 @@ def find(database: Database) -> Schema:
 def check(session: Session) -> None:
     """Raises `SchemaMismatch` when this transaction must not write. Migrations wait until the transaction has ended.
 
-    On PostgreSQL by the lock that reading a table takes, which a migration excludes; SQLite has one writer at a time.
+    On PostgreSQL this read takes a lock that conflicts with a migration's; SQLite has one writer at a time.
     """
     revision, oldest_code = session.execute(text(f"SELECT ({REVISION}), ({OLDEST_CODE})")).one()
     if misfit := Schema(revision, oldest_code).misfit:

@@ -1,4 +1,4 @@
-"""Bring a database to the newest schema, or make sure that it has one to work with."""
+"""Upgrade a database to the newest schema, or check that this code can work with the schema it has."""
 
 import time
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from db.errors import DatabaseError, RightsMissing, SchemaMismatch, public_url
 from db.session import Database
 
 INSUFFICIENT_PRIVILEGE = "42501"
-# A deadlock with workers, or a lock that they held for too long. Meanwhile others wait behind a migration that waits.
+# A deadlock with workers, or a lock timeout. While a migration waits for a lock, other transactions wait behind it.
 CONTENDED = ("40P01", "55P03")
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 def upgrade(database: Database) -> None:
-    """Run every missing migration; raises `DatabaseError` when the database cannot be reached or is too new.
+    """Run every missing migration; raises `DatabaseError` when the database cannot be reached or its schema is too new.
 
-    A newer schema that this code can work with is left as it is.
+    A newer schema that this code can work with is not changed. A schema of a development version is refused.
     """
     with _in_words(database):
         for pause in (*PAUSES_SECONDS, None):
@@ -34,9 +34,9 @@ def upgrade(database: Database) -> None:
 
 
 def prepare(database: Database) -> None:
-    """Make sure that this code can work with the database; raises `SchemaMismatch` or `DatabaseError` when it cannot.
+    """Ensure that this code can work with the database; raises `SchemaMismatch` or `DatabaseError` when it cannot.
 
-    SQLite is upgraded on the way: its file is one machine's. PostgreSQL is upgraded by `tweetscore db upgrade` alone.
+    A SQLite file, which belongs to one machine, is upgraded. PostgreSQL is upgraded only by `tweetscore db upgrade`.
     """
     if database.engine.dialect.name == "sqlite":
         upgrade(database)
@@ -45,7 +45,7 @@ def prepare(database: Database) -> None:
 
 
 def check(database: Database) -> str:
-    """The schema's number; raises as `prepare` does and changes nothing."""
+    """The number of the schema. Raises the same errors as `prepare` and changes nothing."""
     with _in_words(database):
         found = compatibility.find(database)
     if found.misfit:
@@ -54,12 +54,14 @@ def check(database: Database) -> str:
 
 
 def is_current(database: Database) -> bool:
-    """Whether the schema is the newest one that this code knows."""
+    """Whether the newest migration of this code has run."""
     return compatibility.find(database).revision == newest_revision()
 
 
 def _upgrade(database: Database) -> None:
     found = compatibility.find(database)
+    if found.is_foreign:
+        raise SchemaMismatch(str(found.misfit))
     if found.revision is None or found.revision < newest_revision():
         _run_missing(database)
     elif found.misfit:
@@ -78,7 +80,9 @@ def _run_missing(database: Database) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except CommandError as error:
-        raise DatabaseError(f"the database has a schema of another branch ({error}); upgrade tweetscore") from error
+        raise DatabaseError(
+            f"this release does not contain the database's schema ({error}); upgrade tweetscore"
+        ) from error
 
 
 @contextmanager
@@ -88,7 +92,7 @@ def _in_words(database: Database) -> Iterator[None]:
     except SQLAlchemyError as error:
         if _sqlstate(error) == INSUFFICIENT_PRIVILEGE:
             raise RightsMissing(
-                "this role lacks the rights to the database's schema: let its owner run `tweetscore db upgrade` and "
+                "this role has no privileges on the database's schema; let its owner run `tweetscore db upgrade` and "
                 "`tweetscore db grant-worker` or `grant-readonly`"
             ) from error
         shown = public_url(database.engine.url.render_as_string(hide_password=True))

@@ -1,7 +1,7 @@
-"""The schema: one class a table. Knows nothing of queries, sessions or who writes what.
+"""The schema: one class per table. Comments on tables and columns are stored in PostgreSQL and in `docs/schema.md`.
 
-All times are aware and UTC. PostgreSQL stores them as timestamptz, SQLite as ISO-8601 text with a Z, so that
-text order is time order and SQLite's date functions read them as they are.
+All times are aware and in UTC. PostgreSQL stores them as timestamptz. SQLite stores ISO-8601 text with a Z, so that
+text order is time order and SQLite's date functions can read it.
 """
 
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ def utc_now() -> datetime:
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware datetime in UTC; a naive one raises `ValueError` when it is bound."""
+    """An aware datetime in UTC. Binding a naive datetime raises `ValueError`."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -55,7 +55,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return datetime.fromisoformat(value) if isinstance(value, str) else value.astimezone(UTC)
 
 
-# JSONB compares and indexes; SQLite keeps JSON as text. What is not there is NULL, as in every other column.
+# JSONB supports comparison and indexes; SQLite stores JSON as text. None is stored as SQL NULL, not as JSON null.
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
@@ -80,216 +80,319 @@ class Base(DeclarativeBase):
 
 
 class Tweet(Base):
-    """A tweet as it came. Ids are text: they pass 2^53, where JSON readers start to round."""
-
     __tablename__ = "tweets"
+    __table_args__ = (
+        {"comment": "One row per tweet, with the text as it was received. A repeated tweet keeps its first row."},
+    )
 
-    tweet_id: Mapped[str] = mapped_column(primary_key=True)
-    text: Mapped[str]
-    author_id: Mapped[str | None]
-    lang: Mapped[str | None]
-    topic: Mapped[str | None]
-    tweet_created_at: Mapped[datetime | None]
-    received_at: Mapped[datetime] = mapped_column(index=True)
-    retweeted_id: Mapped[str | None]
-    quoted_id: Mapped[str | None]
-    replied_to_id: Mapped[str | None]
+    tweet_id: Mapped[str] = mapped_column(
+        primary_key=True, comment="Id of the tweet, as text: ids exceed 2^53, where JSON readers start to round."
+    )
+    text: Mapped[str] = mapped_column(comment="Text of the tweet, as received and before cleaning.")
+    author_id: Mapped[str | None] = mapped_column(comment="Id of the author. NULL when the record had none.")
+    lang: Mapped[str | None] = mapped_column(
+        comment="Language code that the publisher gave, such as ja. NULL when the record had none."
+    )
+    topic: Mapped[str | None] = mapped_column(
+        comment="Topic that the publisher or the filter rule gave. NULL when the record had none."
+    )
+    tweet_created_at: Mapped[datetime | None] = mapped_column(
+        comment="Time at which the tweet was written, UTC. NULL when the record had none."
+    )
+    received_at: Mapped[datetime] = mapped_column(index=True, comment="Time at which the stream received it, UTC.")
+    retweeted_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it repeats. NULL for no retweet.")
+    quoted_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it quotes. NULL for no quote.")
+    replied_to_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it answers. NULL for no reply.")
 
 
 class Prediction(Base):
-    """What one model version says of one tweet. The key makes a replay an upsert that changes nothing."""
+    """The key makes a replay an upsert that changes nothing."""
 
     __tablename__ = "predictions"
     __table_args__ = (
         Index(None, "model_version_id", "scored_at"),
-        Index(
-            None, "model_version_id", "probability", "label"
-        ),  # alone answers which are unsure, and how many have which label
+        # Covers the queries for uncertain predictions and for counts by label.
+        Index(None, "model_version_id", "probability", "label"),
+        {"comment": "One row per tweet and model version: the label that the model predicted."},
     )
 
-    tweet_id: Mapped[str] = mapped_column(ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True)
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"), primary_key=True)
-    label: Mapped[str]
-    probability: Mapped[float]
-    score_signed: Mapped[float | None]
-    probabilities: Mapped[dict[str, Any]]
-    scored_at: Mapped[datetime]
+    tweet_id: Mapped[str] = mapped_column(
+        ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True, comment="The tweet that was scored."
+    )
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), primary_key=True, comment="The model version that scored it."
+    )
+    label: Mapped[str] = mapped_column(
+        comment="The predicted label. A multi-label model joins all labels of probability 0.5 or more with |."
+    )
+    probability: Mapped[float] = mapped_column(
+        comment="Calibrated probability of the label, 0 to 1. Multi-label: of the least certain yes or no."
+    )
+    score_signed: Mapped[float | None] = mapped_column(
+        comment="Polarity of the labels, weighted by probability, -1 to 1. NULL when no label has a polarity."
+    )
+    probabilities: Mapped[dict[str, Any]] = mapped_column(
+        comment="JSON object: the calibrated probability of every label, 0 to 1."
+    )
+    scored_at: Mapped[datetime] = mapped_column(comment="Time at which the prediction was made, UTC.")
 
 
 class SentimentRollup(Base):
-    """Sums of predictions by hour (UTC), topic (empty for none) and label, which triggers keep as predictions come and
-    go. A key's rows are added up: in PostgreSQL every connection has its own `shard`, so that workers never wait, until
-    a worker's housekeeping adds it to shard 0."""
+    """In PostgreSQL every connection adds to rows of its own shard, so that workers never wait for each other; the
+    housekeeping of a worker later adds these rows to shard 0. A query sums over the shards."""
 
     __tablename__ = "sentiment_rollup"
+    __table_args__ = (
+        {
+            "comment": "Sums of predictions by model version, hour, topic and label, which triggers update. "
+            "Add up the shards of a key."
+        },
+    )
 
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"), primary_key=True)
-    hour: Mapped[datetime] = mapped_column(primary_key=True)
-    topic: Mapped[str] = mapped_column(primary_key=True)
-    label: Mapped[str] = mapped_column(primary_key=True)
-    shard: Mapped[int] = mapped_column(primary_key=True)
-    tweets: Mapped[int]
-    probability_sum: Mapped[float]
-    score_sum: Mapped[float]
-    with_score: Mapped[int]
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), primary_key=True, comment="The model version that made the predictions."
+    )
+    hour: Mapped[datetime] = mapped_column(
+        primary_key=True, comment="Start of the hour, UTC, in which the tweets were written, or else received."
+    )
+    topic: Mapped[str] = mapped_column(primary_key=True, comment="Topic of the tweets. Empty for tweets without one.")
+    label: Mapped[str] = mapped_column(primary_key=True, comment="The predicted label.")
+    shard: Mapped[int] = mapped_column(
+        primary_key=True,
+        comment="Process id of the PostgreSQL connection that counted the rows. 0 for folded rows and on SQLite.",
+    )
+    tweets: Mapped[int] = mapped_column(
+        comment="Number of predictions. Negative when a shard counted more deletions than insertions."
+    )
+    probability_sum: Mapped[float] = mapped_column(comment="Sum of probability over the predictions.")
+    score_sum: Mapped[float] = mapped_column(comment="Sum of score_signed over the predictions that have one.")
+    with_score: Mapped[int] = mapped_column(comment="Number of predictions whose score_signed is not NULL.")
 
 
 class TrainingJob(Base):
-    """A request to train. The row is the truth; whoever holds the newest fencing token may write it."""
+    """The row is the truth; only the holder of the newest fencing token may write it."""
 
     __tablename__ = "training_jobs"
     __table_args__ = (
         CheckConstraint(f"state IN ({', '.join(map(repr, JOB_STATES))})", name="state"),
         Index(None, "state", "lease_expires_at"),
+        {"comment": "One row per request to train a model: its configuration, state, lease and progress."},
     )
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    request_id: Mapped[str] = mapped_column(unique=True)
-    state: Mapped[str] = mapped_column(default="queued")
-    config: Mapped[dict[str, Any]]
-    dataset: Mapped[str]
-    dataset_sha256: Mapped[str | None]
-    lease_owner: Mapped[str | None]
-    lease_expires_at: Mapped[datetime | None]
-    fencing_token: Mapped[int] = mapped_column(default=0)
-    attempts: Mapped[int] = mapped_column(default=0)
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
-    step: Mapped[int] = mapped_column(default=0)
-    total_steps: Mapped[int | None]
-    loss: Mapped[float | None]
-    samples_per_second: Mapped[float | None]
-    submitted_at: Mapped[datetime] = mapped_column(default=utc_now)
-    started_at: Mapped[datetime | None]
-    finished_at: Mapped[datetime | None]
-    error: Mapped[str | None]
-    data_report: Mapped[dict[str, Any] | None]
-    # The Celery message that asked for this job, until its sender was told the outcome; then NULL.
-    message: Mapped[str | None]
-    answer_due_at: Mapped[datetime | None]
+    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the job, rising.")
+    request_id: Mapped[str] = mapped_column(
+        unique=True, comment="Id of the request, such as the id of a Celery message. A repeated request finds its job."
+    )
+    state: Mapped[str] = mapped_column(
+        default="queued", comment="State of the job: queued, running, succeeded, failed or cancelled."
+    )
+    config: Mapped[dict[str, Any]] = mapped_column(comment="JSON object: the training configuration.")
+    dataset: Mapped[str] = mapped_column(comment="Path or URL of the labelled dataset.")
+    dataset_sha256: Mapped[str | None] = mapped_column(
+        comment="SHA-256 of the dataset, in hexadecimal. NULL until a worker has read the dataset."
+    )
+    lease_owner: Mapped[str | None] = mapped_column(
+        comment="Name of the worker that claimed the job last. NULL when the lease was given back."
+    )
+    lease_expires_at: Mapped[datetime | None] = mapped_column(
+        comment="End of the lease, UTC; on a queued job, the earliest next start. NULL when neither applies."
+    )
+    fencing_token: Mapped[int] = mapped_column(
+        default=0, comment="Number of claims so far. Only the worker with the newest token may write the job."
+    )
+    attempts: Mapped[int] = mapped_column(
+        default=0, comment="Number of starts that count against the limit. Interrupted starts are taken off."
+    )
+    cancel_requested: Mapped[bool] = mapped_column(
+        default=False, comment="True once a user has asked to cancel the job."
+    )
+    step: Mapped[int] = mapped_column(default=0, comment="Optimizer steps done.")
+    total_steps: Mapped[int | None] = mapped_column(comment="Optimizer steps in all. NULL before the first step.")
+    loss: Mapped[float | None] = mapped_column(comment="Training loss of a recent step. NULL before the first one.")
+    samples_per_second: Mapped[float | None] = mapped_column(
+        comment="Training rows per second, measured recently. NULL before the first measurement."
+    )
+    submitted_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time at which the job was submitted, UTC.")
+    started_at: Mapped[datetime | None] = mapped_column(
+        comment="Time of the first start, UTC. NULL before it, and after a retry until the next start."
+    )
+    finished_at: Mapped[datetime | None] = mapped_column(
+        comment="Time at which the job succeeded, failed or was cancelled, UTC. NULL until then."
+    )
+    error: Mapped[str | None] = mapped_column(
+        comment="Why the job failed or what it waits for. NULL when there is nothing to report."
+    )
+    data_report: Mapped[dict[str, Any] | None] = mapped_column(
+        comment="JSON object: what was found in the dataset, such as sizes and duplicates. NULL until it was read."
+    )
+    message: Mapped[str | None] = mapped_column(
+        comment="The Celery message that requested the job. NULL for other jobs and after its sender got the result."
+    )
+    answer_due_at: Mapped[datetime | None] = mapped_column(
+        comment="Time, UTC, until which one worker sends the result to the requester. NULL when none has begun."
+    )
 
 
 class EpochMetric(Base):
     __tablename__ = "epoch_metrics"
+    __table_args__ = ({"comment": "One row per epoch of a training job. An epoch that is repeated replaces its row."},)
 
-    job_id: Mapped[int] = mapped_column(ForeignKey("training_jobs.id", ondelete="CASCADE"), primary_key=True)
-    epoch: Mapped[int] = mapped_column(primary_key=True)
-    train_loss: Mapped[float]
-    learning_rate: Mapped[float]
-    valid_loss: Mapped[float]
-    valid_accuracy: Mapped[float]
-    valid_f1_macro: Mapped[float]
-    seconds: Mapped[float]
-    kept: Mapped[bool] = mapped_column(default=True, server_default=true())
+    job_id: Mapped[int] = mapped_column(
+        ForeignKey("training_jobs.id", ondelete="CASCADE"), primary_key=True, comment="The training job."
+    )
+    epoch: Mapped[int] = mapped_column(primary_key=True, comment="Number of the epoch, from 1.")
+    train_loss: Mapped[float] = mapped_column(comment="Mean training loss over the rows of the epoch.")
+    learning_rate: Mapped[float] = mapped_column(comment="Learning rate of the last step of the epoch.")
+    valid_loss: Mapped[float] = mapped_column(comment="Mean loss over the validation rows.")
+    valid_accuracy: Mapped[float] = mapped_column(comment="Accuracy on the validation rows, 0 to 1.")
+    valid_f1_macro: Mapped[float] = mapped_column(comment="Macro-F1 on the validation rows, 0 to 1.")
+    seconds: Mapped[float] = mapped_column(comment="Duration of the epoch in seconds, validation included.")
+    kept: Mapped[bool] = mapped_column(
+        default=True,
+        server_default=true(),
+        comment="True when the weights of this epoch replaced those of the best epoch before it.",
+    )
 
 
 class ModelVersion(Base):
-    """A trained model: where its artifact lies, and the digest that proves it whole.
-
-    One that was deleted has no artifact any more; its row stays for as long as others speak of it.
-    """
+    """A deleted version has no artifact; its row stays as long as other rows refer to it."""
 
     __tablename__ = "model_versions"
+    __table_args__ = ({"comment": "One row per trained model: its artifact, labels and calibration."},)
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    job_id: Mapped[int | None] = mapped_column(ForeignKey("training_jobs.id"), unique=True)
-    base_model: Mapped[str]
-    base_revision: Mapped[str | None]
-    artifact_url: Mapped[str]
-    sha256: Mapped[str]
-    labels: Mapped[list[str]]
-    cleaner_version: Mapped[str]
-    temperature: Mapped[float] = mapped_column(default=1.0)
-    created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    deleted_at: Mapped[datetime | None]
+    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the model version, rising.")
+    job_id: Mapped[int | None] = mapped_column(
+        ForeignKey("training_jobs.id"), unique=True, comment="The job that trained it. NULL when no job did."
+    )
+    base_model: Mapped[str] = mapped_column(comment="Hub name or folder of the base model that was fine-tuned.")
+    base_revision: Mapped[str | None] = mapped_column(
+        comment="Hub commit of the base model. NULL for a base model without one."
+    )
+    artifact_url: Mapped[str] = mapped_column(comment="URL of the folder that holds the artifact.")
+    sha256: Mapped[str] = mapped_column(
+        comment="SHA-256 of the artifact's list of file digests, in hexadecimal; checked whenever it is loaded."
+    )
+    labels: Mapped[list[str]] = mapped_column(comment="JSON array: the labels, in the order of the model's outputs.")
+    cleaner_version: Mapped[str] = mapped_column(
+        comment="Version of the text cleaning that the model was trained with."
+    )
+    temperature: Mapped[float] = mapped_column(
+        default=1.0, comment="Divisor of the logits that calibrates the probabilities, above 0."
+    )
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time at which it was registered, UTC.")
+    deleted_at: Mapped[datetime | None] = mapped_column(
+        comment="Time at which it was deleted, UTC. NULL for a usable version."
+    )
 
 
 class ModelAlias(Base):
-    """Every assignment of `champion` or `challenger`, in order; the newest row of an alias counts."""
-
     __tablename__ = "model_aliases"
-    __table_args__ = (Index(None, "alias", "id"),)
+    __table_args__ = (
+        Index(None, "alias", "id"),
+        {"comment": "One row per assignment of an alias to a model version. The newest row of an alias counts."},
+    )
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    alias: Mapped[str]
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"))
-    assigned_at: Mapped[datetime] = mapped_column(default=utc_now)
+    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the assignment, rising with time.")
+    alias: Mapped[str] = mapped_column(comment="champion, whose predictions the views show, or challenger.")
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), comment="The model version that the alias points to from then on."
+    )
+    assigned_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time of the assignment, UTC.")
 
 
 class TestMetric(Base):
-    """Long form: one row a figure. `label` is empty where the figure is of the whole test split."""
-
     __tablename__ = "test_metrics"
-    __test__ = False  # not a test class, whatever its name makes pytest think
+    __table_args__ = ({"comment": "One row per model version, metric and label, measured on the test split."},)
+    __test__ = False  # keeps pytest from collecting the class
 
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
-    metric: Mapped[str] = mapped_column(primary_key=True)
-    label: Mapped[str] = mapped_column(primary_key=True, default="")
-    value: Mapped[float]
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
+    )
+    metric: Mapped[str] = mapped_column(
+        primary_key=True,
+        comment="Name of the metric. _low and _high end a 95 % interval; tfidf_ and majority_ begin a baseline's.",
+    )
+    label: Mapped[str] = mapped_column(
+        primary_key=True, default="", comment="The label that was measured. Empty for the whole test split."
+    )
+    value: Mapped[float] = mapped_column(comment="The value, in the unit of the metric; most are 0 to 1.")
 
 
 class ConfusionCell(Base):
     __tablename__ = "confusion_cells"
+    __table_args__ = ({"comment": "One row per cell of a model version's confusion matrix on the test split."},)
 
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
-    actual: Mapped[str] = mapped_column(primary_key=True)
-    predicted: Mapped[str] = mapped_column(primary_key=True)
-    count: Mapped[int]
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
+    )
+    actual: Mapped[str] = mapped_column(primary_key=True, comment="The label in the dataset.")
+    predicted: Mapped[str] = mapped_column(primary_key=True, comment="The label that the model predicted.")
+    count: Mapped[int] = mapped_column(comment="Number of test rows.")
 
 
 class TestPrediction(Base):
-    """One test row and what the model said of it, for error analysis. `row_number` is the line in the dataset."""
-
     __tablename__ = "test_predictions"
+    __table_args__ = ({"comment": "One row per model version and test row, for error analysis."},)
     __test__ = False
 
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True)
-    row_number: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
-    actual: Mapped[str]
-    predicted: Mapped[str]
-    probability: Mapped[float]
-    probabilities: Mapped[dict[str, Any]]
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
+    )
+    row_number: Mapped[int] = mapped_column(primary_key=True, comment="Number of the row in the dataset.")
+    text: Mapped[str] = mapped_column(comment="Text of the row, cleaned as the model reads it.")
+    actual: Mapped[str] = mapped_column(comment="The label in the dataset. Several labels are joined with |.")
+    predicted: Mapped[str] = mapped_column(
+        comment="The label that the model predicted. Several labels are joined with |."
+    )
+    probability: Mapped[float] = mapped_column(comment="Calibrated probability of the predicted label, 0 to 1.")
+    probabilities: Mapped[dict[str, Any]] = mapped_column(
+        comment="JSON object: the calibrated probability of every label, 0 to 1."
+    )
 
 
 class ScoringWindow(Base):
-    """One window of one worker: what it held and where its milliseconds went."""
-
     __tablename__ = "scoring_windows"
+    __table_args__ = (
+        {"comment": "One row per window, which is a set of records that a worker scored and committed together."},
+    )
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    worker: Mapped[str]
-    model_version_id: Mapped[int] = mapped_column(ForeignKey("model_versions.id"))
-    started_at: Mapped[datetime] = mapped_column(index=True)
-    tweets: Mapped[int]
-    buried: Mapped[int]
-    tokens: Mapped[int]
-    padded_tokens: Mapped[int]
-    read_ms: Mapped[float]
-    tokenise_ms: Mapped[float]
-    forward_ms: Mapped[float]
-    store_ms: Mapped[float]
+    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the window, rising.")
+    worker: Mapped[str] = mapped_column(comment="Name of the worker that scored the window.")
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), comment="The model version that scored it."
+    )
+    started_at: Mapped[datetime] = mapped_column(index=True, comment="Time at which the window began, UTC.")
+    tweets: Mapped[int] = mapped_column(comment="Number of tweets that were scored.")
+    buried: Mapped[int] = mapped_column(comment="Number of records that became dead letters.")
+    tokens: Mapped[int] = mapped_column(comment="Number of tokens of the tweets, without padding.")
+    padded_tokens: Mapped[int] = mapped_column(comment="Number of tokens that the device processed, with padding.")
+    read_ms: Mapped[float] = mapped_column(comment="Milliseconds spent reading the records from the stream.")
+    tokenise_ms: Mapped[float] = mapped_column(comment="Milliseconds spent cleaning and tokenising the texts.")
+    forward_ms: Mapped[float] = mapped_column(comment="Milliseconds spent in the forward passes of the model.")
+    store_ms: Mapped[float] = mapped_column(comment="Milliseconds spent writing the rows, without the commit.")
 
 
 class DeadLetter(Base):
-    """A record that cannot be scored, byte for byte as it came, and why.
-
-    `payload` is its field `tweet`. `other_fields` is empty when it had no other; else all of its fields in order, as
-    pairs of name and value, with null for the value of `tweet` and base64 for what is no text.
-    """
-
     __tablename__ = "dead_letters"
+    __table_args__ = (
+        {"comment": "One row per record that cannot be scored, byte for byte, until it is retried or dropped."},
+    )
 
-    record_id: Mapped[str] = mapped_column(primary_key=True)
-    payload: Mapped[bytes]
-    other_fields: Mapped[list[Any] | None]
-    reason: Mapped[str]
-    attempts: Mapped[int]
-    buried_at: Mapped[datetime] = mapped_column(index=True)
+    record_id: Mapped[str] = mapped_column(primary_key=True, comment="Id of the record in the stream.")
+    payload: Mapped[bytes] = mapped_column(comment="Bytes of the record's field tweet.")
+    other_fields: Mapped[list[Any] | None] = mapped_column(
+        comment="JSON array: name and value of every field, in order, with null for the payload and base64 for "
+        "bytes. NULL when tweet is the only field."
+    )
+    reason: Mapped[str] = mapped_column(comment="Why the record cannot be scored.")
+    attempts: Mapped[int] = mapped_column(comment="How often the record was delivered to a worker.")
+    buried_at: Mapped[datetime] = mapped_column(index=True, comment="Time at which it became a dead letter, UTC.")
 
 
 class SchemaCompatibility(Base):
-    """One row: the oldest code, by its newest migration, that may work with this schema."""
-
     __tablename__ = "schema_compatibility"
+    __table_args__ = ({"comment": "One row: which releases can work with this schema."},)
 
-    oldest_code: Mapped[str] = mapped_column(primary_key=True)
+    oldest_code: Mapped[str] = mapped_column(
+        primary_key=True, comment="The newest migration of the oldest release that can work with this schema."
+    )

@@ -1,4 +1,7 @@
-"""Another release of this code: a copy of its tree with one more migration, run in processes of its own."""
+"""The next release: this code with one more migration, in this process or as a copy of the tree.
+
+No test waits for a real second migration: the last released schema is always upgraded to one that exists only here.
+"""
 
 import os
 import re
@@ -11,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from db.compatibility import newest_revision
+import pytest
+
+from db import compatibility, migrate
+from db.compatibility import MIGRATIONS, newest_revision
 from tests.conftest import PATIENCE_SECONDS
 from worker.processes import child_environment
 from worker.settings import Settings
@@ -38,18 +44,42 @@ def upgrade() -> None:
 def downgrade() -> None:
     {down}
 '''
-# Old code goes on beside it: what it does not know has a default.
+# Older code keeps working: the column has a default.
 EXPANDS = (
     'op.add_column("tweets", sa.Column("mood", sa.Text(), nullable=False, server_default="unknown"))',
     'op.drop_column("tweets", "mood")',
 )
-# What old code stores has another name now, and the database says so.
-CONTRACTS = (
-    'op.execute("ALTER TABLE tweets RENAME COLUMN lang TO language")\n'
-    f"    op.execute(\"UPDATE schema_compatibility SET oldest_code = '{NEXT}'\")",
-    'op.execute("ALTER TABLE tweets RENAME COLUMN language TO lang")\n'
-    "    op.execute(\"UPDATE schema_compatibility SET oldest_code = '0005'\")",
+# Both break older code, and neither records that.
+DEMANDS = ('op.add_column("tweets", sa.Column("mood", sa.Text(), nullable=False))', EXPANDS[1])
+RENAMES = (
+    'op.execute("ALTER TABLE tweets RENAME COLUMN lang TO language")',
+    'op.execute("ALTER TABLE tweets RENAME COLUMN language TO lang")',
 )
+OLDEST_CODE = "op.execute(\"UPDATE schema_compatibility SET oldest_code = '{}'\")"
+# Renames a column that older code uses, and raises the oldest code.
+CONTRACTS = (
+    f"{RENAMES[0]}\n    {OLDEST_CODE.format(NEXT)}",
+    f"{RENAMES[1]}\n    {OLDEST_CODE.format(newest_revision())}",
+)
+
+
+@contextmanager
+def next_chain(
+    folder: Path, migration: tuple[str, str], oldest_schema: str = compatibility.OLDEST_SCHEMA
+) -> Iterator[Path]:
+    """In this process the migrations, copied to `folder`, end with `NEXT`; the code needs `oldest_schema` or newer."""
+    chain = folder / "migrations"
+    shutil.copytree(MIGRATIONS, chain, ignore=shutil.ignore_patterns("__pycache__"))
+    _write_migration(chain, migration)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compatibility, "MIGRATIONS", chain)
+        patch.setattr(migrate, "MIGRATIONS", chain)
+        patch.setattr(compatibility, "OLDEST_SCHEMA", oldest_schema)
+        newest_revision.cache_clear()
+        try:
+            yield chain
+        finally:
+            newest_revision.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -87,11 +117,15 @@ def next_release(tree: Path, migration: tuple[str, str], change: Callable[[Path]
     for package in ("db", "training", "worker"):
         shutil.copytree(ROOT / package, tree / package, copy_function=_copy)
     shutil.copy(ROOT / "pyproject.toml", tree)
-    up, down = migration
-    written = MIGRATION.format(next=NEXT, newest=newest_revision(), up=up, down=down)
-    (tree / "db" / "migrations" / "versions" / f"{NEXT}_more.py").write_text(written)
+    _write_migration(tree / "db" / "migrations", migration)
     change(tree)
     return Release(tree)
+
+
+def _write_migration(chain: Path, migration: tuple[str, str]) -> None:
+    up, down = migration
+    written = MIGRATION.format(next=NEXT, newest=f"{int(NEXT) - 1:04d}", up=up, down=down)
+    (chain / "versions" / f"{NEXT}_more.py").write_text(written)
 
 
 def with_mood(tree: Path) -> None:

@@ -1,6 +1,7 @@
 """Schema, migrations and transactions, on SQLite and on PostgreSQL."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,10 +16,13 @@ from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from db import migrate, store
+from db.compatibility import MIGRATIONS
 from db.errors import DatabaseError
 from db.models import Base, Tweet, utc_now
 from db.session import BUSY_TIMEOUT_MS, Database, open_database
+from db.views import VIEWS
 from tests.conftest import PATIENCE_SECONDS
+from tests.world import on_postgresql
 
 ROOT = Path(__file__).parents[1]
 JST = timezone(timedelta(hours=9))
@@ -70,10 +74,49 @@ def test_head_migration_makes_exactly_the_schema_of_the_models(database: Databas
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
-        # The comparison has eyes: it sees a column too many and an index too few.
+        # The comparison detects a column too many and an index too few, and on PostgreSQL another comment.
         connection.execute(text("ALTER TABLE tweets ADD COLUMN mood TEXT"))
         connection.execute(text("DROP INDEX ix_scoring_windows_started_at"))
-        assert {change[0] for change in compare_metadata(context, Base.metadata)} == {"remove_column", "add_index"}
+        detected = {"remove_column", "add_index"}
+        if connection.dialect.supports_comments:
+            connection.execute(text("COMMENT ON COLUMN tweets.text IS 'changed'"))
+            connection.execute(text("COMMENT ON TABLE tweets IS NULL"))
+            detected |= {"modify_comment", "add_table_comment"}
+        found = compare_metadata(context, Base.metadata)
+        assert {change[0][0] if isinstance(change, list) else change[0] for change in found} == detected
+
+
+def test_every_table_column_and_view_is_described_in_sentences() -> None:
+    tables = Base.metadata.tables.values()
+    comments = [table.comment for table in tables] + [column.comment for table in tables for column in table.columns]
+    comments += [view.comment for view in VIEWS] + [column.comment for view in VIEWS for column in view.columns]
+    assert [c for c in comments if not re.fullmatch(r"[A-Za-z].{10,}\.", c or "")] == []
+
+
+def test_views_have_exactly_the_columns_that_are_described(database: Database) -> None:
+    found = inspect(database.engine)
+    columns = {view: [column["name"] for column in found.get_columns(view)] for view in found.get_view_names()}
+    assert columns == {view.name: [column.name for column in view.columns] for view in VIEWS}
+
+
+@on_postgresql
+def test_postgresql_stores_types_and_comments_of_views_as_described(database: Database) -> None:
+    sql = """
+        SELECT c.table_name, obj_description(c.table_name::regclass), c.column_name, c.data_type,
+               col_description(c.table_name::regclass, c.ordinal_position::int)
+        FROM information_schema.columns AS c JOIN information_schema.views AS v USING (table_schema, table_name)
+        WHERE table_schema = 'public'"""
+    with database.read() as session:
+        found = {tuple(row) for row in session.execute(text(sql))}
+    described = {(v.name, v.comment, c.name, c.type, c.comment) for v in VIEWS for c in v.columns}
+    assert found == described
+
+
+def test_migrations_need_nothing_of_this_code() -> None:
+    """A released migration must not change with the models."""
+    for path in sorted((MIGRATIONS / "versions").glob("*.py")):
+        imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(imported) <= {"typing", "sqlalchemy", "alembic"}, path
 
 
 def test_upgrade_again_changes_nothing_and_keeps_the_rows(database: Database) -> None:

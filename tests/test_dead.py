@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
 
-from db import migrate, store
+from db import store
 from db.errors import NotFound
 from db.models import DeadLetter, utc_now
-from db.session import open_database
 from tests.bench import DRAINED, Bench, wire
-from tests.test_db import alembic
 from worker import embedded
 from worker.app import make_app
 from worker.dead import drop, retry
@@ -110,24 +107,6 @@ def test_many_letters_go_in_portions_and_an_unknown_one_stops_all(bench: Bench, 
     assert drop(bench.database, None) == 599
     with bench.database.read() as session:
         assert (store.dead_count(session), store.recent_dead(session, 5)) == (0, [])
-
-
-def test_letters_of_the_first_schema_are_kept_by_the_upgrade(database_url: str) -> None:
-    assert alembic(database_url, "upgrade", "0001").returncode == 0
-    database = open_database(database_url)
-    with database.begin() as session:
-        session.execute(
-            text(
-                "INSERT INTO dead_letters (record_id, payload, reason, attempts, buried_at)"
-                " VALUES ('1-0', :payload, 'it was no JSON', 1, '2026-01-31T12:00:00.000000Z')"
-            ),
-            {"payload": b"\xff"},
-        )
-    migrate.upgrade(database)
-    with database.read() as session:
-        letter = store.dead_letter(session, "1-0")
-    assert unpack_fields(letter.payload, letter.other_fields) == {FIELD: b"\xff"}
-    database.close()
 
 
 def test_the_command_lists_shows_retries_and_drops(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:

@@ -4,40 +4,64 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Boolean, Column, DateTime, Float, Integer, LargeBinary, MetaData, String, Table, inspect
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import JSON
 from typer.testing import CliRunner
 
 from db import compatibility, migrate
-from db.compatibility import OLDEST_SCHEMA, Schema, newest_revision
+from db.compatibility import DEVELOPMENT_OLDEST_CODE, MIGRATIONS, OLDEST_SCHEMA, Schema, newest_revision
 from db.errors import SchemaMismatch
 from db.models import Base, utc_now
 from db.session import Database, open_database
 from tests.conftest import wait_until
-from tests.faults.commands import command
-from tests.test_views import REVISIONS, alembic_to, run
+from tests.faults.commands import command as running
+from tests.releases import CONTRACTS, DEMANDS, EXPANDS, NEXT, RENAMES, next_chain, next_release, with_mood
+from tests.test_store import answer, prediction_row, tweet_row, write
+from tests.test_views import assert_counted, run
 from tests.world import on_postgresql, on_sqlite
 from worker.cli import app
 from worker.doctor import examine
 from worker.health import ask_health
-from worker.settings import load_settings
+from worker.settings import Settings, load_settings
 
-RELEASED = "0005"
-LATER = REVISIONS[REVISIONS.index(RELEASED) + 1 :]
-AFTER = f"{int(newest_revision()) + 1:04d}"
+NEWEST = newest_revision()
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def config(migrations: Path) -> Config:
+    made = Config()
+    made.set_main_option("script_location", str(migrations))
+    return made
+
+
+def revisions_of(migrations: Path) -> list[str]:
+    return [script.revision for script in ScriptDirectory.from_config(config(migrations)).walk_revisions()][::-1]
+
+
+REVISIONS = revisions_of(MIGRATIONS)
+
+
+def upgrade_to(database: Database, revision: str, migrations: Path = MIGRATIONS) -> None:
+    with database.engine.begin() as connection:
+        given = config(migrations)
+        given.attributes["connection"] = connection
+        command.upgrade(given, revision)
+
+
 @pytest.fixture
-def released(database_url: str) -> Iterator[Database]:
-    """An empty database of the released schema, of each kind in turn."""
+def empty(database_url: str) -> Iterator[Database]:
+    """A database without a schema, of each kind in turn."""
     opened = open_database(database_url)
-    alembic_to(RELEASED)(opened)
     yield opened
     opened.close()
 
@@ -49,14 +73,15 @@ def released(database_url: str) -> Iterator[Database]:
     ("schema", "says"),
     [
         (Schema(None, None), "the database is empty; let its owner run `tweetscore db upgrade`"),
-        (Schema(RELEASED, None), f"schema {RELEASED}, this release needs {OLDEST_SCHEMA} or newer; let its owner run"),
-        (Schema(OLDEST_SCHEMA, RELEASED), None),
-        (Schema(newest_revision(), RELEASED), None),
-        (Schema(newest_revision(), AFTER), None),  # older code may not; this one knows it
-        (Schema(AFTER, RELEASED), None),
-        (Schema(AFTER, newest_revision()), None),
-        (Schema(AFTER, AFTER), f"releases that know {AFTER} or newer, this one knows {newest_revision()}; upgrade"),
-        (Schema(AFTER, None), f"releases that know {AFTER} or newer, this one knows {newest_revision()}; upgrade"),
+        (Schema("0000", "0000"), f"schema 0000, this release needs {OLDEST_SCHEMA} or newer; let its owner run"),
+        (Schema(OLDEST_SCHEMA, OLDEST_SCHEMA), None),
+        (Schema(NEWEST, OLDEST_SCHEMA), None),
+        (Schema(NEWEST, NEXT), None),  # older code cannot work with it; this code contains the migration
+        (Schema(NEXT, OLDEST_SCHEMA), None),
+        (Schema(NEXT, NEWEST), None),
+        (Schema(NEXT, NEXT), f"releases with migration {NEXT} or newer, this release ends at {NEWEST}; upgrade"),
+        (Schema(NEXT, None), f"schema '{NEXT}' of a development version before 0.1.0 or of another program"),
+        (Schema("0008", DEVELOPMENT_OLDEST_CODE), "schema '0008' of a development version before 0.1.0"),
     ],
 )
 def test_code_and_schema_work_together_unless_one_lacks_what_the_other_needs(schema: Schema, says: str | None) -> None:
@@ -65,34 +90,58 @@ def test_code_and_schema_work_together_unless_one_lacks_what_the_other_needs(sch
 
 
 def test_migrations_follow_each_other_as_their_numbers_do() -> None:
-    """Which schema is newer, and which code, is told by the numbers alone."""
+    """The numbers alone decide which schema and which code is newer."""
     assert sorted(REVISIONS) == REVISIONS
+    assert [len(revision) for revision in REVISIONS] == [4] * len(REVISIONS)
 
 
-def test_the_oldest_schema_has_all_that_the_models_name_and_no_older_one_has(database_url: str) -> None:
-    opened = open_database(database_url)
+def test_the_newest_revision_is_read_from_the_file_names(tmp_path: Path) -> None:
+    assert newest_revision() == REVISIONS[-1]
+    with next_chain(tmp_path, EXPANDS) as chain:
+        assert newest_revision() == NEXT
+        assert revisions_of(chain) == [*REVISIONS, NEXT]
+    assert newest_revision() == REVISIONS[-1]
+
+
+def test_the_oldest_schema_has_all_that_the_models_name_and_no_older_one_has(empty: Database) -> None:
     lacking = {}
     for revision in REVISIONS:
-        alembic_to(revision)(opened)
-        there = {(t, c["name"]) for t in inspect(opened.engine).get_table_names() for c in columns(opened, t)}
+        upgrade_to(empty, revision)
+        assert not compatibility.find(empty).is_foreign
+        there = {(t, c["name"]) for t in inspect(empty.engine).get_table_names() for c in columns(empty, t)}
         lacking[revision] = {(t.name, c.name) for t in Base.metadata.tables.values() for c in t.columns} - there
     assert min(revision for revision in REVISIONS if not lacking[revision]) == OLDEST_SCHEMA
-    opened.close()
 
 
-@on_sqlite
-def test_a_migration_that_takes_away_or_demands_raises_the_oldest_code(released: Database) -> None:
-    """What older code selects is there, and what it does not know has a default; else the database says so."""
-    before = described(released)
-    for revision in LATER:
-        alembic_to(revision)(released)
-        after, found = described(released), compatibility.find(released)
+@on_postgresql
+@pytest.mark.parametrize(
+    ("migration", "breaks"),
+    [(EXPANDS, []), (CONTRACTS, []), (RENAMES, [NEXT]), (DEMANDS, [NEXT])],
+    ids=["expands", "contracts", "renames", "demands"],
+)
+def test_a_migration_that_takes_away_or_demands_raises_the_oldest_code(
+    empty: Database, tmp_path: Path, migration: tuple[str, str], breaks: list[str]
+) -> None:
+    """Applies to every real migration and to the next one, whatever it does."""
+    with next_chain(tmp_path, migration) as chain:
+        assert unannounced(empty, chain) == breaks
+
+
+def unannounced(database: Database, migrations: Path) -> list[str]:
+    """Migrations that remove what older code selects, or require a value that it does not give, without saying so."""
+    found = []
+    first, *later = revisions_of(migrations)
+    upgrade_to(database, first, migrations)
+    before, code = described(database), first
+    for revision in later:
+        upgrade_to(database, revision, migrations)
+        after = described(database)
         gone = before.keys() - after.keys()
         demanded = {key for key in after.keys() - before.keys() if key[0] in {t for t, _ in before} and after[key]}
-        if gone or demanded:
-            assert found.oldest_code is not None, f"{revision}: {gone | demanded}"
-            assert found.oldest_code > REVISIONS[REVISIONS.index(revision) - 1], f"{revision}: {gone | demanded}"
-        before = after
+        if (gone or demanded) and str(compatibility.find(database).oldest_code) <= code:
+            found.append(revision)
+        before, code = after, revision
+    return found
 
 
 def columns(database: Database, table: str) -> list[Any]:
@@ -152,26 +201,99 @@ def contents(database: Database, tables: list[Table]) -> dict[str, list[Any]]:
         return {table.name: sorted(map(tuple, connection.execute(table.select())), key=repr) for table in tables}
 
 
-def test_db_upgrade_keeps_every_row_of_the_released_schema(released: Database, tweetscore: Run) -> None:
+def tables_of(database: Database) -> list[Table]:
     metadata = MetaData()
-    metadata.reflect(released.engine)
-    tables = [table for table in metadata.sorted_tables if table.name != "alembic_version"]
-    fill(released, tables)
-    before = contents(released, tables)
+    metadata.reflect(database.engine)
+    return [table for table in metadata.sorted_tables if table.name not in ("alembic_version", "schema_compatibility")]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_an_upgrade_keeps_every_row_of_every_released_schema(empty: Database, tmp_path: Path, revision: str) -> None:
+    upgrade_to(empty, revision)
+    tables = tables_of(empty)
+    fill(empty, tables)
+    before = contents(empty, tables)
     assert all(len(rows) >= 2 for rows in before.values())
-    done = tweetscore("db", "upgrade", DATABASE_URL=released.engine.url.render_as_string(hide_password=False))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"has schema {newest_revision()}" in done.stdout
-    assert migrate.is_current(released)
-    assert contents(released, tables) == before
+    with next_chain(tmp_path, EXPANDS):
+        assert not migrate.is_current(empty)
+        migrate.upgrade(empty)
+        assert migrate.is_current(empty)
+        assert migrate.check(empty) == NEXT
+    assert contents(empty, tables) == before
+    assert answer(empty, "SELECT DISTINCT mood FROM tweets") == [("unknown",)]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_views_and_sums_after_an_upgrade_hold_what_was_there_before(
+    empty: Database, tmp_path: Path, revision: str
+) -> None:
+    upgrade_to(empty, REVISIONS[0])
+    first_rows(empty)
+    upgrade_to(empty, revision)
+    with next_chain(tmp_path, EXPANDS):
+        migrate.upgrade(empty)
+    assert_counted(empty)
+    assert answer(empty, "SELECT tweet_id, text, label FROM v_predictions_current ORDER BY 1") == [
+        ("1", "雨", "n"), ("2", "晴れ", "p")
+    ]  # fmt: skip
+    assert answer(empty, "SELECT topic, tweets, mean_score FROM v_topic_sentiment ORDER BY label") == [
+        ("天気", 1, -0.5), (None, 1, 0.5)
+    ]  # fmt: skip
+    assert answer(empty, "SELECT epochs, best_valid_f1_macro FROM v_jobs") == [(2, 0.9)]
+    write(empty, [tweet_row("3", tweet_created_at=datetime(2026, 1, 31, 12, tzinfo=UTC))], [prediction_row("3", 1)])
+    assert_counted(empty)
+    assert answer(empty, "SELECT count(DISTINCT hour_utc), sum(tweets) FROM v_sentiment_hourly") == [(1, 3)]
+
+
+def first_rows(database: Database) -> None:
+    """A job with two epochs, its model as the champion, and two tweets that it scored, in the first schema."""
+    created = "'2026-01-31T12:34:56.000000Z'" if database.engine.dialect.name == "sqlite" else "'2026-01-31 12:34:56Z'"
+    for sql in (
+        f"""INSERT INTO training_jobs (id, request_id, state, config, dataset, fencing_token, attempts,
+            cancel_requested, step, submitted_at)
+            VALUES (1, 'a', 'succeeded', '{{}}', 'd.csv', 1, 1, false, 2, {created})""",
+        "INSERT INTO epoch_metrics VALUES (1, 1, 0.5, 1e-4, 0.5, 0.9, 0.9, 1.0, true)",
+        "INSERT INTO epoch_metrics VALUES (1, 2, 0.4, 1e-5, 0.6, 0.8, 0.8, 1.0, false)",
+        f"""INSERT INTO model_versions (id, job_id, base_model, artifact_url, sha256, labels, cleaner_version,
+            temperature, created_at) VALUES (1, 1, 'b', 'file:///m', '0', '["n", "p"]', '1', 1.0, {created})""",
+        f"INSERT INTO model_aliases (alias, model_version_id, assigned_at) VALUES ('champion', 1, {created})",
+        f"INSERT INTO tweets (tweet_id, text, topic, received_at) VALUES ('1', '雨', '天気', {created})",
+        f"INSERT INTO tweets (tweet_id, text, received_at) VALUES ('2', '晴れ', {created})",
+        f"INSERT INTO predictions VALUES ('1', 1, 'n', 0.75, -0.5, '{{}}', {created})",
+        f"INSERT INTO predictions VALUES ('2', 1, 'p', 0.5, 0.5, '{{}}', {created})",
+    ):
+        run(database, sql)
+
+
+@pytest.mark.parametrize(
+    ("revision", "oldest_code"),
+    [("0008", "0005"), ("0006", "0005"), ("0003", None), ("0001", None), ("1975ea83b712", None)],
+)
+def test_a_database_of_a_development_version_is_refused_and_stays_as_it_is(
+    database: Database, tmp_path: Path, revision: str, oldest_code: str | None
+) -> None:
+    """By this release, which has fewer migrations, and by a later one, which has some with the same numbers."""
+    run(database, f"UPDATE alembic_version SET version_num = '{revision}'")
+    if oldest_code:
+        run(database, f"UPDATE schema_compatibility SET oldest_code = '{oldest_code}'")
+    else:
+        run(database, "DROP TABLE schema_compatibility")
+    before = described(database)
+    for migration in (None, EXPANDS):
+        with next_chain(tmp_path, migration) if migration else nullcontext():
+            for ask in (migrate.upgrade, migrate.prepare, migrate.check):
+                with pytest.raises(SchemaMismatch, match=f"schema '{revision}' of a development .* to a new database"):
+                    ask(database)
+    assert described(database) == before
+    assert compatibility.find(database).revision == revision
 
 
 def test_a_newer_schema_is_left_as_it_is_and_refused_only_when_it_says_so(database: Database) -> None:
-    run(database, f"UPDATE alembic_version SET version_num = '{AFTER}'")
+    run(database, f"UPDATE alembic_version SET version_num = '{NEXT}'")
     migrate.upgrade(database)
     migrate.prepare(database)
-    assert migrate.check(database) == AFTER
-    run(database, f"UPDATE schema_compatibility SET oldest_code = '{AFTER}'")
+    assert migrate.check(database) == NEXT
+    run(database, f"UPDATE schema_compatibility SET oldest_code = '{NEXT}'")
     for ask in (migrate.upgrade, migrate.prepare, migrate.check):
         with pytest.raises(SchemaMismatch, match="upgrade tweetscore"):
             ask(database)
@@ -184,40 +306,45 @@ def test_a_newer_schema_is_left_as_it_is_and_refused_only_when_it_says_so(databa
 
 
 @on_sqlite
-def test_a_command_upgrades_sqlite_by_itself(released: Database, tweetscore: Run) -> None:
-    done = tweetscore("jobs", "list", "--json", DATABASE_URL=str(released.engine.url))
-    assert (done.returncode, done.stdout.strip()) == (0, "[]")
-    assert migrate.is_current(released)
+def test_a_command_upgrades_sqlite_by_itself(database: Database, settings: Settings, tmp_path: Path) -> None:
+    settings = settings.model_copy(update={"database_url": str(database.engine.url)})
+    newer = next_release(tmp_path / "newer", EXPANDS, with_mood)
+    done = newer.run(settings, "worker.cli", "jobs", "list", "--json")
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert compatibility.find(database).revision == NEXT
 
 
 @on_postgresql
 def test_only_db_upgrade_upgrades_postgresql_and_commands_say_so(
-    database_url: str, labelled_csv: Path, monkeypatch: pytest.MonkeyPatch, tweetscore: Run
+    empty: Database, database_url: str, labelled_csv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
-    opened = open_database(database_url)
-    for revision, words in (
-        (None, "the database is empty"),
-        (RELEASED, f"this release needs {OLDEST_SCHEMA} or newer"),
-    ):
+    for revision, words in ((None, "the database is empty"), (NEWEST, f"this release needs {NEXT} or newer")):
         if revision:
-            alembic_to(revision)(opened)
-        for arguments in (
-            "up", "demo", f"train {labelled_csv}", "jobs list", "models list", "dead list", "export", "query x",
-            "delete --author 1", "db grant-worker x",
-        ):  # fmt: skip
-            refused = CliRunner().invoke(app, arguments.split())
-            assert isinstance(refused.exception, SchemaMismatch), (arguments, refused.output, refused.exception)
-        assert words in str(refused.exception)
-        with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
-            ask_health(load_settings(), "db")
-        [found] = [check for check in examine(load_settings()) if check.name == "database"]
-        assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
-    assert compatibility.find(opened).revision == RELEASED, "nobody changed it"
-    done = tweetscore("jobs", "list")
+            upgrade_to(empty, revision)
+        with next_chain(tmp_path / str(revision), EXPANDS, oldest_schema=NEXT):
+            assert_commands_refuse(labelled_csv, words)
+    assert compatibility.find(empty).revision == NEWEST, "no command changed it"
+    newer = next_release(tmp_path / "newer", EXPANDS, with_mood)
+    done = newer.run(load_settings(), "worker.cli", "jobs", "list")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the database has schema")
-    opened.close()
+    newer.upgrades(load_settings())
+    assert compatibility.find(empty).revision == NEXT
+
+
+def assert_commands_refuse(labelled_csv: Path, words: str) -> None:
+    for arguments in (
+        "up", "demo", f"train {labelled_csv}", "jobs list", "models list", "dead list", "export", "query x",
+        "delete --author 1", "db grant-worker x",
+    ):  # fmt: skip
+        refused = CliRunner().invoke(app, arguments.split())
+        assert isinstance(refused.exception, SchemaMismatch), (arguments, refused.output, refused.exception)
+        assert words in str(refused.exception)
+    with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
+        ask_health(load_settings(), "db")
+    [found] = [check for check in examine(load_settings()) if check.name == "database"]
+    assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
 
 
 @on_postgresql
@@ -239,7 +366,7 @@ def test_a_worker_beside_an_empty_database_waits_takes_no_message_and_ends_when_
     given: dict[str, Any], database_url: str, server: Any, tmp_path: Path
 ) -> None:
     given |= {"redis_url": server.url}
-    with command(tmp_path / "train.log", given, "worker", "train") as trainer:
+    with running(tmp_path / "train.log", given, "worker", "train") as trainer:
         trainer.says("waiting, and taking no work: the database is empty; let its owner run `tweetscore db upgrade`")
         wait_until(lambda: "it waits: the database is empty" in ask_health(load_settings(**given), "training"))
         assert " ready." not in trainer.said()

@@ -1,23 +1,17 @@
 """The sums that triggers keep beside the predictions, and the views that answer from them."""
 
 import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
-from db import compatibility, migrate, store
-from db.session import Database, open_database
+from db import store
+from db.session import Database
 from tests.test_store import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 RECOUNT = """
     SELECT p.model_version_id, coalesce(t.topic, ''), p.label, count(*), sum(p.probability),
            sum(coalesce(p.score_signed, 0)), count(p.score_signed)
@@ -136,70 +130,3 @@ def test_views_speak_of_the_present_champion_alone(database: Database) -> None:
     assign(database, new)
     assert answer(database, "SELECT * FROM v_low_confidence") == []
     assert answer(database, "SELECT tweets, mean_probability FROM v_sentiment_hourly") == [(1, 0.75)]
-
-
-# --- upgrades
-
-
-def first_rows(database: Database) -> None:
-    """A job with two epochs, its model as the champion, and two tweets it scored, as the first schema took them."""
-    created = "'2026-01-31T12:34:56.000000Z'" if database.engine.dialect.name == "sqlite" else "'2026-01-31 12:34:56Z'"
-    for sql in (
-        f"""INSERT INTO training_jobs (id, request_id, state, config, dataset, fencing_token, attempts,
-            cancel_requested, step, submitted_at)
-            VALUES (1, 'a', 'succeeded', '{{}}', 'd.csv', 1, 1, false, 2, {created})""",
-        "INSERT INTO epoch_metrics VALUES (1, 1, 0.5, 1e-4, 0.5, 0.9, 0.9, 1.0)",
-        "INSERT INTO epoch_metrics VALUES (1, 2, 0.4, 1e-5, 0.6, 0.8, 0.8, 1.0)",
-        f"""INSERT INTO model_versions (id, job_id, base_model, artifact_url, sha256, labels, cleaner_version,
-            temperature, created_at) VALUES (1, 1, 'b', 'file:///m', '0', '["n", "p"]', '1', 1.0, {created})""",
-        f"INSERT INTO model_aliases (alias, model_version_id, assigned_at) VALUES ('champion', 1, {created})",
-        f"INSERT INTO tweets (tweet_id, text, topic, received_at) VALUES ('1', '雨', '天気', {created})",
-        f"INSERT INTO tweets (tweet_id, text, received_at) VALUES ('2', '晴れ', {created})",
-        f"INSERT INTO predictions VALUES ('1', 1, 'n', 0.75, -0.5, '{{}}', {created})",
-        f"INSERT INTO predictions VALUES ('2', 1, 'p', 0.5, 0.5, '{{}}', {created})",
-    ):
-        run(database, sql)
-
-
-def alembic_to(revision: str) -> Callable[[Database], None]:
-    def go(database: Database) -> None:
-        with database.engine.begin() as connection:
-            config = Config(toml_file=PYPROJECT)
-            config.attributes["connection"] = connection
-            command.upgrade(config, revision)
-
-    return go
-
-
-SCRIPTS = ScriptDirectory.from_config(Config(toml_file=PYPROJECT))
-REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
-
-
-def test_the_newest_revision_is_read_off_the_file_names() -> None:
-    assert compatibility.newest_revision() == REVISIONS[-1]
-
-
-@pytest.mark.parametrize("revision", REVISIONS[:-1])
-def test_a_database_of_every_earlier_release_is_upgraded_with_its_rows(database_url: str, revision: str) -> None:
-    database = open_database(database_url)
-    alembic_to("0001")(database)
-    first_rows(database)
-    alembic_to(revision)(database)
-    migrate.upgrade(database)
-    assert migrate.is_current(database)
-    assert_counted(database)
-    assert answer(database, "SELECT tweet_id, text, label FROM v_predictions_current ORDER BY 1") == [
-        ("1", "雨", "n"), ("2", "晴れ", "p")
-    ]  # fmt: skip
-    assert answer(database, "SELECT topic, tweets, mean_score FROM v_topic_sentiment ORDER BY label") == [
-        ("天気", 1, -0.5), (None, 1, 0.5)
-    ]  # fmt: skip
-    assert [bool(kept) for (kept,) in answer(database, "SELECT kept FROM epoch_metrics ORDER BY epoch")] == [
-        True,
-        False,
-    ]
-    write(database, [tweet_row("3", tweet_created_at=datetime(2026, 1, 31, 12, tzinfo=UTC))], [prediction_row("3", 1)])
-    assert_counted(database)
-    [(hours,)] = answer(database, "SELECT count(DISTINCT hour_utc) FROM v_sentiment_hourly")
-    assert hours == 1
-    database.close()

@@ -125,7 +125,7 @@ def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_
             wait_until(lambda: world.epochs(job_id))
             newer.upgrades(world.settings)
             for one in (worker, trainer):
-                wait_for_log(one, f"has schema {NEXT} for releases that know {NEXT} or newer, this one knows ")
+                wait_for_log(one, f"has schema {NEXT} for releases with migration {NEXT} or newer, ")
         scored = world.predictions()
         assert scored < len(sent)
         wait_until(lambda: "; upgrade tweetscore and start it again" in ask_health(world.settings, "scoring"))

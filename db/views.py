@@ -1,0 +1,129 @@
+"""Descriptions of the views for analysts. Migrations hold the SQL of the views and a frozen copy of this text."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement
+from sqlalchemy.dialects import postgresql
+
+from db.models import Base, ModelVersion, Prediction, TrainingJob, Tweet
+
+
+@dataclass(frozen=True)
+class ViewColumn:
+    """`type` is the PostgreSQL type, as `information_schema.columns` names it."""
+
+    name: str
+    type: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class View:
+    name: str
+    comment: str
+    columns: tuple[ViewColumn, ...]
+
+
+def _from_table(table: type[Base], *names: str) -> tuple[ViewColumn, ...]:
+    """Columns that a view takes unchanged from a table."""
+    columns = [table.__table__.c[name] for name in names]
+    return tuple(ViewColumn(column.name, sql_type(column), column.comment or "") for column in columns)
+
+
+def sql_type(column: ColumnElement[Any]) -> str:
+    """The PostgreSQL type of a table's column, in small letters."""
+    compiled = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+    return {"FLOAT": "double precision"}.get(compiled, compiled.lower())
+
+
+def _fraction(name: str, comment: str) -> ViewColumn:
+    return ViewColumn(name, "double precision", comment)
+
+
+LABEL = _from_table(Prediction, "label")
+SUMS = (
+    ViewColumn("tweets", "bigint", "Number of tweets with this label."),
+    _fraction("mean_probability", "Mean probability of their predictions, 0 to 1."),
+    _fraction("mean_score", "Mean score_signed of their predictions, -1 to 1. NULL when no label has a polarity."),
+)
+
+VIEWS = (
+    View(
+        "v_predictions_current",
+        "One row per tweet that the current champion has scored, with its prediction.",
+        _from_table(Tweet, "tweet_id", "text", "author_id", "lang", "topic", "tweet_created_at", "received_at")
+        + _from_table(Prediction, "model_version_id", "label", "probability", "score_signed", "scored_at"),
+    ),
+    View(
+        "v_low_confidence",
+        "Tweets for which the current champion's probability is below 0.6: candidates for labelling.",
+        _from_table(Tweet, "tweet_id", "text", "topic")
+        + _from_table(Prediction, "label", "probability", "probabilities", "scored_at"),
+    ),
+    View(
+        "v_sentiment_hourly",
+        "Counts and means of the current champion's predictions by hour (UTC) and label.",
+        (
+            ViewColumn(
+                "hour_utc",
+                "timestamp with time zone",
+                "Start of the hour, UTC, in which the tweets were written, or else received.",
+            ),
+            *LABEL,
+            *SUMS,
+        ),
+    ),
+    View(
+        "v_sentiment_daily_jst",
+        "Counts and means of the current champion's predictions by day in Japan and label.",
+        (
+            ViewColumn("day_jst", "date", "Day in Japan (UTC+9) on which the tweets were written, or else received."),
+            *LABEL,
+            *SUMS,
+        ),
+    ),
+    View(
+        "v_topic_sentiment",
+        "Counts and means of the current champion's predictions by topic and label.",
+        (
+            ViewColumn("topic", "text", "Topic of the tweets. NULL for tweets without one."),
+            *LABEL,
+            *SUMS,
+            _fraction("share", "Share of the topic's tweets that have this label, 0 to 1."),
+        ),
+    ),
+    View(
+        "v_model_leaderboard",
+        "One row per model version that is not deleted, with its metrics on the test split. NULL: not measured.",
+        (
+            ViewColumn("model_version_id", "integer", "Id of the model version."),
+            *_from_table(ModelVersion, "base_model", "job_id", "created_at"),
+            _fraction("accuracy", "Accuracy, 0 to 1."),
+            _fraction("f1_micro", "Micro-F1, 0 to 1."),
+            _fraction("f1_macro", "Macro-F1, 0 to 1."),
+            _fraction("tfidf_f1_macro", "Macro-F1 of TF-IDF with logistic regression on the same rows, 0 to 1."),
+            _fraction("f1_macro_low", "Lower end of the 95 % bootstrap interval of f1_macro."),
+            _fraction("f1_macro_high", "Upper end of the 95 % bootstrap interval of f1_macro."),
+            _fraction("roc_auc", "Area under the ROC curve, mean over the labels, 0 to 1."),
+            _fraction("ece", "Expected calibration error over 15 bins after temperature scaling, 0 to 1."),
+        ),
+    ),
+    View(
+        "v_jobs",
+        "One row per training job, with its progress and the model version that it made.",
+        (
+            *_from_table(
+                TrainingJob,
+                *("id", "state", "step", "total_steps", "loss", "attempts", "submitted_at", "started_at"),
+                *("finished_at", "error"),
+            ),
+            ViewColumn("model_version_id", "integer", "The model version that the job made. NULL when it made none."),
+            ViewColumn("epochs", "integer", "Number of the last finished epoch. NULL before the first one."),
+            _fraction(
+                "best_valid_f1_macro",
+                "Best macro-F1 on the validation rows, 0 to 1. NULL before the first epoch.",
+            ),
+        ),
+    ),
+)
