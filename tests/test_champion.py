@@ -1,14 +1,9 @@
-"""One model takes over from another: beside it while there is room, after it where there is none, never for nothing."""
+"""A new champion is loaded beside the old one, which scores until the new one is ready."""
 
 import itertools
-import json
 import logging
 import shutil
 import threading
-import time
-import weakref
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +15,11 @@ from db.models import ModelVersion, ScoringWindow
 from tests.bench import CPU, Bench, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.world import World, on_sqlite
-from training.artifact import SPEC, WEIGHTS, Artifact, load_artifact
-from training.sealed import SUMS, seal
+from training.sealed import SUMS
 from worker import scorer
-from worker.lineup import loading_takes
 from worker.pause import Pause
 from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Champion, Model, load_model
+from worker.scorer import Champion, Model, Serving, load_model
 from worker.window import Window
 
 
@@ -190,91 +183,28 @@ def register(lite: Bench, folder: Path, sha256: str | None = None) -> int:
         return version.id
 
 
-def unreadable(lite: Bench, folder: Path) -> int:
-    """A version whose files are whole and of a format that is yet to come."""
-    draft = shutil.copytree(lite.tiny.folder, folder.with_name("draft"))
-    spec = json.loads((draft / SPEC).read_text(encoding="utf-8"))
-    (draft / SPEC).write_text(json.dumps({**spec, "format_version": 1000}), encoding="utf-8")
-    digest = seal(draft, folder)
-    with lite.database.begin() as session:
-        version = ModelVersion(
-            base_model="tiny", artifact_url=folder.as_uri(), sha256=digest, labels=LABELS, cleaner_version="1"
-        )
-        return registry.add_version(session, version, [], [], []).id
-
-
-def test_a_model_that_does_not_fit_beside_the_old_one_is_loaded_when_nobody_scores_with_that_any_more(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_scoring_and_is_tried_again(
+    lite: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    """The device has no byte left: the windows under way are scored to their end first, and none of them twice."""
-    versions, alive, seen = [bench.promote()], [], []
-
-    def loads(folder: Path, sha256: str, verified: Callable[[int], None]) -> Artifact:
-        loaded = load_artifact(folder, sha256, verified)
-        alive.append([ref() is not None for ref in seen])  # by now room was made
-        return loaded
-
-    monkeypatch.setattr(scorer, "load_artifact", loads)
-
-    class Slow(Pipeline):
-        def forward(self, window: Window) -> None:
-            if window.model.version_id not in [ref_id for ref_id, _ in known]:
-                known.append((window.model.version_id, seen.append(weakref.ref(window.model))))
-            if len(versions) == 1:
-                versions.append(bench.promote())
-            time.sleep(0.05)
-            super().forward(window)
-
-    known: list[Any] = []
-    champion = Champion(bench.database, replace(CPU, free=lambda device: 0))
-    worker = bench.worker(champion, kind=Slow, window_tweets=4)
-    bench.stream.publish([wire(i) for i in range(80)])
-    wait_until(lambda: worker.drain() >= 0 and len(bench.scored()) == 80)
-    old, new = versions
-    by = list(bench.scored().values())
-    assert 0 < by.count(old) < 80
-    assert by.count(old) + by.count(new) == 80
-    assert alive == [[], [False]]
-    assert f"model {old} makes room" in caplog.text
-    assert sum(row["tweets"] for row in bench.rows(ScoringWindow)) == 80
-
-
-def test_the_old_model_comes_back_when_the_one_it_made_room_for_cannot_be_loaded(
-    lite: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    old, new = lite.promote(), unreadable(lite, tmp_path / "model")
-    worker = lite.worker(Champion(lite.database, replace(CPU, free=lambda device: 0)))
+    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.1)
+    old, worker = lite.promote(), lite.worker()
     lite.stream.publish([wire("before")])
     assert worker.drain() == 1
-    with lite.database.begin() as session:
-        registry.assign(session, registry.CHAMPION, new)
-    told = f"the champion, model {new}, cannot be loaded, model {old} is loaded again"
-    wait_until(lambda: worker.drain() >= 0 and told in caplog.text)
+    full = itertools.chain([True, True], itertools.repeat(False))
+
+    def loads(version: ModelVersion, serving: Serving) -> Model:
+        if next(full):
+            raise error
+        return load_model(version, serving)
+
+    monkeypatch.setattr(scorer, "load_model", loads)
+    new = lite.promote()
+    wait_until(lambda: worker.champion.current() and caplog.text.count("cannot be loaded") == 1)
+    lite.stream.publish([wire("meanwhile")])
+    assert worker.drain() == 1
+    wait_until(lambda: worker.champion.current().version_id == new)
     lite.stream.publish([wire("after")])
-    wait_until(lambda: worker.drain() >= 0 and "after" in lite.scored())
-    assert lite.scored() == {"before": old, "after": old}
-    third = lite.promote()
-    wait_until(lambda: worker.drain() >= 0 and worker.champion.version_id == third)
-
-
-def test_a_model_that_is_damaged_or_fits_beside_the_old_one_costs_no_tweet_a_wait(lite: Bench, tmp_path: Path) -> None:
-    old, folder = lite.promote(), tmp_path / "model"
-    new = unreadable(lite, folder)
-    asked: list[int] = []
-    weights = (folder / WEIGHTS).stat().st_size
-
-    def free(device: torch.device) -> int:
-        asked.append(1)
-        return int(loading_takes(weights))
-
-    champion = Champion(lite.database, replace(CPU, free=free))
-    assert champion.current().version_id == old
-    assert asked == [], "there is nothing to be compared with"
-    for damage, looks in ((lambda: None, 1), ((folder / WEIGHTS).unlink, 1)):
-        damage()
-        with lite.database.begin() as session:
-            registry.assign(session, registry.CHAMPION, new)
-        assert champion.current().version_id == old
-        assert champion.loading_since is not None
-        wait_until(lambda: champion.current().version_id == old and champion.loading_since is None)
-        assert len(asked) == looks
+    assert worker.drain() == 1
+    assert lite.scored() == {"before": old, "meanwhile": old, "after": new}
+    assert caplog.text.count(f"model {new}, cannot be loaded, model {old} goes on scoring") == 2

@@ -25,7 +25,7 @@ from training.paths import file_sha256
 from training.sealed import SUMS
 from worker import tryout
 from worker.choices import CHOICE, kept_choices
-from worker.lineup import ASKED_FOR, PLAIN, loading_takes, places, ready_engine, trying_out_takes
+from worker.lineup import ASKED_FOR, PLAIN, places, ready_engine, trial_memory
 from worker.scorer import Champion, Serving, load_model, served
 from worker.tryout import Order
 
@@ -197,21 +197,6 @@ def test_a_worker_told_to_end_at_any_moment_of_a_trial_ends_in_order(
     report(f"{MOMENTS} workers were told to end, {amid} of them in the midst of a trial")
 
 
-def test_a_trial_makes_room_with_the_model_it_is_for(
-    lite: Bench, place: Path, champions: Callable[..., Champion], caplog: pytest.LogCaptureFixture
-) -> None:
-    first = register(lite, place)
-    room = [10**12]
-    champion = champions(free=lambda device: room[0])
-    assert champion.current().version_id == first.id  # type: ignore[union-attr]
-    wait_until(trials)
-    second = lite.promote()
-    room[0] = 0
-    wait_until(lambda: (model := champion.current()) is not None and model.version_id == second)
-    assert trials() == []
-    assert f"model {first.id} makes room" in caplog.text
-
-
 def test_engines_wait_for_memory_and_that_is_said_once(
     lite: Bench, place: Path, champions: Callable[..., Champion], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -220,14 +205,13 @@ def test_engines_wait_for_memory_and_that_is_said_once(
     caplog.set_level("INFO")
     register(lite, place)
     weights = (place / "model.safetensors").stat().st_size
-    asked, room = [], [int(trying_out_takes(weights)) - 1]
+    asked, room = [], [int(trial_memory(weights)) - 1]
 
     def free(device: torch.device) -> int:
         asked.append(device)
         return room[0]
 
     champion = champions(free=free)
-    assert loading_takes(weights) < room[0]
     assert champion.current() is not None
     wait_until(lambda: len(asked) > 5)
     assert (champion.engine, trials()) == (PLAIN, [])

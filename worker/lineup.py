@@ -53,10 +53,9 @@ LEAST_TURNS, MOST_TURNS, TRIAL_SECONDS = 3, 15, 6.0
 VERIFY_BUDGET = 1024
 CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
 SWEEP_ROUNDS = 2
-# What loading a model takes at its peak: bytes a byte of its weights, and bytes besides. Measured at base size and of
-# the starter, `tests/benchmarks/loading.py`; trying out holds several engines at once, in a process of its own.
-LOADING_TAKES = (2.25, 50e6)
-TRYING_OUT_TAKES = (4.5, 700e6)
+# Peak memory of a trial, which holds several engines at once: bytes per byte of weights, and a constant. Measured with
+# `tests/benchmarks/loading.py` at base size and with the starter.
+TRIAL_MEMORY = (4.5, 700e6)
 # A smaller budget that is this near to the best takes less memory for nothing.
 NEAR_BEST = 0.98
 
@@ -78,14 +77,9 @@ def places(folder: Path, sha256: str, device: torch.device, wanted: str, spare: 
     return [first] if spare is None else [first, spare_folder(folder, spare) / first.name]
 
 
-def loading_takes(weights: int) -> float:
-    """Bytes that a model with so many bytes of weights takes until it is loaded and its engine is ready."""
-    return LOADING_TAKES[0] * weights + LOADING_TAKES[1]
-
-
-def trying_out_takes(weights: int) -> float:
-    """Bytes that trying every engine out takes beside the model that serves."""
-    return TRYING_OUT_TAKES[0] * weights + TRYING_OUT_TAKES[1]
+def trial_memory(weights: int) -> float:
+    """Bytes that a trial of all engines takes beside the model that serves; `weights` are the bytes of its weights."""
+    return TRIAL_MEMORY[0] * weights + TRIAL_MEMORY[1]
 
 
 def ready_engine(

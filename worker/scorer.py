@@ -1,19 +1,17 @@
 """Holds the champion and scores with it. Knows the registry and the device; knows no stream and no tweet's id.
 
 Between windows it looks whether the champion is still the champion. A new one is loaded beside the old, which goes on
-scoring meanwhile; where memory is too small for both, the old one goes first and tweets wait. A new one that cannot be
-loaded leaves the old one scoring, or brings it back, says so, and is tried again after a pause that grows.
+scoring meanwhile. A new one that cannot be loaded, out of memory included, leaves the old one scoring and is tried
+again after a pause that grows.
 
 A model serves as soon as it is loaded; where no engine was chosen for it here yet, that is on plain torch, and a better
 engine takes over when it was found.
 """
 
 import copy
-import gc
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ from worker.batch import plan_batches
 from worker.choices import Choice
 from worker.engines import Engine, Logits
 from worker.errors import DeviceFull
-from worker.lineup import first_line, loading_takes, places, ready_engine
+from worker.lineup import first_line, places, ready_engine
 from worker.pause import Pause
 from worker.settings import Settings
 from worker.tryout import Order, Served, Tryout, settle_memory
@@ -55,8 +53,6 @@ FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 # A command that is done by then is not worth a trial of engines.
 WORTH_TRYING_SECONDS = 30.0
-# A model that is to make room is looked at so often, until nobody scores with it any more.
-LETTING_GO_SECONDS = 0.2
 # What a healthy device scores without complaint.
 PROBE = "今日はいい天気です。"
 
@@ -207,17 +203,12 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     return rows
 
 
-def load_model(
-    version: ModelVersion, serving: Serving, make_room: Callable[[float], None] = lambda needed: None
-) -> Model:
+def load_model(version: ModelVersion, serving: Serving) -> Model:
     """A registered version on the engine that serves it here, or on plain torch until that is found, its digest
-    checked; raises `BadArtifact`.
-
-    `make_room` is called with the bytes that loading will take, once the files are here and whole.
-    """
+    checked; raises `BadArtifact`."""
     device, hold = pick_device(serving.device), partial(serving.store.fetched, version.artifact_url, version.sha256)
     with bound_contextvars(model_version=version.id), hold() as folder:
-        artifact = load_artifact(folder, version.sha256, lambda weights: make_room(loading_takes(weights)))
+        artifact = load_artifact(folder, version.sha256)
         kept = places(folder, version.sha256, device, serving.engine, serving.engines)
         engine, choice, settled = ready_engine(artifact, device, serving.engine, kept)
         log.info("model %d: %s %s", version.id, choice.engine, choice.why)
@@ -246,154 +237,103 @@ def warm_up() -> None:
 
 @dataclass(frozen=True)
 class Loading:
-    """A model on its way, for one assignment of the alias; for none when it is the one before, coming back."""
+    """A model that is being loaded for one assignment of the alias."""
 
-    assignment: int | None
+    assignment: int
     version_id: int
     model: "Future[Model]"
 
 
 class Champion:
-    """The champion of a database. When the alias moves, the new one is loaded and warmed up beside the old one, which
-    scores until the other is ready; or after it, where there is no room for both."""
+    """The champion of a database. When the alias moves, the new model is loaded and warmed up beside the old one, which
+    scores until the new one is ready."""
 
     def __init__(self, database: Database, serving: Serving) -> None:
         self._database = database
         self._serving = serving
         self._served: Served | None = None
         self._loading: Loading | None = None
-        # An assignment whose model could not be loaded, and the model before that could not be loaded again.
-        self._pause, self._pause_before = Pause(), Pause()
-        # The model that made room: its version, and a part of it that lives as long as somebody scores with it.
-        self._gone: int | None = None
-        self._leaving: Callable[[], object] = lambda: None
-        self._told_absent = False
-        self._one_at_a_time = threading.Lock()
+        self._pause = Pause()  # after an assignment whose model could not be loaded
+        self._absence_logged = False
+        self._lock = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "load")
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> Model | None:
-        """The model to score the next window with; None while there is none, which is said once.
+        """The model to score the next window with; None while there is none, which is logged once.
 
-        Waits for a model that is being loaded only when there is no other, and nobody scores with the one before: it
-        makes room, and they are to let go of it first. What a model cannot be loaded for is said, never raised.
+        Blocks only while no model can serve. A failure to load is logged, never raised.
         """
-        with self._one_at_a_time:  # the watcher asks too
+        with self._lock:  # the poller of the worker calls this too
             while True:
                 with self._database.read() as session:
                     assigned = registry.assignment(session, registry.CHAMPION)
                     version = registry.get(session, assigned.model_version_id) if assigned else None
                 if assigned is None or version is None:
-                    self._say_absent()
+                    self._log_absence()
                     return None
                 wanted = self.version_id != version.id and self._pause.over(assigned.id)
                 if self._loading is None and wanted:
-                    self._load(assigned.id, version)
-                elif self._loading is None:
-                    self._load_the_one_before()
-                if (
-                    self._loading is None
-                    or (self._served is not None and not self._loading.model.done())
-                    or self._leaving() is not None
-                ):
+                    self._start_loading(assigned.id, version)
+                if self._loading is None or (self._served is not None and not self._loading.model.done()):
                     return self._served.current() if self._served else None
-                self._take(self._loading, wanted and self._loading.assignment == assigned.id)
+                self._finish_loading(self._loading, wanted and self._loading.assignment == assigned.id)
 
     @property
     def version_id(self) -> int | None:
-        """Which version scores now."""
+        """The model version that scores now."""
         served = self._served
         return served.model.version_id if served else None
 
     @property
     def engine(self) -> str | None:
-        """What runs it now."""
+        """The name of the engine that runs it."""
         served = self._served
         return served.model.engine.name if served else None
 
     def close(self) -> None:
-        """Nothing is looked for any more beside the model that scores."""
+        """End the trial of engines, if one is running."""
         if (served := self._served) is not None:
             served.end()
 
-    def _load(self, assignment: int | None, version: ModelVersion) -> None:
+    def _start_loading(self, assignment: int, version: ModelVersion) -> None:
         self.loading_since = time.monotonic()
-        future = self._loader.submit(load_model, version, self._serving, self._make_room)
-        self._loading = Loading(assignment, version.id, future)
+        self._loading = Loading(assignment, version.id, self._loader.submit(load_model, version, self._serving))
 
-    def _load_the_one_before(self) -> None:
-        """If it made room for nothing."""
-        if self._served is None and self._gone is not None and self._pause_before.over(self._gone):
-            with self._database.read() as session:
-                self._load(None, registry.get(session, self._gone))
-
-    def _make_room(self, needed: float) -> None:
-        """In the loader's thread: where a model does not fit beside the one that scores, wait for that one to go."""
-        served = self._served
-        if served is None or self._free() >= needed:
-            return
-        served.end()  # engines that are tried out beside it take memory too
-        if (free := self._free()) >= needed:
-            return
-        with self._one_at_a_time:
-            self._gone = served.model.version_id
-            self._leaving = weakref.ref(served.model.encode)
-            self._served = served = None
-        log.warning(
-            "model %d makes room: the new one may take %d MB and %d are free; tweets wait while it is loaded",
-            self._gone, needed / 1e6, free / 1e6,
-        )  # fmt: skip
-        gc.unfreeze()
-        while self._leaving() is not None:
-            gc.collect()
-            time.sleep(LETTING_GO_SECONDS)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _free(self) -> int:
-        return self._serving.free(pick_device(self._serving.device))
-
-    def _take(self, loading: Loading, wanted: bool) -> None:
-        """Make what was loaded the champion, unless the alias has moved on meanwhile."""
+    def _finish_loading(self, loading: Loading, wanted: bool) -> None:
+        """Make the loaded model the champion, unless the alias has moved on in the meantime."""
         try:
             model = loading.model.result()
-            if wanted or loading.assignment is None:
+            if wanted:
                 if self._served is not None:
                     self._served.stop()
                 self._served = Served(model, self._serving.token_budget)
-                self._gone, self._told_absent = None, False
+                self._absence_logged = False
                 settle_memory()
-                if wanted:
-                    log.info("model %d is the champion now", loading.version_id)
+                log.info("model %d is the champion now", loading.version_id)
         except Exception as error:
-            # Whatever it is, a disk or a mount that fails above all, it may pass or be mended.
-            pause = self._wait_after(error, loading)
-            old = f"model {self.version_id} goes on scoring" if self._served else "tweets wait in the stream"
-            old = f"model {self._gone} is loaded again" if self._gone is not None else old
-            # In words: through its traceback the error holds the caller's model, and whoever keeps logs would too.
+            # Any error may be temporary: memory that is short, a disk or a mount that fails.
+            pause = self._begin_pause(error, loading)
+            effect = f"model {self.version_id} goes on scoring" if self._served else "tweets wait in the stream"
+            # Only the text: the traceback refers to the caller's model and would keep its memory.
             log.error(
                 "the champion, model %d, cannot be loaded, %s; trying again in %.0f s (%s: %s)",
-                loading.version_id, old, pause, type(error).__name__, first_line(error),
+                loading.version_id, effect, pause, type(error).__name__, first_line(error),
             )  # fmt: skip
         finally:
             self._loading = self.loading_since = None
 
-    def _wait_after(self, error: Exception, loading: Loading) -> float:
-        """Begin the pause after a failure; returns its seconds."""
-        first, longest = FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
-        if isinstance(error, StoreAway):  # nothing is wrong with the model, and to ask costs little
-            longest = first
-        if loading.assignment is None:
-            return self._pause_before.begin(loading.version_id, first, longest)
-        if self._gone is not None:  # each try is one more time that tweets wait
-            first = longest
-        return self._pause.begin(loading.assignment, first, longest)
+    def _begin_pause(self, error: Exception, loading: Loading) -> float:
+        """Start the pause after a failure; returns its seconds."""
+        # A store that is away says nothing about the model, and asking again is cheap.
+        longest = FIRST_PAUSE_SECONDS if isinstance(error, StoreAway) else LONGEST_PAUSE_SECONDS
+        return self._pause.begin(loading.assignment, FIRST_PAUSE_SECONDS, longest)
 
-    def _say_absent(self) -> None:
-        if not self._told_absent:
+    def _log_absence(self) -> None:
+        if not self._absence_logged:
             log.warning(
                 "there is no champion yet: tweets wait in the stream; train a model, then "
                 "`tweetscore models promote ID`"
             )
-            self._told_absent = True
+            self._absence_logged = True
             self._loader.submit(warm_up)

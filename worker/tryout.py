@@ -29,7 +29,7 @@ from training.artifact import WEIGHTS, Artifact, load_artifact
 from worker.choices import CHOICE, Choice, read_choice
 from worker.engines import Engine, Workbench
 from worker.errors import TrialFailed
-from worker.lineup import first_line, keep, kept_engine, loading_takes, try_out, trying_out_takes
+from worker.lineup import first_line, keep, kept_engine, trial_memory, try_out
 
 if TYPE_CHECKING:
     from worker.scorer import Model
@@ -120,20 +120,17 @@ class Tryout:
             while not self._stopping.is_set():
                 pause = LOOK_SECONDS
                 if self._news() is not None:
-                    if self._has_room(loading_takes(weights)):
-                        if (found := self._kept()) is not None:
-                            return found
-                        continue
-                    pause = MEMORY_SECONDS
-                elif tried:
+                    if (found := self._kept()) is not None:
+                        return found
+                    continue
+                if tried:
                     raise TrialFailed("what was kept of the trial cannot be used")
-                else:
-                    with self._alone() as descriptor:
-                        if descriptor is not None and self._news() is None:
-                            if tried := self._has_room(trying_out_takes(weights)):
-                                self._try_out(descriptor)
-                                continue
-                            pause = MEMORY_SECONDS
+                with self._alone() as descriptor:
+                    if descriptor is not None and self._news() is None:
+                        if tried := self._has_room(trial_memory(weights)):
+                            self._try_out(descriptor)
+                            continue
+                        pause = MEMORY_SECONDS
                 self._stopping.wait(pause)
         return None
 
