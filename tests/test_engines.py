@@ -71,9 +71,9 @@ class Counting:
         return self.inner.run(batches)
 
 
-def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512, repeats: int = 0) -> Model:
+def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512) -> Model:
     engine = Counting(TorchEngine(artifact.model, CPU, torch.float32), room)
-    return Model(1, artifact, engine, Choice(engine.name, budget, "", []), repeats)
+    return Model(1, artifact, engine, Choice(engine.name, budget, "", []))
 
 
 # --- engines
@@ -278,7 +278,7 @@ def test_the_reference_survives_saving(artifact: Artifact) -> None:
     assert "reference.safetensors" in listed
 
 
-# --- room, repeats, padding
+# --- memory, equal rows, padding
 
 
 def test_a_full_device_gets_smaller_batches_and_the_same_answers(
@@ -301,18 +301,14 @@ def test_a_row_that_fits_no_device_is_said(artifact: Artifact) -> None:
     assert model.token_budget == 512, "others do not pay for it"
 
 
-def test_repeats_are_kept_within_a_bound_and_only_when_asked(artifact: Artifact) -> None:
-    rows = random_rows(20, seed=4)
-    without, within = model_on(artifact), model_on(artifact, repeats=20)
-    for model in (without, within):
-        first = model.forward(rows).probabilities
-        second = model.forward(rows + rows[:5])
-        assert second.probabilities == pytest.approx(np.concatenate([first, first[:5]]), abs=1e-6)
-    assert (without.engine.rows, within.engine.rows) == (40, 20)  # type: ignore[attr-defined]
-    assert model_on(artifact, repeats=20).forward([]).probabilities.shape == (0, len(LABELS))
-    within.forward(random_rows(15, seed=6))
-    within.forward(rows)
-    assert within.engine.rows > 40, "the oldest have gone"  # type: ignore[attr-defined]
+def test_equal_rows_of_one_forward_are_scored_once(artifact: Artifact) -> None:
+    rows, model = random_rows(20, seed=4), model_on(artifact)
+    first = model.forward(rows).probabilities
+    second = model.forward(rows + rows[:5])
+    assert second.probabilities == pytest.approx(np.concatenate([first, first[:5]]), abs=1e-6)
+    assert second.tokens == sum(map(len, rows))
+    assert model.engine.rows == 40  # type: ignore[attr-defined]
+    assert model.forward([]).probabilities.shape == (0, len(LABELS))
 
 
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=20))

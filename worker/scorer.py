@@ -17,13 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from cachetools import LRUCache
 from structlog.contextvars import bound_contextvars
 
 from db import registry
@@ -72,7 +70,7 @@ class Model:
     `untried` begins the search for a better engine, after so many seconds; None where this one is settled.
     """
 
-    def __init__(self, version_id: int, artifact: Artifact, engine: Engine, choice: Choice, repeats: int = 0) -> None:
+    def __init__(self, version_id: int, artifact: Artifact, engine: Engine, choice: Choice) -> None:
         self.version_id = version_id
         self.spec: Spec = artifact.spec
         self.engine = engine
@@ -81,9 +79,6 @@ class Model:
         self.untried: Callable[[float], Tryout] | None = None
         self.encode = TextEncoder(artifact.tokenizer)
         self._pad_id: int = artifact.tokenizer.pad_token_id
-        # Of this version alone, so that no other model's answer is ever given; equal cleaned texts have equal ids.
-        self._seen: LRUCache[tuple[int, ...], Floats] = LRUCache(repeats)
-        self._remembering = threading.Lock()
 
     def on(self, engine: Engine, choice: Choice, token_budget: int) -> Self:
         """The same version on another engine; they share all else."""
@@ -100,29 +95,13 @@ class Model:
         """Token ids -> probabilities, in batches of like length. Equal rows, retweets above all, are scored once."""
         keys = list(map(tuple, rows))
         distinct = list(dict.fromkeys(keys))
-        known = self._recall(distinct)
-        new = [key for key in distinct if key not in known] if known else distinct
-        logits, padded = self._run(new)
+        logits, padded = self._run(distinct)
         probabilities = to_probabilities(torch.from_numpy(logits), self.spec.config.task, self.spec.temperature).numpy()
         if not np.isfinite(probabilities).all():
             raise BadArtifact(f"model {self.version_id} gives no numbers (NaN); promote another one")
-        self._remember(new, probabilities)
-        if known:
-            probabilities = np.concatenate([probabilities, np.stack(list(known.values()))])
-        place = {key: i for i, key in enumerate(chain(new, known))}
-        every: Floats = probabilities[[place[key] for key in keys]]
-        return Scores(every, sum(map(len, new)), padded)
-
-    def _recall(self, keys: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Floats]:
-        if not self._seen.maxsize:
-            return {}
-        with self._remembering:
-            return {key: self._seen[key] for key in keys if key in self._seen}
-
-    def _remember(self, keys: Sequence[tuple[int, ...]], probabilities: Floats) -> None:
-        if self._seen.maxsize:
-            with self._remembering:
-                self._seen.update(zip(keys, probabilities, strict=True))
+        position = {key: i for i, key in enumerate(distinct)}
+        every: Floats = probabilities[[position[key] for key in keys]]
+        return Scores(every, sum(map(len, distinct)), padded)
 
     def _run(self, rows: Sequence[tuple[int, ...]]) -> tuple[Logits, int]:
         """Logits (N, K) in the rows' order and the tokens run, padding included.
@@ -156,7 +135,7 @@ class Model:
 class Serving:
     """How models are to be served here, all from `store`.
 
-    `token_budget` None takes what a sweep finds, `repeats` 0 keeps no cache; `free` tells a device's free bytes.
+    `token_budget` None takes what a sweep finds; `free` tells a device's free bytes.
     `engines` is a folder of this machine: its lock for trials lies there, and choices that the store cannot take.
     """
 
@@ -164,7 +143,6 @@ class Serving:
     device: str = "auto"
     engine: str = "auto"
     token_budget: int | None = None
-    repeats: int = 0
     free: Callable[[torch.device], int] = free_bytes
     engines: Path | None = None
 
@@ -176,7 +154,6 @@ def serving(settings: Settings, device: str | None = None) -> Serving:
         device or settings.device,
         settings.engine,
         settings.token_budget,
-        settings.repeat_cache,
         engines=settings.engines,
     )
 
@@ -212,7 +189,7 @@ def load_model(version: ModelVersion, serving: Serving) -> Model:
         kept = places(folder, version.sha256, device, serving.engine, serving.engines)
         engine, choice, settled = ready_engine(artifact, device, serving.engine, kept)
         log.info("model %d: %s %s", version.id, choice.engine, choice.why)
-    model = Model(version.id, artifact, engine, choice, serving.repeats)
+    model = Model(version.id, artifact, engine, choice)
     model.token_budget = serving.token_budget or choice.token_budget
     if not settled:
         order = Order(str(folder), version.sha256, str(device), serving.engine, list(map(str, kept)))

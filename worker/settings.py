@@ -117,9 +117,6 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="most tokens, padding included, of one forward; unset: what a sweep finds for model and device",
     )
-    repeat_cache: int = Field(
-        0, ge=0, le=100_000_000, description="texts whose scores are kept for repeats in later windows; 0: none"
-    )
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"
     )
