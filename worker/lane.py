@@ -22,7 +22,7 @@ from worker.errors import StreamError
 from worker.gate import Gate
 from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
 from worker.inbox import Inbox
-from worker.metrics import Looks
+from worker.metrics_endpoint import WorkerCollector
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
@@ -48,7 +48,9 @@ class Lane:
         self.gate = Gate(self.database, settings.watch_seconds)
         # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
         self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
-        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database, self.engine)
+        self.collector = WorkerCollector(
+            self.kind, self.state, self.model_version, self._gauge, self.database, self.engine
+        )
         self._nudge = nudge
         self._busy = threading.Lock()
         self._nudged = threading.Event()
