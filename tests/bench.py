@@ -15,10 +15,11 @@ from tests.conftest import wait_until
 from training.artifact import load_artifact
 from training.cache import Cache
 from training.storage import Store
-from worker.choices import Choice
+from worker.champion import Champion
+from worker.engine_choice import Choice
 from worker.engines import TorchEngine
 from worker.pipeline import Limits, Pipeline
-from worker.scorer import Champion, Model, Serving
+from worker.scoring_model import ScoringModel, Serving
 from worker.stream import Depth, Stream
 
 CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the tests' models lie here and there
@@ -32,11 +33,11 @@ class Killed(BaseException):
 class Holding(Champion):
     """A champion that is the model it was given."""
 
-    def __init__(self, database: Database, model: Model) -> None:
+    def __init__(self, database: Database, model: ScoringModel) -> None:
         super().__init__(database, CPU)
         self.model = model
 
-    def current(self) -> Model:
+    def current(self) -> ScoringModel:
         return self.model
 
 
@@ -58,7 +59,7 @@ class Bench:
         champion = champion or Champion(database, CPU)
         return kind(stream, database, champion, Limits(**chosen, linger_seconds=0.05), threading.Event())
 
-    def holding(self, kind: type[Model]) -> Holding:
+    def holding(self, kind: type[ScoringModel]) -> Holding:
         """The tiny model as `kind`, registered and champion of its own workers."""
         artifact = load_artifact(self.tiny.folder, self.tiny.sha256)
         engine = TorchEngine(artifact.model, torch.device("cpu"), torch.float32)

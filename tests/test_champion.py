@@ -16,10 +16,12 @@ from tests.bench import CPU, Bench, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.world import World, on_sqlite
 from training.sealed import SUMS
-from worker import scorer
+from worker import champion as champion_module
+from worker.champion import Champion
+from worker.overlap import WINDOWS_IN_FLIGHT
 from worker.pause import Pause
-from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Champion, Model, Serving, load_model
+from worker.pipeline import Pipeline
+from worker.scoring_model import ScoringModel, Serving, load_model
 from worker.window import Window
 
 
@@ -30,12 +32,12 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
     published = itertools.count()
     meanwhile, enough = itertools.count(), threading.Event()
 
-    def loads_for_long(version: ModelVersion, *given: Any) -> Model:
+    def loads_for_long(version: ModelVersion, *given: Any) -> ScoringModel:
         if version.id != versions[0]:
             assert enough.wait(PATIENCE_SECONDS)
         return load_model(version, *given)
 
-    monkeypatch.setattr(scorer, "load_model", loads_for_long)
+    monkeypatch.setattr(champion_module, "load_model", loads_for_long)
 
     class GoesOnUntilTheNewOneScores(Pipeline):
         def store(self, window: Window) -> int:
@@ -44,7 +46,7 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
                 versions.append(bench.promote())
             if window.model.version_id == versions[0]:
                 self.stream.publish([wire(next(published)) for _ in range(4)])
-                if next(meanwhile) == 4 * WINDOWS_UNDER_WAY:
+                if next(meanwhile) == 4 * WINDOWS_IN_FLIGHT:
                     enough.set()
             return scored
 
@@ -55,7 +57,7 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
     assert scored == len(by) == next(published)  # not one was left out
     assert by == sorted(by)
     # While the new one was loaded more windows came through than were under way when it was promoted.
-    assert by.count(old) > 4 * WINDOWS_UNDER_WAY
+    assert by.count(old) > 4 * WINDOWS_IN_FLIGHT
     assert by.count(new) > 0
     windows = bench.rows(ScoringWindow)
     for version in versions:  # no window mixed the two
@@ -108,8 +110,8 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
     lite: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that answers EIO, which nothing of ours makes an error of its own."""
-    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.5)
-    monkeypatch.setattr(scorer, "LONGEST_PAUSE_SECONDS", 2.0)
+    monkeypatch.setattr(champion_module, "FIRST_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(champion_module, "LONGEST_PAUSE_SECONDS", 2.0)
     old, worker = lite.promote(), lite.worker()
     lite.stream.publish([wire("before")])
     assert worker.drain() == 1
@@ -187,18 +189,18 @@ def register(lite: Bench, folder: Path, sha256: str | None = None) -> int:
 def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_scoring_and_is_tried_again(
     lite: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    monkeypatch.setattr(scorer, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(champion_module, "FIRST_PAUSE_SECONDS", 0.1)
     old, worker = lite.promote(), lite.worker()
     lite.stream.publish([wire("before")])
     assert worker.drain() == 1
     full = itertools.chain([True, True], itertools.repeat(False))
 
-    def loads(version: ModelVersion, serving: Serving) -> Model:
+    def loads(version: ModelVersion, serving: Serving) -> ScoringModel:
         if next(full):
             raise error
         return load_model(version, serving)
 
-    monkeypatch.setattr(scorer, "load_model", loads)
+    monkeypatch.setattr(champion_module, "load_model", loads)
     new = lite.promote()
     wait_until(lambda: worker.champion.current() and caplog.text.count("cannot be loaded") == 1)
     lite.stream.publish([wire("meanwhile")])

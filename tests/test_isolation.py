@@ -14,12 +14,12 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.world import on_postgresql
 from training.artifact import Artifact
 from worker.errors import DeviceFull
-from worker.scorer import Model, Scores
+from worker.scoring_model import Scores, ScoringModel
 
 POISON = "この文は計算を壊す"
 
 
-class Fragile(Model):
+class Fragile(ScoringModel):
     """Fails on one text."""
 
     fault: type[BaseException] = RuntimeError
@@ -34,12 +34,12 @@ class Deadly(Fragile):
     fault = Killed
 
 
-class BrokenDevice(Model):
+class BrokenDevice(ScoringModel):
     def forward(self, rows: Any) -> Scores:
         raise RuntimeError("the device is broken")
 
 
-class Diverged(Model):
+class Diverged(ScoringModel):
     """Weights that are no numbers any more: the device complains of nothing."""
 
     def __init__(self, version_id: int, artifact: Artifact, *given: Any) -> None:
@@ -86,7 +86,7 @@ def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time
 
 
 def test_a_text_that_fits_no_memory_is_buried_and_the_others_are_scored_in_smaller_batches(lite: Bench) -> None:
-    class Cramped(Model):
+    class Cramped(ScoringModel):
         """Its device has room for 40 tokens."""
 
         def __init__(self, *given: Any) -> None:
@@ -122,7 +122,7 @@ def test_a_text_that_fits_no_memory_is_buried_and_the_others_are_scored_in_small
 
 
 @pytest.mark.parametrize("kind", [BrokenDevice, Diverged])
-def test_broken_device_buries_nobody(bench: Bench, kind: type[Model]) -> None:
+def test_broken_device_buries_nobody(bench: Bench, kind: type[ScoringModel]) -> None:
     broken = bench.holding(kind)
     bench.stream.publish([wire(i) for i in range(3)])
 

@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
 from training.devices import claim_devices
+from worker.champion import Champion
 from worker.errors import StreamError
 from worker.gate import Gate
 from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
@@ -28,7 +29,7 @@ from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
 from worker.redis_client import connect_briefly
 from worker.runtime import open_guarded, open_stream, stream_url
-from worker.scorer import Champion, serving
+from worker.scoring_model import serving_from
 from worker.settings import Settings
 from worker.stream import Depth, Stream
 
@@ -198,7 +199,7 @@ class ScoringLane(Lane):
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         [device] = self.claim(1)
-        self.champion = Champion(self.database, serving(settings, device))
+        self.champion = Champion(self.database, serving_from(settings, device))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
         self._stall = Stall(settings.stall_seconds)
 

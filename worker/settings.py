@@ -22,14 +22,9 @@ from training.config import PRESETS
 from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
 from training.workshop import Workshop
+from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
-
-# By name, so that the settings need not import the libraries.
-ENGINES = (
-    "openvino-int8", "openvino-bfloat16", "openvino-float32", "torch-float16", "torch-bfloat16", "torch-float32",
-)  # fmt: skip
-
 
 WITH_PASSWORD = ("redis", "database", "reader")
 
@@ -105,7 +100,7 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto",
         description="what runs the model when scoring: `auto` takes the fastest that agrees with float32; or one of "
-        "`openvino-int8`, `openvino-bfloat16`, `openvino-float32`, `torch-float16`, `torch-bfloat16`, `torch-float32`",
+        + ", ".join(f"`{name}`" for name in ENGINES),
     )
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")

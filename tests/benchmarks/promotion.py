@@ -21,8 +21,8 @@ from db.models import ModelVersion
 from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
 from worker import embedded
-from worker.choices import kept_choices
 from worker.demo import SAMPLE
+from worker.engine_choice import saved_choices
 from worker.runtime import open_sql, open_stream
 from worker.settings import Settings, load_settings
 from worker.stream import Stream
@@ -52,7 +52,7 @@ def measure(base: bool, limit: float) -> dict[str, object]:
                 stream = open_stream(settings, server.url)
                 version = _promote(database, made, sha256)
                 found = _watched(settings, database, stream, version, log, limit)
-                tried = [trial for choice in kept_choices(made, settings.engines) for trial in choice.trials]
+                tried = [trial for choice in saved_choices(made, settings.engines) for trial in choice.trials]
                 return {**found, "trials": {trial.engine: trial.tweets_per_second for trial in tried}}
             finally:
                 worker.terminate()

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from tests.benchmarks import bulk, models, peers
 from tests.benchmarks.system import System, tweets
 from training.artifact import load_artifact
-from training.batches import pad_arrays
+from training.batches import pad_arrays, plan_batches
 from training.text import TextEncoder, encode
-from worker.batch import plan_batches
+from worker.engine_selection import choice_folder, load_engine
+from worker.engine_trial import TrialRequest, run_trial
 from worker.engines import Batch, hardware
-from worker.lineup import pick_engine
-from worker.scorer import Model
+from worker.scoring_model import ScoringModel
 from worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -80,8 +80,11 @@ class Measured:
         self.folder = bench.scratch / name
         self.sha256 = make(self.folder)
         artifact = load_artifact(self.folder, self.sha256)
-        engine, choice = pick_engine(artifact, self.sha256, torch.device("cpu"), "auto")
-        self.model = Model(0, artifact, engine, choice)
+        device = torch.device("cpu")
+        folders = [choice_folder(self.folder, self.sha256, device, "auto")]
+        run_trial(TrialRequest(str(self.folder), self.sha256, "cpu", "auto", list(map(str, folders))))
+        engine, choice, _ = load_engine(artifact, device, "auto", folders)
+        self.model = ScoringModel(0, artifact, engine, choice)
         self.operations_per_token = models.operations_per_token(artifact.model)
 
     @cached_property
@@ -102,7 +105,7 @@ class Measured:
         cut = []
         for window in windows:
             rows = list(dict.fromkeys(map(tuple, window)))
-            plan = plan_batches([len(row) for row in rows], self.model.token_budget)
+            plan = plan_batches([len(row) for row in rows], token_budget=self.model.token_budget)
             cut.append([pad_arrays([rows[i] for i in batch], 0) for batch in plan])
         return cut
 
