@@ -54,13 +54,13 @@ def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_window
     scored = bench.worker(kind=GoesOnUntilTheNewOneScores, window_tweets=4).drain()
     old, new = versions
     by = [version for _, version in sorted(bench.scored().items(), key=lambda item: int(item[0]))]
-    assert scored == len(by) == next(published)  # not one was left out
+    assert scored == len(by) == next(published)  # every tweet
     assert by == sorted(by)
-    # While the new one was loaded more windows came through than were under way when it was promoted.
+    # More windows were scored during the load than were in flight at the promotion.
     assert by.count(old) > 4 * WINDOWS_IN_FLIGHT
     assert by.count(new) > 0
     windows = bench.rows(ScoringWindow)
-    for version in versions:  # no window mixed the two
+    for version in versions:  # no window was scored by both
         assert sum(row["tweets"] for row in windows if row["model_version_id"] == version) == by.count(version)
 
 
@@ -109,7 +109,7 @@ def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_m
 def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serves_once_it_is_mended(
     lite: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that answers EIO, which nothing of ours makes an error of its own."""
+    """A disk that answers EIO: an OSError that no module converts."""
     monkeypatch.setattr(champion_module, "FIRST_PAUSE_SECONDS", 0.5)
     monkeypatch.setattr(champion_module, "LONGEST_PAUSE_SECONDS", 2.0)
     old, worker = lite.promote(), lite.worker()
@@ -138,7 +138,7 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
     kind = "(OSError: [Errno 5] Input/output error)"
     assert faults()[:4] == [f"{pause} s {kind}" for pause in (0, 1, 2, 2)]  # of 0.5, 1, 2 and 2 seconds
     assert set(lite.scored().values()) == {old}
-    assert next(number) > 4, "there were windows without a try"
+    assert next(number) > 4, "windows were scored between the attempts"
     sums.unlink()
     whole.rename(sums)
     wait_until(lambda: worker.champion.current().version_id == new)
@@ -174,7 +174,7 @@ def test_a_pause_doubles_up_to_a_bound_and_is_over_for_anything_else() -> None:
 
 
 def register(lite: Bench, folder: Path, sha256: str | None = None) -> int:
-    """A copy of the tiny model, or what `sha256` names, as the champion."""
+    """Register the model in `folder` and make it the champion; `sha256` defaults to the tiny model's."""
     with lite.database.begin() as session:
         version = ModelVersion(
             base_model="tiny", artifact_url=folder.as_uri(), sha256=sha256 or lite.tiny.sha256, labels=LABELS,

@@ -39,13 +39,13 @@ CPU = torch.device("cpu")
 
 
 def random_rows(n: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of 3 to 60 tokens, as a tokenizer would frame them."""
+    """Token ids of 3 to 60 tokens, framed as by a tokenizer."""
     generator = np.random.default_rng(seed)
     return [[2, *generator.integers(5, 3000, generator.integers(1, 59)).tolist(), 3] for _ in range(n)]
 
 
 def artifact_of(model: Classifier, folder: Path) -> Artifact:
-    """Saved and loaded again, with validation rows that a float32 forward has labelled."""
+    """The model saved and loaded again, with validation rows and their float32 logits."""
     tokenizer = load_tokenizer(STARTER_FOLDER)
     rows = random_rows(200)
     targets = np.zeros((len(rows), len(LABELS)), np.float32)
@@ -58,7 +58,7 @@ def artifact_of(model: Classifier, folder: Path) -> Artifact:
 @pytest.fixture(scope="module")
 def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
-    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # sure of what it says, as a trained one is
+    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
     return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
 
 
@@ -134,18 +134,18 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
     for name in ("torch-float32", "openvino-float32"):
         engine = EngineBuilder(artifact.model, CPU).build(name)
         ids = np.full((1, 4), 10**9, np.int64)
-        if name == "torch-float32":  # OpenVINO gives an id that is not there the zero vector
+        if name == "torch-float32":  # OpenVINO embeds an unknown id as the zero vector
             with pytest.raises(IndexError):
                 engine.run([(ids, np.ones_like(ids))])
         with pytest.raises((RuntimeError, ValueError)) as fault:
             engine.run([(ids[0], ids[0])])
         assert not isinstance(fault.value, DeviceFull)
-        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "it goes on"
+        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "the engine works after an error"
 
 
 def test_nothing_phones_home() -> None:
-    program = """import worker.engines, nncf, sys, openvino.tools.ovc.telemetry_utils as told
-print(told.tm.__name__, *sys.modules)"""
+    program = """import worker.engines, nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
+print(telemetry.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == "openvino.tools.ovc.telemetry_stub"
     assert not [name for name in said if name.startswith("openvino_telemetry.")]
@@ -183,7 +183,7 @@ def test_the_fastest_that_agrees_serves_and_the_choice_is_saved(artifact: Artifa
     assert "the first that agrees" in choice.reason or choice.engine == FLOAT32_TORCH
     folder = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
     assert read_choice(folder) == choice
-    assert trial_memory(400_000_000) > 4 * 400_000_000, "it holds several engines at once"
+    assert trial_memory(400_000_000) > 4 * 400_000_000, "a trial holds several engines at once"
     assert choice in saved_choices(artifact.folder, artifact.folder)
     written = (folder / "choice.json").stat().st_mtime_ns
     again, same = load_after_trial(artifact, "auto")
@@ -212,7 +212,7 @@ class Turned:
 
 
 class Dishonest(EngineBuilder):
-    """Builds one engine wrong, and cannot build the others."""
+    """Builds a wrong int8 engine and fails for the other OpenVINO engines."""
 
     def build(self, name: str) -> Engine:
         if name in ("openvino-bfloat16", "openvino-float32"):  # the first only where the CPU has it
@@ -314,14 +314,14 @@ def test_a_full_device_gets_smaller_batches_and_the_same_answers(
     assert "tokens a forward" in caplog.text
     caplog.clear()
     tight.forward(rows)
-    assert caplog.text == "", "it has learned"
+    assert caplog.text == "", "the smaller budget is kept"
 
 
 def test_a_row_that_fits_no_device_is_said(artifact: Artifact) -> None:
     model = model_on(artifact, room=20)
     with pytest.raises(DeviceFull):
         model.forward([[2, *range(5, 60), 3], [2, 3]])
-    assert model.token_budget == 512, "others do not pay for it"
+    assert model.token_budget == 512, "the budget of other rows stays"
 
 
 def test_equal_rows_of_one_forward_are_scored_once(artifact: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""What a worker tells Prometheus and its log, read as Prometheus and a log collector would."""
+"""Metrics and logs of a worker, read as Prometheus and a log collector read them."""
 
 import io
 import json
@@ -92,7 +92,7 @@ def test_a_trainer_names_its_job_in_every_line_about_it(world: World, labelled_c
         found = scraped(port)
         said = lines(trainer.said())
     assert found["jobs", "succeeded"] == 1
-    assert ("model_version", "") not in found  # it scores with none
+    assert ("model_version", "") not in found  # a trainer has no model
     about = [line for line in said if f"job {job}:" in line["event"]]
     assert len(about) > 2
     assert {line["job"] for line in about} == {job}
@@ -112,7 +112,7 @@ def test_the_oldest_record_is_the_first_unread_or_the_first_not_acknowledged(ben
     stream.ack([records[0].id])
     assert stream.oldest() == at + timedelta(seconds=1)
     stream.ack([records[1].id])
-    assert stream.oldest() == at + timedelta(seconds=2)  # the first that nobody has read
+    assert stream.oldest() == at + timedelta(seconds=2)  # the first unread record
     found = looked(WorkerCollector("scoring", lambda: "idle", lambda: None, stream, bench.database))
     assert found["oldest_unscored_seconds", ""] == pytest.approx(3598, abs=PATIENCE_SECONDS)
     assert (found["stream_lag", ""], found["stream_pending", ""], found["model_version", ""]) == (2, 0, 0)

@@ -25,7 +25,7 @@ from worker.window import Window
 
 
 class Slow(ScoringModel):
-    """Says when it has begun, and takes until it is let go."""
+    """Sets `begun` when a forward starts, and waits for `go`."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -39,7 +39,7 @@ class Slow(ScoringModel):
 
 @contextlib.contextmanager
 def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
-    """A worker that drains beside the test, and has ended without a fault afterwards."""
+    """Drain in a thread; after the block it has ended without an error."""
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(pipeline.drain()))
     thread.start()
@@ -143,7 +143,7 @@ def test_scores_do_not_depend_on_window_mates(lite: Bench) -> None:
         assert said["probabilities"] == pytest.approx(model.score([text_])[0]["probabilities"], abs=1e-5)
 
 
-# --- when commit and acknowledgement part
+# --- failures between commit and acknowledgement
 
 
 def test_window_is_not_acked_when_commit_fails(bench: Bench) -> None:
@@ -155,7 +155,7 @@ def test_window_is_not_acked_when_commit_fails(bench: Bench) -> None:
         def begin(self) -> Iterator[Any]:
             with super().begin() as session:
                 yield session
-                worker.stopping.set()  # and nobody tries again
+                worker.stopping.set()  # prevents a retry
                 raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
 
     worker = bench.worker(database=FailsAtCommit(bench.database.engine))
@@ -231,7 +231,7 @@ def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench)
     assert lite.stream.depth() == Depth(length=4, lag=4, pending=0)
 
 
-# --- stages side by side
+# --- overlapping stages
 
 
 def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: Bench) -> None:
@@ -249,7 +249,7 @@ def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: B
 
 @pytest.mark.parametrize("stage", ["tokenise", "forward", "store"])
 def test_a_fault_in_any_stage_reaches_the_route_and_leaves_no_thread(lite: Bench, stage: str) -> None:
-    """A signal in the first window, the third, or the last: what was committed stays, the rest waits for another."""
+    """Killed in the first, third or last window: committed rows stay, the other records wait for another worker."""
     lite.promote()
     for at in (1, 3, 5):
         lite.stream.publish([wire(f"{stage}-{at}-{i}") for i in range(20)])

@@ -111,7 +111,7 @@ def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_o
     plain = champion.current()
     assert plain is not None
     assert (plain.engine.name, plain.token_budget, champion.loading_since) == (FLOAT32_TORCH, 1024, None)
-    assert saved_choices(place, place) == [], "nobody waited for a trial"
+    assert saved_choices(place, place) == [], "the first window did not wait for a trial"
 
     wait_until(lambda: champion.current() is not plain)
     better = champion.current()
@@ -129,7 +129,7 @@ def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_o
 
     again = champions().current()
     assert again is not None
-    assert again.engine.name == BETTER, "what was kept serves from the first window on"
+    assert again.engine.name == BETTER, "the saved engine serves from the first window on"
 
 
 def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
@@ -144,7 +144,7 @@ def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
         nonlocal most
         most = max(most, len(trials()))
         for champion in four:
-            assert champion.current() is not None, "it serves meanwhile"
+            assert champion.current() is not None, "the model serves during the trial"
         return all(champion.engine == BETTER for champion in four)
 
     wait_until(all_better)
