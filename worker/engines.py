@@ -36,13 +36,7 @@ Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
 # Neighbouring activations of a token that share one int8 scale. Smaller is more exact, larger is faster; relative speed
 # at BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7.
 ACTIVATION_GROUP = 128
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "bad_alloc",
-    "bad allocation",
-    "cannot allocate memory",
-)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 
 
 class Engine(Protocol):
@@ -175,9 +169,7 @@ class EngineBuilder:
         """The float32 graph, for batches of any shape."""
         example = torch.ones((2, 8), dtype=torch.long)
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter(
-                "ignore"
-            )  # tracing freezes some Python values; the reference rows show whether any mattered
+            warnings.simplefilter("ignore")  # tracing freezes Python values; the reference rows show if any mattered
             return ov.convert_model(self._model, example_input={"input_ids": example, "attention_mask": example})
 
 
@@ -206,7 +198,7 @@ def _converted_errors(name: str) -> Iterator[None]:
         failpoint.passing("device")
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_MESSAGES):
+        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise DeviceFull(f"{name} has no memory left for a batch this large") from error
