@@ -20,7 +20,7 @@ from worker.dead import drop, retry
 from worker.records import pack_fields, unpack_fields
 from worker.redis_client import connect
 from worker.runtime import open_sql
-from worker.scorer import Model, Scores
+from worker.scoring_model import Scores, ScoringModel
 from worker.settings import Settings
 from worker.stream import FIELD, Stream
 
@@ -57,7 +57,7 @@ def test_a_letter_is_put_back_with_every_field_and_leaves_the_table(bench: Bench
     )
 
 
-class Squeamish(Model):
+class Squeamish(ScoringModel):
     def forward(self, rows: Any) -> Scores:
         if self.tokenise([POISON])[0] in list(rows):
             raise RuntimeError("not this one")

@@ -27,8 +27,9 @@ from training.job import run_next_job
 from training.paths import file_sha256
 from training.sealed import SUMS, seal, verify
 from training.storage import Store
+from worker.champion import Champion
 from worker.intake import submit_training
-from worker.scorer import Champion, Serving, load_model, serving
+from worker.scoring_model import Serving, load_model, serving_from
 from worker.settings import Settings, load_settings
 
 NEVER = threading.Event()
@@ -90,7 +91,7 @@ def test_one_machine_submits_another_trains_a_third_scores(
         version = registry.of_job(session, job.id)
         assert version is not None
     assert version.artifact_url == f"{trains.model_store}/job-{job.id}-1"
-    model = load_model(version, serving(scores))
+    model = load_model(version, serving_from(scores))
     assert model.spec.labels == ["negative", "positive"]
     assert len(model.score(["嬉しい"])) == 1
     # Nothing of the run is left behind, and what a machine has it has in its cache.

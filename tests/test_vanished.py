@@ -22,7 +22,7 @@ from tests.servers import short_home
 from tests.test_metrics import looked
 from tests.world import World, on_sqlite
 from worker import embedded
-from worker.metrics import Looks
+from worker.metrics_endpoint import WorkerCollector
 from worker.redis_client import connect
 from worker.stream import Stream
 
@@ -308,7 +308,7 @@ def test_the_count_outlives_the_server_and_starts_anew_when_everything_is_flushe
 
 def test_prometheus_is_told_how_many_vanished_and_when(lite: Bench) -> None:
     lite.stream.ensure_group()
-    looks = Looks("scoring", lambda: "idle", lambda: None, lite.stream, lite.database)
+    looks = WorkerCollector("scoring", lambda: "idle", lambda: None, lite.stream, lite.database)
     found = looked(looks)
     assert (found["records_vanished_total", ""], found["records_vanished_at_seconds", ""]) == (0, 0)
     publish(lite.stream, 2)

@@ -169,16 +169,10 @@ def _load_reference(path: Path) -> Reference | None:
     return Reference(rows, arrays["logits"])
 
 
-def load_artifact(
-    folder: Path, sha256: str | None = None, verified: Callable[[int], None] = lambda size: None
-) -> Artifact:
-    """The model in evaluation mode with its tokenizer; raises `BadArtifact` when any part is not as registered.
-
-    `verified` is called with the bytes of the weights when every file is proven and none is loaded.
-    """
+def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
+    """The model in evaluation mode with its tokenizer; raises `BadArtifact` when any part is not as registered."""
     verify(folder, sha256)
     try:
-        verified((folder / WEIGHTS).stat().st_size)
         written: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         if written.pop("format_version") != FORMAT_VERSION:
             raise BadArtifact(f"{folder} has an artifact format this version does not read; upgrade tweetscore")

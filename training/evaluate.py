@@ -16,7 +16,7 @@ from sklearn.metrics import (
 )
 from torch import nn
 
-from training.batches import pad
+from training.batches import pad, plan_batches
 from training.calibrate import brier, calibration_error, log_loss
 from training.config import TrainConfig
 from training.decide import Choices, Floats, choose, to_probabilities
@@ -67,9 +67,7 @@ def predict(
     loss_of = loss_function(config)
     gathered = torch.zeros(targets.shape)
     loss = 0.0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
+    for index in plan_batches([len(row) for row in rows], batch_size=batch_size):
         ids, mask = pad([rows[i] for i in index], pad_id)
         logits = model(ids.to(device), mask.to(device)).float()
         loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from db import registry
 from worker import show
-from worker.choices import kept_choices, spare_folder
+from worker.engine_choice import fallback_folder, saved_choices
 from worker.runtime import open_sql
 from worker.settings import load_settings
 from worker.show import Json
@@ -56,7 +56,7 @@ def models_show(model: int, json: Json = False) -> None:
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         spells = [row for row in registry.history(session) if row.model_version_id == model]
-    engines = kept_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
+    engines = saved_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
             "metrics": show.metric_rows(figures),
@@ -153,7 +153,7 @@ def models_delete(
         version = registry.mark_deleted(session, model, predictions)
     # After the commit: an artifact without a row does no harm, a row without its artifact would.
     settings.models.remove(version.artifact_url, version.sha256)
-    rmtree(spare_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
+    rmtree(fallback_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
     if json:
         show.as_json(show.fields(version))
     else:
@@ -169,7 +169,7 @@ def rescore(
     json: Json = False,
 ) -> None:
     """Let a model score the stored tweets it has not seen, new ones first. Stopped, it goes on where it was."""
-    from worker.rescore import rescore as backfill
+    from worker.backfill import rescore as backfill
     from worker.runtime import glance
 
     settings = load_settings()

@@ -140,7 +140,7 @@ def _base_model(settings: Settings) -> str:
 
 
 def _champion(settings: Settings) -> str:
-    from worker.scorer import load_model, serving
+    from worker.scoring_model import load_model, serving_from
 
     database = open_sql(settings)
     with database.read() as session:
@@ -148,8 +148,8 @@ def _champion(settings: Settings) -> str:
         if version_id is None:
             return "none yet: tweets wait until a model is promoted"
         version = registry.get(session, version_id)
-    model = load_model(version, serving(settings))
+    model = load_model(version, serving_from(settings))
     return (
-        f"model {version_id} loads, its sha256 is right; {model.engine.name} {model.choice.why}; "
+        f"model {version_id} loads, its sha256 is right; {model.engine.name} {model.choice.reason}; "
         f"{model.token_budget} tokens a forward"
     )

@@ -18,17 +18,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
 from training.devices import claim_device
+from worker.champion import Champion
 from worker.errors import StreamError
 from worker.gate import Gate
 from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
 from worker.inbox import Inbox
-from worker.metrics import Looks
+from worker.metrics_endpoint import WorkerCollector
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
 from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
 from worker.redis_client import connect_briefly
 from worker.runtime import open_guarded, open_stream, stream_url
-from worker.scorer import Champion, serving
+from worker.scoring_model import serving_from
 from worker.settings import Settings
 from worker.stream import Depth, Stream
 
@@ -48,7 +49,9 @@ class Lane:
         self.gate = Gate(self.database, settings.watch_seconds)
         # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
         self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
-        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database, self.engine)
+        self.collector = WorkerCollector(
+            self.kind, self.state, self.model_version, self._gauge, self.database, self.engine
+        )
         self._nudge = nudge
         self._busy = threading.Lock()
         self._nudged = threading.Event()
@@ -196,7 +199,7 @@ class ScoringLane(Lane):
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         device = self.claim()
-        self.champion = Champion(self.database, serving(settings, device))
+        self.champion = Champion(self.database, serving_from(settings, device))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
         self._stall = Stall(settings.stall_seconds)
 

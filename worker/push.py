@@ -91,7 +91,7 @@ def _say(progress: Progress, shown: TaskID, said: str) -> None:
 
 def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
     """Score every tweet of a file and print what the model says. Returns how many lines were no tweets."""
-    from worker.scorer import served, serving
+    from worker.scoring_model import open_model, serving_from
 
     with database.read() as session:
         wanted = model_id if model_id is not None else registry.assigned(session, registry.CHAMPION)
@@ -104,10 +104,10 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
         show.long_work("scoring", TimeRemainingColumn(), prints=True) as tell,
         ExitStack() as stack,
     ):
-        running = None
+        model = None
         for window in batched(_good(source, pushed, need_id=False), settings.window_tweets):
-            running = running or stack.enter_context(served(version, serving(settings)))
-            scores = running.current().score([tweet.text for tweet in window])
+            model = model or stack.enter_context(open_model(version, serving_from(settings)))
+            scores = model.current().score([tweet.text for tweet in window])
             tell(source.position() or 0, source.size)
             if as_lines:
                 for tweet, said in zip(window, scores, strict=True):

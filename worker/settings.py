@@ -21,14 +21,9 @@ from training.config import PRESETS
 from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
 from training.workshop import Workshop
+from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
-
-# By name, so that the settings need not import the libraries.
-ENGINES = (
-    "openvino-int8", "openvino-bfloat16", "openvino-float32", "torch-float16", "torch-bfloat16", "torch-float32",
-)  # fmt: skip
-
 
 WITH_PASSWORD = ("redis", "database", "reader")
 
@@ -101,7 +96,7 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto",
         description="what runs the model when scoring: `auto` takes the fastest that agrees with float32; or one of "
-        "`openvino-int8`, `openvino-bfloat16`, `openvino-float32`, `torch-float16`, `torch-bfloat16`, `torch-float32`",
+        + ", ".join(f"`{name}`" for name in ENGINES),
     )
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
@@ -112,9 +107,6 @@ class Settings(BaseSettings):
         ge=64,
         le=10_000_000,
         description="most tokens, padding included, of one forward; unset: what a sweep finds for model and device",
-    )
-    repeat_cache: int = Field(
-        0, ge=0, le=100_000_000, description="texts whose scores are kept for repeats in later windows; 0: none"
     )
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"

@@ -17,7 +17,7 @@ from rich.text import Text
 from db import jobs, registry
 from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
 from db.session import Database
-from worker.choices import Choice
+from worker.engine_choice import Choice
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
 
@@ -190,7 +190,7 @@ def engine_table(choice: Choice) -> None:
         f"Engines on {choice.hardware}; {choice.token_budget} tokens a forward",
         ["engine", "tweets/s", "what was found"],
         [
-            (trial.engine, trial.tweets_per_second and f"{trial.tweets_per_second:.0f}", trial.says or "not needed")
+            (trial.engine, trial.tweets_per_second and f"{trial.tweets_per_second:.0f}", trial.verdict or "not needed")
             for trial in sorted(choice.trials, key=lambda trial: not trial.serves)
         ],
     )

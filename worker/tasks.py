@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import NotFound, TweetscoreError
 from training import failpoint
-from worker import logs, metrics, requests, results
+from worker import logs, metrics_endpoint, requests, results
 from worker.app import SCORING, TRAINING, app
 from worker.errors import JobFailed
 from worker.inbox import Inbox
@@ -182,7 +182,9 @@ def _open_lanes(hostname: str, queues: set[str]) -> None:
             settings, lambda: train.apply_async(queue=own, retry=False, ignore_result=True), inbox
         )
     if settings.metrics_port is not None:
-        metrics.serve(settings.metrics_host, settings.metrics_port, [lane.looks for lane in lanes.values()])
+        metrics_endpoint.serve(
+            settings.metrics_host, settings.metrics_port, [lane.collector for lane in lanes.values()]
+        )
     for lane in lanes.values():
         lane.start()
 

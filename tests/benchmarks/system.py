@@ -56,8 +56,8 @@ def tweets(n: int, source: Path, *, ids_from: int | None = None) -> list[bytes]:
     """`n` wire records with consecutive ids and the texts of a JSONL file, whose lines have an `id` and a `text`.
 
     Unless `ids_from` says otherwise, ids go on where the last call ended, so that no call is a replay of another. An
-    id always has the same text: the file is cycled. Equal texts of a window, or of a worker with a repeat cache, are
-    scored once: a file shorter than the window, or any cycling beside such a cache, measures less work than it seems.
+    id always has the same text: the file is cycled. Equal texts of a window are scored once: a file shorter than the
+    window measures less work than it seems.
     """
     first = fresh_ids(n) if ids_from is None else ids_from
     with source.open(encoding="utf-8") as lines:

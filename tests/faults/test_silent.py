@@ -31,7 +31,7 @@ from tests.faults.commands import worker
 from tests.test_metrics import scraped
 from tests.world import World
 from worker import embedded, health
-from worker.scorer import Model
+from worker.scoring_model import ScoringModel
 from worker.settings import load_settings
 from worker.stream import Stream
 
@@ -124,7 +124,7 @@ def test_a_window_in_hand_waits_for_a_silent_database_says_so_and_is_stored_once
     promote: Any, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     bench = Bench(opened, stream, raw, tiny_artifact, promote)
-    route = bench.worker(bench.holding(Model))
+    route = bench.worker(bench.holding(ScoringModel))
     stream.ensure_group()
     stream.publish([wire(i) for i in range(30)])
     thread = threading.Thread(target=route.drain)
