@@ -10,7 +10,7 @@ import pytest
 from training.artifact import find_polarity, make_spec
 from training.clean import clean, same_text_key
 from training.config import TrainConfig, make_config
-from training.data import Dataset, Rows, read_rows, split_rows
+from training.dataset import Dataset, Rows, read_rows, split_rows
 from training.encoders import STARTER_FOLDER, Encoder
 from training.errors import BadConfig, BadDataset
 from training.text import load_tokenizer
@@ -172,15 +172,15 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
     "onlybom.csv": (b"\xef\xbb\xbf", ["onlybom.csv", "header"]),
     "header.csv": (b"label,text\n", ["header.csv holds no rows"]),
     "columns.csv": (b"mood,words\ngood,hello\n", ["mood, words", "name one of them label", "text"]),
-    "bytes.csv": (b"label,text\npositive,\x82\n", ["row 2 of bytes.csv is not UTF-8", "mend it or convert"]),
+    "bytes.csv": (b"label,text\npositive,\x82\n", ["row 2 of bytes.csv: the row is not UTF-8", "convert"]),
     "bytes.jsonl": (b'{"label": "p", "text": "\x82"}\n', ["not UTF-8"]),
-    "no.parquet": (b"PAR1 no", ["no.parquet is no Parquet", "write it again"]),
+    "no.parquet": (b"PAR1 no", ["no.parquet: the file is not readable Parquet", "write it again"]),
     "no.csv.gz": (b"label,text\n", ["no.csv.gz cannot be unpacked", "fetch it again"]),
-    "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["line 2 of torn.jsonl", "mend it"]),
-    "array.jsonl": (b'["p", "a"]\n', ["line 1 of array.jsonl", '{"label"']),
-    "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten it"]),
-    "commas.csv": (b"label,text\n1,hello, world\n0,good, bye\n", ["commas.csv"]),
-    "quote.csv": (b'label,text\np,"open\nn,b\n', ["quote.csv", "mend"]),
+    "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["row 2 of torn.jsonl", "not JSON; correct"]),
+    "array.jsonl": (b'["p", "a"]\n', ["row 1 of array.jsonl is not a JSON object", '{"label"']),
+    "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten or remove it"]),
+    "commas.csv": (b"label,text\n1,hello, world\n0,good, bye\n", ["row 2 of commas.csv", "3 columns"]),
+    "quote.csv": (b'label,text\np,"open\nn,b\n', ["row 2 of quote.csv: the row cannot be read", "correct it"]),
 }  # fmt: skip
 
 

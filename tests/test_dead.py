@@ -19,13 +19,13 @@ from tests.bench import DRAINED, Bench, wire
 from tests.test_db import alembic
 from worker import embedded
 from worker.app import make_app
-from worker.dead import drop, retry
-from worker.records import pack_fields, unpack_fields
+from worker.dead_letters import drop, retry
 from worker.redis_client import connect
 from worker.runtime import open_sql
 from worker.scorer import Model, Scores
 from worker.settings import Settings
 from worker.stream import FIELD, Stream
+from worker.tweet_record import pack_fields, unpack_fields
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 POISON = "毒のある文"

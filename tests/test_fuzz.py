@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from db.errors import TweetscoreError
 from tests.bench import DRAINED, Bench, wire
 from training.config import TrainConfig, make_config
-from training.data import read_rows, split_rows
-from training.sources import Source, open_source
+from training.dataset import read_rows, split_rows
+from training.table_file import TableFile, open_table
 from worker.options import label_map, numbers, pairs
-from worker.records import Tweet, parse_payload
 from worker.settings import Settings, environment_name, load_settings
-from worker.tweetfiles import read_tweets
+from worker.tweet_file import read_tweets
+from worker.tweet_record import Tweet, parse_payload
 
 # How many examples a kind gets, and that all kinds together are enough.
 FEW, MANY = 150, 4_200
@@ -161,13 +161,13 @@ def test_any_file_of_tweets_gives_a_tweet_or_a_sentence_for_each_line(
 
 
 @contextmanager
-def opened_or_none(path: Path) -> Iterator[Source | None]:
+def opened_or_none(path: Path) -> Iterator[TableFile | None]:
     """The source of a file; None when it is empty, which a sentence says."""
     if path.stat().st_size:
-        with open_source(path) as source:
+        with open_table(path) as source:
             yield source
     else:
-        _, error = ended(lambda: open_source(path).__enter__())
+        _, error = ended(lambda: open_table(path).__enter__())
         assert is_sentence(error)
         yield None
 

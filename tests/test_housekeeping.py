@@ -28,7 +28,7 @@ from training.cache import Cache
 from training.leftovers import remove_leftovers
 from training.storage import Store
 from worker import embedded, housekeeping
-from worker.forget import Gone
+from worker.deletion import Gone
 from worker.housekeeping import Housekeeper, alone, apply_retention, forget_windows, tidy_sums
 from worker.settings import Settings
 

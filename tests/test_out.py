@@ -30,10 +30,10 @@ from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
 from worker import embedded, pictures, show
-from worker.check import check_file
+from worker.deletion import Gone, Wish, forget
 from worker.errors import StreamError
 from worker.export import SCHEMA, export
-from worker.forget import Gone, Wish, forget
+from worker.file_report import check_file
 from worker.redis_client import connect
 from worker.settings import Settings
 from worker.stream import Stream
@@ -286,10 +286,10 @@ def test_a_window_under_way_is_waited_for(lite: Bench, monkeypatch: pytest.Monke
     lite.stream.publish([wire(1, author_id="a")])
     with draining(lite.worker(champion)):
         champion.model.begun.wait(PATIENCE_SECONDS)
-        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 0.3)
         with pytest.raises(StreamError, match="still holds 1"):
             forget(lite.database, lite.stream, Wish(authors=("a",)))
-        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 60.0)
+        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 60.0)
         threading.Timer(0.5, champion.model.go.set).start()
         forget(lite.database, lite.stream, Wish(authors=("a",)))
     assert lite.rows(Tweet) == []

@@ -191,7 +191,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Publish tweets to the stream. Lines that are no tweets are counted and named; the others go through."""
-    from worker.push import push_file
+    from worker.publish_file import push_file
 
     settings = load_settings()
     with broker(settings, show.aside) as url:
@@ -223,7 +223,7 @@ def score(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Score tweets here and now: no queue, nothing stored."""
-    from worker.push import score_file
+    from worker.publish_file import score_file
 
     settings = load_settings()
     if score_file(settings, open_sql(settings), file, model, json):

@@ -41,7 +41,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Look at a file: encoding, columns, labels, duplicates, lengths, and what to do about what is wrong."""
-    from worker.check import check_file
+    from worker.file_report import check_file
 
     settings = load_settings()
     found = check_file(file, base_model or settings.base_model, max_length)
@@ -85,8 +85,8 @@ def delete(
     json: Json = False,
 ) -> None:
     """Delete tweets for good: from the stream, from every table, and from the files behind them."""
-    from worker.forget import Wish, forget
-    from worker.forget import compact as rewrite
+    from worker.deletion import Wish, forget
+    from worker.deletion import compact as rewrite
 
     wish = Wish(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
     if wish == Wish():

@@ -14,7 +14,7 @@ from worker.doors import nudge
 from worker.errors import StreamAway
 from worker.intake import submit_training
 from worker.processes import Workers, workers
-from worker.push import push_file
+from worker.publish_file import push_file
 from worker.runtime import broker, open_sql, open_stream, returns
 from worker.settings import Settings
 from worker.stream import Stream

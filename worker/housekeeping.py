@@ -26,7 +26,7 @@ from db.session import Database
 from training.leftovers import remove_leftovers
 from training.orphans import clear_orphans
 from training.workshop import Workshop
-from worker.forget import Gone
+from worker.deletion import Gone
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from training.columns import ID_COLUMNS, TEXT_COLUMNS
-from training.sources import has_bad_bytes
+from training.columns import ID_COLUMNS, TEXT_COLUMNS, has_surrogates
 from worker.errors import BadRecord
 from worker.stream import FIELD, WIRE_VERSION
 
@@ -126,7 +125,7 @@ def _time(value: Any) -> datetime | None:
 def _storable(text: str, what: str) -> str:
     if "\x00" in text:
         raise BadRecord(f"the tweet's {what} holds a NUL character, which databases cannot store")
-    if has_bad_bytes(text):
+    if has_surrogates(text):
         raise BadRecord(f"the tweet's {what} holds half a surrogate pair, which is no character")
     return text
 

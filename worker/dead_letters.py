@@ -9,8 +9,8 @@ from db.models import DeadLetter
 from db.session import Database
 from worker.app import SCORING
 from worker.doors import nudge
-from worker.records import unpack_fields
 from worker.stream import Stream
+from worker.tweet_record import unpack_fields
 
 CHUNK = 250
 

@@ -11,10 +11,10 @@ from db import store
 from db.errors import DatabaseError
 from db.rewrite import rewrite
 from db.session import Database
-from worker import dead
+from worker import dead_letters
 from worker.errors import BadRecord, StreamError
-from worker.records import parse_payload
 from worker.stream import Stream
+from worker.tweet_record import parse_payload
 
 PORTION = 1_000
 # A window that was read before its records went is stored after all: its reader is waited for.
@@ -55,7 +55,7 @@ def forget(
     records = _from_stream(stream, wish, progress)
     tweets = _tweets(database, wish, progress)
     letters = 0
-    for portion in dead.chunks(database, None):
+    for portion in dead_letters.chunks(database, None):
         going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
         with database.begin() as session:
             store.drop_dead(session, going)

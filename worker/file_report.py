@@ -11,10 +11,10 @@ import pandas as pd
 from training.clean import clean, same_text_key
 from training.columns import ID_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS
 from training.encoders import resolve_encoder
-from training.sources import open_source
+from training.table_file import open_table
 from training.text import TextEncoder, load_tokenizer
 from worker.errors import BadRecord
-from worker.tweetfiles import read_objects
+from worker.tweet_file import read_objects
 
 # Beyond any tweet: a length is measured, not cut.
 UNCUT = 100_000
@@ -45,11 +45,11 @@ def check_file(name: str, base_model: str, max_length: int) -> dict[str, Any]:
     encode = TextEncoder(load_tokenizer(encoder.folder))
     columns: dict[str, None] = {}
     faults, portions = Faults(), [_measured([], encode)]
-    with open_source(name) as source:
-        rows = read_objects(source)
+    with open_table(name) as table_file:
+        rows = read_objects(table_file)
         while portion := list(islice(rows, PORTION)):
             portions.append(_measured(list(_told(portion, columns, faults)), encode))
-        found = {"file": source.name, "format": source.format, "encoding": source.encoding_name}
+        found = {"file": table_file.name, "format": table_file.format, "encoding": table_file.encoding_name}
     table = pd.concat(portions, ignore_index=True)
     return found | {"columns": list(columns)} | _summary(table, faults, encoder.name, max_length)
 

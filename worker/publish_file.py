@@ -13,15 +13,15 @@ from rich.progress import Progress, TaskID, TextColumn, TimeRemainingColumn
 from db import registry
 from db.errors import NotFound
 from db.session import Database
-from training.sources import Source, open_source
+from training.table_file import TableFile, open_table
 from worker import show
 from worker.app import SCORING, make_app
 from worker.doors import FLUSH_TWEETS, nudge, send
 from worker.errors import BadRecord
-from worker.records import Tweet
 from worker.runtime import open_stream
 from worker.settings import Settings
-from worker.tweetfiles import read_tweets
+from worker.tweet_file import read_tweets
+from worker.tweet_record import Tweet
 
 FAULTS_NAMED = 20
 
@@ -55,13 +55,13 @@ def push_file(
     """
     stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(strict), time.monotonic()
     with (
-        open_source(file) as source,
+        open_table(file) as table,
         show.bar(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()) as progress,
     ):
         progress.disable = quiet
-        pushed.encoding, said_at = source.encoding_name, began
-        shown = progress.add_task("publishing", total=source.size, rate="")
-        for flush in batched(_good(source, pushed, topic=topic), FLUSH_TWEETS):
+        pushed.encoding, said_at = table.encoding_name, began
+        shown = progress.add_task("publishing", total=table.size, rate="")
+        for flush in batched(_good(table, pushed, topic=topic), FLUSH_TWEETS):
             payloads = [tweet.payload() for tweet in flush]
             send(stream, payloads, settings, lambda said: _say(progress, shown, said))
             nudge(app, SCORING)
@@ -73,10 +73,10 @@ def push_file(
             progress.update(
                 shown,
                 description="publishing",
-                completed=source.position(),
+                completed=table.position(),
                 rate=f"{pushed.published} tweets, {rate:,.0f}/s",
             )
-        progress.update(shown, completed=source.size or pushed.published, total=source.size or pushed.published)
+        progress.update(shown, completed=table.size or pushed.published, total=table.size or pushed.published)
     pushed.seconds = time.monotonic() - began
     return pushed
 
@@ -100,15 +100,15 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
         version = registry.get(session, wanted)
     pushed = Pushed()
     with (
-        open_source(file) as source,
+        open_table(file) as table,
         show.long_work("scoring", TimeRemainingColumn(), prints=True) as tell,
         ExitStack() as stack,
     ):
         running = None
-        for window in batched(_good(source, pushed, need_id=False), settings.window_tweets):
+        for window in batched(_good(table, pushed, need_id=False), settings.window_tweets):
             running = running or stack.enter_context(served(version, serving(settings)))
             scores = running.current().score([tweet.text for tweet in window])
-            tell(source.position() or 0, source.size)
+            tell(table.position() or 0, table.size)
             if as_lines:
                 for tweet, said in zip(window, scores, strict=True):
                     print(json.dumps({"id": tweet.id, "model_version_id": version.id, **said}, ensure_ascii=False))
@@ -125,9 +125,9 @@ def batched(tweets: Iterator[Tweet], size: int) -> Iterator[list[Tweet]]:
         yield batch
 
 
-def _good(source: Source, pushed: Pushed, **how: Any) -> Iterator[Tweet]:
-    for number, tweet in read_tweets(source, **how):
+def _good(table: TableFile, pushed: Pushed, **how: Any) -> Iterator[Tweet]:
+    for number, tweet in read_tweets(table, **how):
         if isinstance(tweet, Tweet):
             yield tweet
         else:
-            pushed.note(source.name, number, tweet)
+            pushed.note(table.name, number, tweet)
