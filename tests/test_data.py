@@ -1,4 +1,4 @@
-"""Labelled files -> splits, the cleaner, and the configuration: what is read, what is refused and in which words."""
+"""Labelled files, splits, the cleaner, and the configuration: valid input, and the messages for invalid input."""
 
 import json
 import unicodedata
@@ -58,7 +58,7 @@ def test_every_documented_form_of_a_dataset_is_read(
 
 
 def test_row_numbers_lead_back_to_the_file(tmp_path: Path) -> None:
-    """A CSV counts its header as row 1; JSONL counts lines, blank ones too."""
+    """The header of a CSV is row 1; JSONL counts lines, including blank ones."""
     (tmp_path / "a.csv").write_text("label,text\npos,a\nneg,b\n")
     (tmp_path / "a.jsonl").write_text('{"label": "pos", "text": "a"}\n\n{"label": "neg", "text": "b"}\n')
     assert read_rows(tmp_path / "a.csv").row_numbers == [2, 3]
@@ -222,7 +222,7 @@ def test_rows_that_cannot_be_split_are_refused_with_the_value_and_the_remedy(
 
 
 @pytest.mark.parametrize("unstorable", ["a\\u0000b", "a\\ud800b"])
-def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, unstorable: str) -> None:
+def test_a_text_that_no_database_can_store_is_refused_before_training(tmp_path: Path, unstorable: str) -> None:
     lines = [f'{{"label": "{label}", "text": "{text}"}}' for label, text in [*many("p", 20), *many("n", 20)]]
     lines[2] = f'{{"label": "p", "text": "{unstorable}"}}'
     (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -241,7 +241,7 @@ def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, 
         ("これ→https://t.co/abc最高だった", "これ→ 最高だった"),
     ],
 )
-def test_cleaning_drops_what_names_and_keeps_what_feels(tweet: str, cleaned: str) -> None:
+def test_cleaning_removes_mentions_and_links_and_keeps_emotion(tweet: str, cleaned: str) -> None:
     assert [clean(tweet, version) for version in ("1", "2")] == [cleaned, cleaned]
 
 
@@ -268,7 +268,7 @@ def test_neologdn_makes_widths_one() -> None:
 
 
 def test_tokenizers_take_kaomoji_apart_where_a_cleaner_keeps_them() -> None:
-    """What happens, said in `training/clean.py`: NFKC of the tokenizer, as the encoder was pretrained."""
+    """The tokenizer normalises to NFKC, as in pretraining; `training/clean.py` explains it."""
     tokens = load_tokenizer(STARTER_FOLDER).tokenize(clean("(´▽｀)"))
     assert "".join(tokens).replace("##", "") == "(\u0301▽`)"
     assert unicodedata.normalize("NFKC", "(ﾟДﾟ)") == "(\u309aД\u309a)"

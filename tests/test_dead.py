@@ -1,4 +1,4 @@
-"""Dead letters: listed, shown, put back whole, dropped."""
+"""List, show, retry and drop dead letters."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ class Squeamish(Model):
         return super().forward(rows)
 
 
-def test_what_one_model_could_not_score_is_retried_with_another(bench: Bench, settings: Settings) -> None:
+def test_a_record_that_one_model_could_not_score_is_retried_with_another(bench: Bench, settings: Settings) -> None:
     bench.stream.publish([wire("hard", POISON), wire("easy")])
     bench.worker(bench.holding(Squeamish)).drain()
     (letter,) = bench.dead()
@@ -95,7 +95,7 @@ def test_a_crash_between_stream_and_table_leaves_one_prediction(bench: Bench, se
     assert (bench.dead(), bench.stream.depth()) == ([], DRAINED)
 
 
-def test_many_letters_go_in_portions_and_an_unknown_one_stops_all(bench: Bench, settings: Settings) -> None:
+def test_many_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench: Bench, settings: Settings) -> None:
     bench.promote()
     bench.stream.publish([b"no json"] * 600)
     bench.worker().drain()

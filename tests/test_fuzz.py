@@ -1,4 +1,4 @@
-"""Inputs nobody would think of: each ends scored, buried or refused with a sentence, none in a traceback.
+"""Random inputs: each is scored, dead-lettered or refused with one sentence, and none raises a traceback.
 
 The ordinary run takes some hundreds, `pytest -m nightly` over 20,000; the count is shown at the end.
 """
@@ -66,13 +66,13 @@ HEADERS = [
 
 
 def broken(value: dict[str, Any], at: int, junk: bytes) -> bytes:
-    """A good record, more or less, with bytes put into it somewhere."""
+    """A valid record with bytes overwritten at a random place."""
     whole = wire("1", "雨が降る", **{key: value[key] for key in value if key not in ("v", "id", "text")})
     return whole[:at] + junk + whole[at + len(junk) :]
 
 
 def ended(call: Callable[[], Any]) -> tuple[Any, TweetscoreError | None]:
-    """What it gave, or how it was refused; anything else passes through, and is what these tests look for."""
+    """The result, or the `TweetscoreError`; any other exception fails the test."""
     try:
         return call(), None
     except TweetscoreError as error:
@@ -97,7 +97,7 @@ def file_of(content: bytes, ending: str) -> Iterator[Path]:
 
 @pytest.fixture
 def fuzzed(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
-    """Note how many inputs there were; too few are a fault."""
+    """Record the number of inputs; fails when there are too few."""
 
     def note(count: int, wanted: int) -> None:
         assert count >= wanted
@@ -162,7 +162,7 @@ def test_any_file_of_tweets_gives_a_tweet_or_a_sentence_for_each_line(
 
 @contextmanager
 def opened_or_none(path: Path) -> Iterator[TableFile | None]:
-    """The source of a file; None when it is empty, which a sentence says."""
+    """The open table; None when the file is empty, which raises an error with one sentence."""
     if path.stat().st_size:
         with open_table(path) as source:
             yield source
@@ -173,7 +173,7 @@ def opened_or_none(path: Path) -> Iterator[TableFile | None]:
 
 
 def tables(ending: str) -> st.SearchStrategy[bytes]:
-    """Files of one kind: rows that make sense, rows that do not, in encodings that fit or do not."""
+    """Files of one format with valid and random rows, in encodings with and without errors."""
     if ending == ".jsonl":
         lines = st.lists(
             objects.map(lambda value: json.dumps(value, ensure_ascii=False)) | st.text(max_size=20), max_size=8

@@ -1,4 +1,4 @@
-"""Files as people have them: encodings, packing, formats, and the X API's shapes. All content is invented."""
+"""Files in different encodings, compressions and formats, and responses of the X API. All content is invented."""
 
 import gzip
 import io
@@ -123,9 +123,9 @@ def test_single_v2_tweets_with_and_without_their_envelope(tmp_path: Path) -> Non
     assert tweets(written(tmp_path, "a.jsonl", lines)) == [Tweet("1", "全文"), Tweet("2", "映画が好き", topic="映画")]
 
 
-def test_an_answer_of_nothing_but_errors_is_reported(tmp_path: Path) -> None:
+def test_a_response_with_only_errors_is_reported(tmp_path: Path) -> None:
     [(number, fault)] = read(written(tmp_path, "a.jsonl", json.dumps({"errors": [{"title": "Unauthorized"}]})))
-    assert (number, str(fault)) == (1, "the API's answer holds errors and no tweets")
+    assert (number, str(fault)) == (1, "the API response contains errors and no tweets; see its field `errors`")
 
 
 def test_v1_statuses_take_the_whole_text_and_the_id_that_is_not_rounded(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_v1_statuses_take_the_whole_text_and_the_id_that_is_not_rounded(tmp_path
     assert tweets(written(tmp_path, "v1.jsonl", one_a_line)) == [first, extended, retweet]
 
 
-def test_what_tweets_refer_to_travels_in_the_wire_format() -> None:
+def test_the_wire_format_contains_references_to_other_tweets() -> None:
     tweet = Tweet("4", "x", retweeted_id="2", quoted_id="3", replied_to_id="5")
     assert json.loads(tweet.payload()) == {
         "v": 1, "id": "4", "text": "x", "retweeted_id": "2", "quoted_id": "3", "replied_to_id": "5"
@@ -157,7 +157,7 @@ def test_jsonl_lines_are_numbered_and_a_bad_one_does_not_stop_the_rest() -> None
     assert str(found[1][1]) == "the line is not JSON; correct or remove it"
 
 
-def test_a_document_that_is_none_is_read_as_lines(tmp_path: Path) -> None:
+def test_a_file_that_is_not_one_document_is_read_as_lines(tmp_path: Path) -> None:
     found = read(written(tmp_path, "a.json", '{broken\n{"id":"2","text":"二"}\n'))
     assert [(number, type(value)) for number, value in found] == [(1, BadRecord), (2, Tweet)]
 
@@ -175,12 +175,12 @@ def test_the_guides_form_is_read_by_position(tmp_path: Path) -> None:
     assert tweets(path, need_id=False) == [Tweet("2", "楽しい"), Tweet("3", "悲しい")]
 
 
-def test_without_need_of_ids_a_line_is_named_by_its_number_and_a_topic_fills_gaps(tmp_path: Path) -> None:
+def test_missing_ids_become_line_numbers_and_missing_topics_the_given_one(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"text":"a"}\n{"text":"b","id":"x","topic":"y"}\n')
     assert tweets(path, need_id=False, topic="t") == [Tweet("1", "a", topic="t"), Tweet("x", "b", topic="y")]
 
 
-def test_a_name_that_tells_no_format_is_json_of_tweets_and_csv_of_labelled_rows(tmp_path: Path) -> None:
+def test_a_name_without_a_known_ending_is_json_for_tweets_and_csv_for_datasets(tmp_path: Path) -> None:
     assert tweets(written(tmp_path, "a.txt", '{"id":"1","text":"良い"}\n')) == [Tweet("1", "良い")]
     assert read_rows(written(tmp_path, "b.txt", "label,text\np,良い\n")).texts == ["良い"]
 
@@ -231,7 +231,7 @@ def test_urls_are_opened_by_fsspec_and_never_shown_with_their_keys(tmp_path: Pat
 
 
 def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, labelled_csv: Path) -> None:
-    """Packed, and named by a URL with a query: the copy in the home keeps the ending."""
+    """The copy in the home of a gzipped file from a URL keeps its ending."""
     packed = labelled_csv.with_name("labelled.csv.gz")
     packed.write_bytes(gzip.compress(labelled_csv.read_bytes()))
     job = submit_training(settings, sqlite, f"file://{packed}")
@@ -248,7 +248,7 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
 
 
 def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:
-    """The first tweet is there before the writer has ended."""
+    """The first tweet is read before the writer ends."""
     code = (
         "from training.table_file import open_table\nfrom worker.tweet_file import read_tweets\n"
         "with open_table('-') as source:\n  for number, tweet in read_tweets(source): print(tweet.text, flush=True)\n"
@@ -286,7 +286,7 @@ SAMPLE = "id,text\n1,とても良い①髙﨑\n2,ﾃﾞﾊﾟｰﾄで買物\n3,
         ("utf-16-be", "utf-16-be"), ("cp932", "cp932"),
     ],
 )  # fmt: skip
-def test_the_encoding_is_found_out(tmp_path: Path, encoding: str, expected: str) -> None:
+def test_the_encoding_is_detected(tmp_path: Path, encoding: str, expected: str) -> None:
     path = written(tmp_path, "a.csv", SAMPLE.encode(encoding))
     with open_table(path) as source:
         assert source.encoding == expected
@@ -307,7 +307,7 @@ def test_a_stray_nul_does_not_make_a_file_utf_16(tmp_path: Path) -> None:
     assert second == Tweet("2", "b")
 
 
-def test_a_dataset_says_what_it_was_read_as(tmp_path: Path) -> None:
+def test_a_dataset_reports_its_encoding(tmp_path: Path) -> None:
     rows = read_rows(written(tmp_path, "a.csv", "ラベル,本文\n良,髙い山\n悪,低い山\n".encode("cp932")))
     assert (rows.texts, rows.labels, rows.encoding) == (["髙い山", "低い山"], ["良", "悪"], "cp932")
 

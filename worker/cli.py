@@ -191,11 +191,11 @@ def push(
     json: Json = False,
 ) -> None:
     """Publish tweets to the stream. Lines that are no tweets are counted and named; the others go through."""
-    from worker.publish_file import push_file
+    from worker.publish_file import publish_file
 
     settings = load_settings()
     with broker(settings, show.aside) as url:
-        pushed = push_file(settings, url, file, quiet=json, topic=topic, strict=strict)
+        pushed = publish_file(settings, url, file, quiet=json, topic=topic, strict=strict)
     if json:
         show.as_json(
             {

@@ -1,4 +1,4 @@
-"""Tweets that must go: from the stream, from every table, and from the files behind them. Knows no command line."""
+"""Delete tweets from the stream, from every table, and from the files that store them."""
 
 import json
 import time
@@ -16,98 +16,104 @@ from worker.errors import BadRecord, StreamError
 from worker.stream import Stream
 from worker.tweet_record import parse_payload
 
-PORTION = 1_000
-# A window that was read before its records went is stored after all: its reader is waited for.
+CHUNK_ROWS = 1_000
+# A window that was read before its records were removed is still stored, so wait until its worker has committed it.
 WAIT_SECONDS = 60.0
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Which tweets: by id, by author, or written (come in, when they do not say) before a time; any of them will do."""
+class TweetFilter:
+    """Matches a tweet by its id, by its author, or by its time: the time it was written, else when it was received."""
 
     tweet_ids: tuple[str, ...] = ()
     authors: tuple[str, ...] = ()
     before: datetime | None = None
 
-    def covers(self, payload: bytes | None, came_in: datetime) -> bool:
-        """Whether a record is meant: one that is no tweet by whatever of it can be read."""
-        id_, author, written = _told(payload)
-        written = written or came_in
-        return id_ in self.tweet_ids or author in self.authors or (self.before is not None and written < self.before)
+    def matches(self, payload: bytes | None, received_at: datetime) -> bool:
+        """Whether a record matches; a record that is not a valid tweet is matched by the fields that can be read."""
+        id_, author, written_at = _readable_fields(payload)
+        written_at = written_at or received_at
+        return id_ in self.tweet_ids or author in self.authors or (self.before is not None and written_at < self.before)
 
 
 @dataclass(frozen=True)
-class Gone:
+class DeletedCounts:
     records: int
     tweets: int
     dead_letters: int
 
 
-def forget(
-    database: Database, stream: Stream, wish: Wish, progress: Callable[[str, int], None] = lambda what, n: None
-) -> Gone:
-    """Delete tweets with their predictions, their dead letters and their records. `progress` is told (of what, count).
+def delete_tweets(
+    database: Database,
+    stream: Stream,
+    tweets: TweetFilter,
+    progress: Callable[[str, int], None] = lambda what, count: None,
+) -> DeletedCounts:
+    """Delete tweets with their predictions, dead letters and stream records; `progress` gets (what, count).
 
-    The stream comes first, so that no tweet that waits there is scored after its row is gone. Raises `StreamError` when
-    a worker still holds what it held a minute ago: then it is to be said again.
+    The stream comes first, so that no waiting tweet is scored after its row is deleted. Raises `StreamError` when a
+    worker still holds a record after `WAIT_SECONDS`; run it again then.
     """
-    records = _from_stream(stream, wish, progress)
-    tweets = _tweets(database, wish, progress)
+    records = _delete_records(stream, tweets, progress)
+    rows = _delete_rows(database, tweets, progress)
     letters = 0
-    for portion in dead_letters.chunks(database, None):
-        going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
+    for chunk in dead_letters.chunks(database, None):
+        matching = [letter.record_id for letter in chunk if tweets.matches(letter.payload, letter.buried_at)]
         with database.begin() as session:
-            store.drop_dead(session, going)
-        letters += len(going)
+            store.drop_dead(session, matching)
+        letters += len(matching)
         progress("dead letters", letters)
-    return Gone(records, tweets, letters)
+    return DeletedCounts(records, rows, letters)
 
 
 def compact(database: Database, stream: Stream) -> list[str]:
-    """Rewrite the files, so that nothing of what was deleted is left in them. Others wait meanwhile, for seconds.
+    """Rewrite the files, so that they contain no deleted data. Other clients wait meanwhile, for seconds.
 
-    Returns a sentence on each that could not be rewritten, and what to do about it.
+    Returns one sentence for each that could not be rewritten, with the remedy.
     """
-    left = []
+    failures = []
     for rewriting in (partial(rewrite, database), stream.rewrite_log):
         try:
             rewriting()
         except (DatabaseError, StreamError) as error:
-            left.append(str(error))
-    return left
+            failures.append(str(error))
+    return failures
 
 
-def _tweets(database: Database, wish: Wish, progress: Callable[[str, int], None]) -> int:
+def _delete_rows(database: Database, tweets: TweetFilter, progress: Callable[[str, int], None]) -> int:
     done, last = 0, ""
     while True:
         with database.begin() as session:
-            gone = store.delete_tweets(session, wish.tweet_ids, wish.authors, wish.before, PORTION, after=last)
-        if not gone:
+            deleted = store.delete_tweets(
+                session, tweets.tweet_ids, tweets.authors, tweets.before, CHUNK_ROWS, after=last
+            )
+        if not deleted:
             return done
-        done, last = done + len(gone), gone[-1]
+        done, last = done + len(deleted), deleted[-1]
         progress("tweets", done)
 
 
-def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None]) -> int:
-    going = []
-    for portion in stream.every(PORTION):
-        going += [record.id for record in portion if wish.covers(record.payload, record.came_in)]
-        progress("records", len(going))
-    stream.remove(going)
-    # Whatever is held now: a record that was removed before can no longer be read, and may still be one that is meant.
-    ends, held = time.monotonic() + WAIT_SECONDS, stream.held()
+def _delete_records(stream: Stream, tweets: TweetFilter, progress: Callable[[str, int], None]) -> int:
+    matching = []
+    for chunk in stream.every(CHUNK_ROWS):
+        matching += [record.id for record in chunk if tweets.matches(record.payload, record.came_in)]
+        progress("records", len(matching))
+    stream.remove(matching)
+    # Wait for every record held now: one that was removed earlier cannot be read any more, but may also match.
+    deadline, held = time.monotonic() + WAIT_SECONDS, stream.held()
     while held := held & stream.held():
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             raise StreamError(
-                f"a worker still holds {len(held)} records; say it again when its window is done, or its worker gone"
+                f"a worker still holds {len(held)} records; run the command again when its window is done, or stop the "
+                "worker"
             )
-        time.sleep(LOOK_SECONDS)
-    return len(going)
+        time.sleep(POLL_SECONDS)
+    return len(matching)
 
 
-def _told(payload: bytes | None) -> tuple[str | None, str | None, datetime | None]:
-    """Id, author and time of a record; of one that is no tweet, what can be read."""
+def _readable_fields(payload: bytes | None) -> tuple[str | None, str | None, datetime | None]:
+    """Id, author and time of a record; of an invalid tweet, the id and author that can be read."""
     try:
         tweet = parse_payload(payload)
         return tweet.id, tweet.author_id, tweet.created_at

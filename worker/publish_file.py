@@ -1,4 +1,4 @@
-"""Files of tweets: published to the stream, or scored here and now."""
+"""Publish the tweets of a file to the stream, or score them directly."""
 
 import json
 import time
@@ -23,12 +23,12 @@ from worker.settings import Settings
 from worker.tweet_file import read_tweets
 from worker.tweet_record import Tweet
 
-FAULTS_NAMED = 20
+MAX_FAULTS = 20
 
 
 @dataclass
-class Pushed:
-    """What became of a file. `note` keeps the first faults in words and counts all; with `strict` it raises them."""
+class PublishReport:
+    """Counts of tweets and of bad lines, with the messages of the first `MAX_FAULTS`."""
 
     strict: bool = False
     encoding: str = "UTF-8"
@@ -37,60 +37,62 @@ class Pushed:
     bad_count: int = 0
     bad: list[str] = field(default_factory=list)
 
-    def note(self, name: str, number: int, fault: BadRecord) -> None:
+    def add_fault(self, name: str, number: int, fault: BadRecord) -> None:
+        """Count a bad line; raises it as `BadRecord` with `strict`."""
         if self.strict:
-            raise BadRecord(f"{name}, line {number}: {fault}; what stood before it is published")
+            raise BadRecord(f"{name}, line {number}: {fault}; the tweets before it are published")
         self.bad_count += 1
-        if len(self.bad) < FAULTS_NAMED:
+        if len(self.bad) < MAX_FAULTS:
             self.bad.append(f"{name}, line {number}: {fault}")
 
 
-def push_file(
+def publish_file(
     settings: Settings, url: str, file: str, *, quiet: bool, topic: str | None = None, strict: bool = False
-) -> Pushed:
-    """Publish every tweet of a file in its order, with a nudge after each flush.
+) -> PublishReport:
+    """Publish the tweets of a file in their order, and nudge the workers after each flush.
 
-    Lines that are no tweets are noted and left out; with `strict` the first of them raises `BadRecord`. `topic` is for
-    tweets that have none.
+    Lines that are not tweets are counted and skipped; with `strict` the first of them raises `BadRecord`. `topic`
+    applies to tweets that have none.
     """
-    stream, app, pushed, began = open_stream(settings, url), make_app(settings), Pushed(strict), time.monotonic()
+    stream, app, report, began = open_stream(settings, url), make_app(settings), PublishReport(strict), time.monotonic()
     with (
         open_table(file) as table,
         show.bar(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()) as progress,
     ):
         progress.disable = quiet
-        pushed.encoding, said_at = table.encoding_name, began
-        shown = progress.add_task("publishing", total=table.size, rate="")
-        for flush in batched(_good(table, pushed, topic=topic), FLUSH_TWEETS):
+        prints_lines = not (quiet or progress.console.is_terminal)
+        report.encoding, logged_at = table.encoding_name, began
+        task = progress.add_task("publishing", total=table.size, rate="")
+        for flush in batched(_valid_tweets(table, report, topic=topic), FLUSH_TWEETS):
             payloads = [tweet.payload() for tweet in flush]
-            send(stream, payloads, settings, lambda said: _say(progress, shown, said))
+            send(stream, payloads, settings, lambda status: _show_status(progress, task, status))
             nudge(app, SCORING)
-            pushed.published += len(flush)
-            rate = pushed.published / max(time.monotonic() - began, 1e-9)
-            if not progress.console.is_terminal and not quiet and time.monotonic() - said_at > show.SAID_EVERY_SECONDS:
-                said_at = time.monotonic()
-                progress.console.print(f"publishing: {pushed.published:,} tweets, {rate:,.0f} a second")
+            report.published += len(flush)
+            rate = report.published / max(time.monotonic() - began, 1e-9)
+            if prints_lines and time.monotonic() - logged_at > show.SAID_EVERY_SECONDS:
+                logged_at = time.monotonic()
+                progress.console.print(f"publishing: {report.published:,} tweets, {rate:,.0f} a second")
             progress.update(
-                shown,
+                task,
                 description="publishing",
                 completed=table.position(),
-                rate=f"{pushed.published} tweets, {rate:,.0f}/s",
+                rate=f"{report.published} tweets, {rate:,.0f}/s",
             )
-        progress.update(shown, completed=table.size or pushed.published, total=table.size or pushed.published)
-    pushed.seconds = time.monotonic() - began
-    return pushed
+        progress.update(task, completed=table.size or report.published, total=table.size or report.published)
+    report.seconds = time.monotonic() - began
+    return report
 
 
-def _say(progress: Progress, shown: TaskID, said: str) -> None:
-    """On a terminal beside the bar; elsewhere as a line, when it is another one than the last."""
-    known = progress.tasks[shown].description
-    progress.update(shown, description=said)
-    if not progress.console.is_terminal and not progress.disable and said != known:
-        progress.console.print(said, markup=False)
+def _show_status(progress: Progress, task: TaskID, status: str) -> None:
+    """Show a status beside the bar; without a terminal print it as a line when it changes."""
+    previous = progress.tasks[task].description
+    progress.update(task, description=status)
+    if not progress.console.is_terminal and not progress.disable and status != previous:
+        progress.console.print(status, markup=False)
 
 
 def score_file(settings: Settings, database: Database, file: str, model_id: int | None, as_lines: bool) -> int:
-    """Score every tweet of a file and print what the model says. Returns how many lines were no tweets."""
+    """Score the tweets of a file and print the predictions. Returns how many lines are not tweets."""
     from worker.scorer import served, serving
 
     with database.read() as session:
@@ -98,26 +100,26 @@ def score_file(settings: Settings, database: Database, file: str, model_id: int 
         if wanted is None:
             raise NotFound("there is no champion yet; train a model and promote it, or name one with --model")
         version = registry.get(session, wanted)
-    pushed = Pushed()
+    report = PublishReport()
     with (
         open_table(file) as table,
-        show.long_work("scoring", TimeRemainingColumn(), prints=True) as tell,
+        show.long_work("scoring", TimeRemainingColumn(), prints=True) as update,
         ExitStack() as stack,
     ):
         running = None
-        for window in batched(_good(table, pushed, need_id=False), settings.window_tweets):
+        for window in batched(_valid_tweets(table, report, need_id=False), settings.window_tweets):
             running = running or stack.enter_context(served(version, serving(settings)))
             scores = running.current().score([tweet.text for tweet in window])
-            tell(table.position() or 0, table.size)
+            update(table.position() or 0, table.size)
             if as_lines:
-                for tweet, said in zip(window, scores, strict=True):
-                    print(json.dumps({"id": tweet.id, "model_version_id": version.id, **said}, ensure_ascii=False))
+                for tweet, answer in zip(window, scores, strict=True):
+                    print(json.dumps({"id": tweet.id, "model_version_id": version.id, **answer}, ensure_ascii=False))
             else:
                 rows = [(t.id, s["label"], s["probability"], t.text) for t, s in zip(window, scores, strict=True)]
                 show.table(None, ["id", "label", "probability", "text"], rows)
-    for fault in pushed.bad:
+    for fault in report.bad:
         show.errors.print(fault, style="red", markup=False, soft_wrap=True)
-    return pushed.bad_count
+    return report.bad_count
 
 
 def batched(tweets: Iterator[Tweet], size: int) -> Iterator[list[Tweet]]:
@@ -125,9 +127,9 @@ def batched(tweets: Iterator[Tweet], size: int) -> Iterator[list[Tweet]]:
         yield batch
 
 
-def _good(table: TableFile, pushed: Pushed, **how: Any) -> Iterator[Tweet]:
-    for number, tweet in read_tweets(table, **how):
+def _valid_tweets(table: TableFile, report: PublishReport, **options: Any) -> Iterator[Tweet]:
+    for number, tweet in read_tweets(table, **options):
         if isinstance(tweet, Tweet):
             yield tweet
         else:
-            pushed.note(table.name, number, tweet)
+            report.add_fault(table.name, number, tweet)
