@@ -95,7 +95,7 @@ def test_a_crash_between_stream_and_table_leaves_one_prediction(bench: Bench, se
     assert (bench.dead(), bench.stream.depth()) == ([], DRAINED)
 
 
-def test_many_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench: Bench, settings: Settings) -> None:
+def test_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench: Bench, settings: Settings) -> None:
     bench.promote()
     bench.stream.publish([b"no json"] * 600)
     bench.worker().drain()

@@ -51,7 +51,7 @@ def test_ids_past_two_to_the_fifty_third_keep_every_digit() -> None:
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_a_malformed_record_is_refused_with_a_reason_that_does_not_contain_its_text(payload: bytes | None, reason: str) -> None:
+def test_a_malformed_record_is_refused_with_a_reason_without_its_text(payload: bytes | None, reason: str) -> None:
     with pytest.raises(BadRecord, match=reason) as refused:
         parse_payload(payload)
     assert len(str(refused.value)) < 200
