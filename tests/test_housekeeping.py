@@ -28,7 +28,7 @@ from training.cache import Cache
 from training.leftovers import remove_leftovers
 from training.storage import Store
 from worker import embedded, housekeeping
-from worker.forget import Gone
+from worker.deletion import DeletedCounts
 from worker.housekeeping import Housekeeper, alone, apply_retention, forget_windows, tidy_sums
 from worker.settings import Settings
 
@@ -49,8 +49,8 @@ def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
     )
     with database.begin() as session:
         store.bury(session, [letter_row("1-0", buried_at=old), letter_row("2-0", buried_at=new)])
-    assert apply_retention(database.begin, 30, NEVER) == Gone(0, 1, 1)
-    assert apply_retention(database.begin, 30, NEVER) == Gone(0, 0, 0)
+    assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 1, 1)
+    assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 0, 0)
     assert_counted(database)
 
 

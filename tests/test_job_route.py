@@ -26,7 +26,7 @@ from training.artifact import load_artifact, make_reference
 from training.cache import Cache
 from training.checkpoint import Epoch
 from training.config import make_config
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split
 from training.evaluate import model_figures
 from training.job import run_next_job
 from training.outcome import Outcome

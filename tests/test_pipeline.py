@@ -84,29 +84,6 @@ def test_window_leaves_a_row_with_its_stage_times(lite: Bench) -> None:
     assert all(row[name] > 0 for name in ("read_ms", "tokenise_ms", "forward_ms", "store_ms"))
 
 
-def test_malformed_records_are_buried_and_their_window_mates_scored(bench: Bench) -> None:
-    bench.promote()
-    bad = {
-        b"{": "not JSON", b"[" * 100_000: "not JSON", b"\xff\xfe": "not UTF-8", b"[1]": "not a list",
-        b'{"text": "a"}': "no id", b'{"id": "1"}': "no text", wire("1", "  "): "blank", wire(1.5): "id is a number",
-        wire("x" * 65): "65 characters", wire("1", "a\0"): "NUL", wire("1", "\ud800"): "surrogate",
-        wire("1", "あ" * 400_000): "400,000 characters", wire("1", v=2): "wire version '2'",
-        wire("1", created_at="soon"): "created_at", wire("1", author_id=[]): "author_id is a list",
-    }  # fmt: skip
-    bench.raw.xadd(bench.stream.key, {"twet": "misspelled"})
-    for i, payload in enumerate(bad):
-        bench.stream.publish([payload, wire(f"good-{i}")])
-    assert bench.worker().drain() == len(bad)
-    assert set(bench.scored()) == {f"good-{i}" for i in range(len(bad))}
-    letters = {row["payload"]: row for row in bench.rows(DeadLetter)}
-    assert set(letters) == {b"", *bad}
-    assert "no field 'tweet'" in letters[b""]["reason"]
-    for payload, reason in bad.items():
-        assert reason in letters[payload]["reason"]
-        assert letters[payload]["attempts"] == 1
-    assert bench.stream.depth() == DRAINED
-
-
 def test_the_same_tweet_twice_is_one_row(bench: Bench) -> None:
     bench.promote()
     bench.stream.publish([wire("1", "最初"), wire(1, "二度目"), wire("2")])

@@ -25,7 +25,7 @@ from training.calibrate import brier, calibration_error, fit_temperature, log_lo
 from training.card import write_card
 from training.checkpoint import Epoch
 from training.config import make_config
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split
 from training.decide import choose, to_probabilities
 from training.evaluate import mcnemar, model_figures
 from training.outcome import Outcome

@@ -20,7 +20,7 @@ from db.session import Database
 from tests.test_data import many, rows_of
 from training.artifact import load_artifact
 from training.config import TrainConfig, make_config
-from training.data import Dataset, read_rows, split_rows
+from training.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset
 from training.job import run_next_job
 from worker import show

@@ -16,7 +16,7 @@ SCORER = {"pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "nncf", "al
     [
         ("worker", "worker", CLIENT),
         ("worker.cli", "typer", COMMAND),
-        ("worker.app, worker.tasks, worker.champion, worker.pipeline, training.data", "openvino", SCORER),
+        ("worker.app, worker.tasks, worker.champion, worker.pipeline, training.dataset", "openvino", SCORER),
     ],
 )
 def test_a_process_loads_only_what_it_is_for(modules: str, needed: str, unneeded: set[str]) -> None:

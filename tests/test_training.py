@@ -20,7 +20,7 @@ from training.artifact import load_artifact, make_spec, save_artifact
 from training.batches import pad, shuffled_batches
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.data import Dataset, Split, read_rows, split_rows
+from training.dataset import Dataset, Split, read_rows, split_rows
 from training.decide import to_probabilities
 from training.encoders import Encoder
 from training.errors import BadArtifact, BadConfig, StopRequested

@@ -17,7 +17,7 @@ from sklearn.multiclass import OneVsRestClassifier
 
 from db.errors import LeaseLost
 from training import failpoint
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split
 from training.decide import Floats, choose
 from training.errors import Cancelled, StopRequested
 from training.evaluate import Figures, metrics

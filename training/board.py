@@ -14,7 +14,7 @@ from training import plots
 from training.batches import pad
 from training.checkpoint import Epoch
 from training.config import TrainConfig
-from training.data import Split
+from training.dataset import Split
 from training.decide import Floats
 from training.model import Classifier
 

@@ -15,6 +15,10 @@ class BadSource(TweetscoreError):
     """Raised when a file or URL of rows is not there, is empty, or cannot be unpacked."""
 
 
+class BadRow(TweetscoreError):
+    """Yielded in place of a row that cannot be read; the message does not contain the row's text."""
+
+
 class ModelUnavailable(TweetscoreError):
     """Raised when a base model cannot be found, fetched or loaded."""
 

@@ -17,7 +17,7 @@ from training.batches import cut, pad, shuffled_batches
 from training.board import Board
 from training.checkpoint import Checkpoints, Epoch, Progress, RunState
 from training.config import TrainConfig
-from training.data import Split
+from training.dataset import Split
 from training.decide import Floats
 from training.errors import StopRequested
 from training.evaluate import loss_function, metrics, predict

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from db.errors import plain
-from training.data import find_dataset
+from training.dataset import find_dataset
 from training.encoders import Encoder, resolve_encoder
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
 from training.paths import file_sha256
 from training.sealed import seal
-from training.sources import ending_of
 from training.storage import Store, is_remote
+from training.table_file import ending_of
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
 DIGEST_CHARS = 16

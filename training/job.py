@@ -23,7 +23,7 @@ from training.baselines import baselines
 from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints, Epoch, Progress
 from training.config import make_config
-from training.data import Split, read_rows, split_rows
+from training.dataset import Split, read_rows, split_rows
 from training.decide import Floats
 from training.devices import pick_device
 from training.encoders import present_name

@@ -7,7 +7,7 @@ import torch
 
 from training.artifact import Spec
 from training.checkpoint import Epoch
-from training.data import Dataset
+from training.dataset import Dataset
 from training.decide import Floats, to_probabilities
 from training.evaluate import Figures
 

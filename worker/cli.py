@@ -191,11 +191,11 @@ def push(
     json: Json = False,
 ) -> None:
     """Publish tweets to the stream. Lines that are no tweets are counted and named; the others go through."""
-    from worker.push import push_file
+    from worker.publish_file import publish_file
 
     settings = load_settings()
     with broker(settings, show.aside) as url:
-        pushed = push_file(settings, url, file, quiet=json, topic=topic, strict=strict)
+        pushed = publish_file(settings, url, file, quiet=json, topic=topic, strict=strict)
     if json:
         show.as_json(
             {
@@ -223,7 +223,7 @@ def score(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Score tweets here and now: no queue, nothing stored."""
-    from worker.push import score_file
+    from worker.publish_file import score_file
 
     settings = load_settings()
     if score_file(settings, open_sql(settings), file, model, json):

@@ -41,7 +41,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Look at a file: encoding, columns, labels, duplicates, lengths, and what to do about what is wrong."""
-    from worker.check import check_file
+    from worker.file_report import check_file
 
     settings = load_settings()
     found = check_file(file, base_model or settings.base_model, max_length)
@@ -85,18 +85,18 @@ def delete(
     json: Json = False,
 ) -> None:
     """Delete tweets for good: from the stream, from every table, and from the files behind them."""
-    from worker.forget import Wish, forget
-    from worker.forget import compact as rewrite
+    from worker.deletion import TweetFilter, delete_tweets
+    from worker.deletion import compact as rewrite
 
-    wish = Wish(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
-    if wish == Wish():
+    tweets = TweetFilter(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
+    if tweets == TweetFilter():
         raise BadRequest("nothing is named; say --tweet-id, --author or --before")
     settings = load_settings()
     database = open_sql(settings)
     with broker(settings) as url:
         stream = open_stream(settings, url)
         with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
-            gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))
+            gone = delete_tweets(database, stream, tweets, lambda what, count: tell(count, None, f"{count} {what}"))
         left = rewrite(database, stream) if compact else []
     database.close()
     if json:

@@ -9,10 +9,10 @@ from db import store
 from db.models import DeadLetter
 from worker import show
 from worker.errors import BadRecord
-from worker.records import parse_payload
 from worker.runtime import broker, open_sql, open_stream
 from worker.settings import load_settings
 from worker.show import Json
+from worker.tweet_record import parse_payload
 
 app = typer.Typer(no_args_is_help=True, help="Records that could not be scored.")
 
@@ -55,7 +55,7 @@ def dead_show(record_id: str, json: Json = False) -> None:
 def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
     """Put dead letters back into the stream, whole; a worker scores them, or buries them again."""
     from worker.app import make_app
-    from worker.dead import retry
+    from worker.dead_letters import retry
 
     settings, ids = load_settings(), _chosen(record_ids, every)
     with broker(settings) as url:
@@ -66,7 +66,7 @@ def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -
 @app.command("drop")
 def dead_drop(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
     """Forget dead letters for good."""
-    from worker.dead import drop
+    from worker.dead_letters import drop
 
     _say("dropped", drop(open_sql(load_settings()), _chosen(record_ids, every)), json)
 

@@ -14,7 +14,7 @@ from worker.doors import nudge
 from worker.errors import StreamAway
 from worker.intake import submit_training
 from worker.processes import Workers, workers
-from worker.push import push_file
+from worker.publish_file import publish_file
 from worker.runtime import broker, open_sql, open_stream, returns
 from worker.settings import Settings
 from worker.stream import Stream
@@ -59,7 +59,7 @@ def run_demo(settings: Settings) -> None:
         with database.begin() as session:
             registry.assign(session, registry.CHAMPION, version)
         say(f"model {version} is the champion now\n")
-        pushed = push_file(settings, url, str(SAMPLE / "unlabelled.jsonl"), quiet=True)
+        pushed = publish_file(settings, url, str(SAMPLE / "unlabelled.jsonl"), quiet=True)
         _wait_until_scored(settings, database, url, version, pushed.published, running)
         _show_answers(settings)
     say(

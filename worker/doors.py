@@ -12,11 +12,11 @@ from redis import RedisError
 from worker.app import SCORING, TRAINING, make_app
 from worker.errors import StreamAway, StreamFull
 from worker.intake import submit_training as queue_job
-from worker.records import parse_object
 from worker.runtime import broker, open_sql, open_stream, returns
 from worker.settings import Settings, load_settings
 from worker.stream import FULL_WAIT_SECONDS, Stream
-from worker.xapi import flat_tweets
+from worker.tweet_record import parse_object
+from worker.x_api import flat_tweets
 
 log = logging.getLogger(__name__)
 

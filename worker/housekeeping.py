@@ -26,7 +26,7 @@ from db.session import Database
 from training.leftovers import remove_leftovers
 from training.orphans import clear_orphans
 from training.workshop import Workshop
-from worker.forget import Gone
+from worker.deletion import DeletedCounts
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -111,14 +111,14 @@ def training_chores(database: Database, workshop: Workshop, days: float, stoppin
     return [clear_checkpoints, clear_artifacts]
 
 
-def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> Gone:
+def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> DeletedCounts:
     """Delete what came in more than `days` days ago, whenever it was written."""
     before = utc_now() - timedelta(days=days)
     tweets = _in_portions(begin, partial(upkeep.delete_received_before, before=before), stopping)
     letters = _in_portions(begin, partial(upkeep.delete_buried_before, before=before), stopping)
     if tweets or letters:
         log.info("retention of %g days: %d tweets and %d dead letters are gone", days, tweets, letters)
-    return Gone(0, tweets, letters)
+    return DeletedCounts(0, tweets, letters)
 
 
 def forget_windows(begin: Begin, days: float, stopping: threading.Event) -> int:

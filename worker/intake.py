@@ -17,13 +17,13 @@ from db.errors import TweetscoreError, plain, shown
 from db.models import TrainingJob
 from db.session import Database
 from training.config import TrainConfig, make_config
-from training.data import read_rows, split_rows
+from training.dataset import read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.inputs import keep_dataset, keep_encoder
 from training.paths import file_sha256, is_file, is_folder, real_path
-from training.sources import download
 from training.storage import is_remote
+from training.table_file import download
 from worker.inbox import Request
 from worker.settings import Settings
 

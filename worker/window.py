@@ -12,9 +12,9 @@ from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.records import OPTIONAL, Tweet, pack_fields, parse_payload
 from worker.scoring_model import Scores, ScoringModel, prediction_rows
 from worker.stream import Record
+from worker.tweet_record import OPTIONAL, Tweet, pack_fields, parse_payload
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from training.artifact import make_reference, make_spec, save_artifact
 from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.data import Split, read_rows, split_rows
+from training.dataset import Split, read_rows, split_rows
 from training.encoders import STARTER_FOLDER, Encoder
 from training.evaluate import predict
 from training.model import Classifier, build_model

@@ -28,7 +28,7 @@ from transformers import (
 from tests.benchmarks.peers import GuideDataset
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.data import Split
+from training.dataset import Split
 from training.encoders import Encoder
 from training.evaluate import metrics
 from training.fit import FitInputs, Hooks, fit

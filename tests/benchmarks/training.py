@@ -29,7 +29,7 @@ from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints
 from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.data import Rows, Split, read_rows, split_rows
+from training.dataset import Rows, Split, read_rows, split_rows
 from training.encoders import STARTER, STARTER_FOLDER, Encoder
 from training.evaluate import model_figures, predict
 from training.fit import FitInputs, Hooks, fit

@@ -31,7 +31,7 @@ from tests.faults.commands import worker
 from tests.test_readme import ROOT, section
 from tests.world import World
 from training.config import make_config
-from training.data import find_dataset
+from training.dataset import find_dataset
 from training.encoders import Encoder, resolve_encoder
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
 from training.model import build_model
