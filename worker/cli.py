@@ -35,7 +35,7 @@ app.add_typer(cli_dead.app, name="dead")
 app.add_typer(cli_db.app, name="db")
 app.add_typer(cli_data.app, name="data")
 app.command("rescore")(cli_models.rescore)
-for command in (cli_data.export, cli_data.delete, cli_data.plot):
+for command in (cli_data.export, cli_data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

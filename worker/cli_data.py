@@ -1,4 +1,4 @@
-"""`tweetscore data | export | delete | plot`: what goes in looked at beforehand, and what comes out beside SQL."""
+"""`tweetscore data`, `export` and `delete`: check a file before use, export predictions, delete tweets."""
 
 import time
 from datetime import UTC, datetime
@@ -24,13 +24,6 @@ class Form(StrEnum):
     csv = "csv"
     jsonl = "jsonl"
     parquet = "parquet"
-
-
-class Picture(StrEnum):
-    sentiment = "sentiment"
-    confusion = "confusion"
-    calibration = "calibration"
-    throughput = "throughput"
 
 
 @app.command()
@@ -109,18 +102,3 @@ def delete(
         show.errors.print(sentence, markup=False, soft_wrap=True)
     if left:
         raise typer.Exit(1)
-
-
-def plot(
-    picture: Annotated[Picture, typer.Argument(help="sentiment, confusion, calibration or throughput.")],
-    out: Annotated[Path, typer.Option(help="A PNG file.")],
-    model: Annotated[int | None, typer.Option(help="Model version; the champion if unnamed.")] = None,
-) -> None:
-    """Draw a picture of what the database holds."""
-    from worker.pictures import draw
-
-    if not out.absolute().parent.is_dir():
-        raise BadRequest(f"there is no folder for {out}; make it first")
-    settings = load_settings()
-    draw(open_to_ask(settings), picture, model).savefig(out, format="png", dpi=150)
-    show.console.print(f"{out}", markup=False)

@@ -24,7 +24,7 @@ def make_dashboard(settings: Settings) -> Datasette:
     """The application over the settings' database; raises `BadRequest` when that is no SQLite file."""
     url = make_url(settings.sql_url)
     if url.get_backend_name() != "sqlite" or not url.database:
-        raise BadRequest("the dashboard reads SQLite; for PostgreSQL use `plot`, `export` or a tool that speaks to it")
+        raise BadRequest("the dashboard reads SQLite; for PostgreSQL use `export` or a tool that speaks to it")
     text = (importlib.resources.files("worker") / "dashboard.yml").read_text(encoding="utf-8")
     metadata: dict[str, Any] = yaml.safe_load(text)
     made = Datasette(
