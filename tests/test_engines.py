@@ -1,5 +1,6 @@
 """Engines and the choice between them: the same answers as float32 torch, or somebody else serves."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from training.evaluate import predict
 from training.model import Classifier, build_model
 from training.text import load_tokenizer
 from worker.choices import Choice, kept_choices, read_choice
-from worker.engines import Batch, Engine, Logits, TorchEngine, Workbench
+from worker.engines import Batch, Engine, Logits, TorchEngine, Workbench, hardware
 from worker.errors import DeviceFull
 from worker.lineup import MIN_AGREEMENT, PLAIN, loading_takes, pick_engine, place, try_out, trying_out_takes
 from worker.scorer import Model
@@ -123,11 +124,43 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
 
 
 def test_nothing_phones_home() -> None:
-    program = """import worker.engines, nncf, sys, openvino.tools.ovc.telemetry_utils as told
+    program = """import worker.engines; worker.engines.openvino()
+import nncf, sys, openvino.tools.ovc.telemetry_utils as told
 print(told.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == "openvino.tools.ovc.telemetry_stub"
     assert not [name for name in said if name.startswith("openvino_telemetry.")]
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_without_its_package_an_engine_is_passed_over_with_the_pip_line(
+    artifact: Artifact, missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    bench = Workbench(artifact.model, CPU)
+    engine, choice = try_out(bench, artifact, CPU, "auto")
+    assert engine.name in bench.names()
+    says = {trial.engine: trial.says for trial in choice.trials}
+    assert "`pip install openvino nncf`" in says["openvino-int8"]
+    assert caplog.text.count("`pip install openvino nncf`") == 1
+    if missing == "openvino":
+        assert (engine.name, set(says)) == (PLAIN, {"openvino-int8", PLAIN})
+        assert hardware(CPU).endswith("without OpenVINO")
+        _, wanted = try_out(bench, artifact, CPU, "openvino-float32")
+        assert wanted.engine == PLAIN
+
+
+def test_a_choice_is_found_where_openvino_is_not_installed(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is a part of the key."""
+
+    def version(name: str) -> str:
+        if name in ("openvino", "nncf"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    before = place(artifact.folder, SHA, CPU, "auto")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert place(artifact.folder, SHA, CPU, "auto") != before
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])

@@ -6,14 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-import yaml
-from datasette.app import Datasette
-from datasette.database import Database
 from sqlalchemy import make_url
 
-from worker.errors import BadRequest
+from worker.errors import BadRequest, DashboardUnavailable
 from worker.settings import Settings
+
+try:
+    import datasette_dashboards  # noqa: F401 - a plugin of Datasette, which finds it by itself
+    import uvicorn
+    import yaml
+    from datasette.app import Datasette
+    from datasette.database import Database
+except ImportError as error:
+    raise DashboardUnavailable(
+        f"the dashboard needs Datasette ({error}); `pip install 'tweetscore[dashboard]'`"
+    ) from error
 
 # Views are made to answer in less; a question that takes longer is stopped.
 QUERY_MS = 5_000

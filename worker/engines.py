@@ -6,6 +6,7 @@ Each is compared with float32 torch before it may serve: see `lineup.py`.
 import copy
 import io
 import logging
+import platform
 import sys
 import threading
 import warnings
@@ -23,11 +24,7 @@ from numpy.typing import NDArray
 from training import failpoint
 from training.batches import Ids
 from training.model import Classifier
-from worker.errors import DeviceFull
-
-# OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-import openvino as ov  # noqa: E402
+from worker.errors import DeviceFull, EngineUnavailable
 
 Logits = NDArray[np.float32]
 Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
@@ -35,6 +32,7 @@ Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
 # So many neighbouring activations of a token share one int8 scale. Smaller is more exact, larger is faster; measured at
 # BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7 times the speed.
 ACTIVATION_GROUP = 128
+INSTALL_CPU_ENGINES = "pip install openvino nncf"
 NO_ROOM = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 
 
@@ -49,6 +47,20 @@ class Engine(Protocol):
         Two threads may call it: while one waits for its last batches, those of the other are begun.
         """
         ...
+
+
+def openvino() -> Any:
+    """The OpenVINO package; imported when a CPU engine is built, so that a GPU worker runs without it.
+
+    Raises `EngineUnavailable` where it is not installed.
+    """
+    # OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino as package
+    except ImportError as error:
+        raise EngineUnavailable(f"OpenVINO cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
+    return package
 
 
 class TorchEngine:
@@ -77,6 +89,7 @@ class OpenVinoEngine:
 
     def __init__(self, name: str, model: Any, precision: str) -> None:
         self.name = name
+        ov = openvino()
         compiled = ov.Core().compile_model(
             model,
             "CPU",
@@ -133,7 +146,10 @@ class Workbench:
             return ["torch-float16", "torch-bfloat16", "torch-float32"]
         if self._device.type != "cpu":
             return ["torch-float32"]
-        bf16 = ["openvino-bfloat16"] if _cpu_has_bf16() else []
+        try:
+            bf16 = ["openvino-bfloat16"] if _cpu_has_bf16() else []
+        except EngineUnavailable:
+            return ["openvino-int8", "torch-float32"]  # the trial of the first reports what is not installed
         return ["openvino-int8", *bf16, "openvino-float32", "torch-float32"]
 
     def build(self, name: str) -> Engine:
@@ -146,7 +162,7 @@ class Workbench:
     def graph(self, name: str) -> Any:
         """What OpenVINO runs under this name."""
         if self._graph_path is not None:
-            return ov.Core().read_model(self._graph_path)
+            return openvino().Core().read_model(self._graph_path)
         return self._quantised if name == "openvino-int8" else self._converted
 
     @cached_property
@@ -155,7 +171,10 @@ class Workbench:
 
         Embeddings stay float32: they are looked up, not multiplied, and rounding them costs agreement for nothing.
         """
-        import nncf  # a second to load, for the one time a model's graph is made
+        try:
+            import nncf  # a second to load, for the one time a model's graph is made
+        except ImportError as error:
+            raise EngineUnavailable(f"NNCF cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
 
         logging.getLogger("nncf").setLevel(logging.ERROR)  # its own `set_log_level` silences everybody's handlers
         ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
@@ -166,28 +185,31 @@ class Workbench:
     @cached_property
     def _converted(self) -> Any:
         """The float32 graph, for batches of any shape."""
-        example = torch.ones((2, 8), dtype=torch.long)
+        ov, example = openvino(), torch.ones((2, 8), dtype=torch.long)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing fixes some Python values; the reference rows show if any mattered
             return ov.convert_model(self._model, example_input={"input_ids": example, "attention_mask": example})
 
 
 def save_graph(graph: Any, path: Path) -> None:
-    ov.save_model(graph, path, compress_to_fp16=False)
+    openvino().save_model(graph, path, compress_to_fp16=False)
 
 
 def hardware(device: torch.device) -> str:
     """What an engine was chosen for, in words: another machine chooses again."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}"
-    core = ov.Core()
+    try:
+        core = openvino().Core()
+    except EngineUnavailable:
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, without OpenVINO"
     features = "/".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}, {torch.get_num_threads()} threads, {features}"
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU computes in bfloat16 itself; emulated it is many times slower than float32."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @contextmanager

@@ -67,9 +67,16 @@ def default_budget(device: torch.device) -> int:
 
 def place(folder: Path, sha256: str, device: torch.device, wanted: str) -> Path:
     """Where the choice for this artifact, hardware and wish lies, whether or not it was made."""
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")]
+    versions = [_version(name) for name in ("torch", "transformers", "openvino", "nncf")]
     key = json.dumps([sha256, hardware(device), wanted, versions])
     return engines_folder(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # OpenVINO and NNCF may be missing
 
 
 def places(folder: Path, sha256: str, device: torch.device, wanted: str, spare: Path | None) -> list[Path]:
