@@ -97,7 +97,7 @@ def delete(
 
     wish = Wish(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
     if wish == Wish():
-        raise BadRequest("no tweet is named; give --tweet-id, --author or --before")
+        raise BadRequest("nothing is named; give --tweet-id, --author or --before")
     settings = load_settings()
     database = open_sql(settings)
     with broker(settings) as url:
