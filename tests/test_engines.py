@@ -1,5 +1,6 @@
 """Engines and their selection: an engine serves only if it agrees with float32 torch."""
 
+import importlib.metadata
 import itertools
 import json
 import shutil
@@ -31,7 +32,7 @@ from worker.engine_choice import Choice, read_choice, saved_choices
 from worker.engine_names import FLOAT32_TORCH
 from worker.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
 from worker.engine_trial import TrialRequest, run_trial
-from worker.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine
+from worker.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine, hardware
 from worker.errors import DeviceFull
 from worker.scoring_model import ScoringModel
 
@@ -144,11 +145,43 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
 
 
 def test_nothing_phones_home() -> None:
-    program = """import worker.engines, nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
+    program = """import worker.engines; worker.engines.openvino()
+import nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
 print(telemetry.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == "openvino.tools.ovc.telemetry_stub"
     assert not [name for name in said if name.startswith("openvino_telemetry.")]
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_without_its_package_an_engine_is_passed_over_with_the_pip_line(
+    artifact: Artifact, missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    builder = EngineBuilder(artifact.model, CPU)
+    engine, choice = select_engine(builder, artifact, CPU, "auto")
+    assert engine.name in builder.names()
+    says = {trial.engine: trial.verdict for trial in choice.trials}
+    assert "`pip install openvino nncf`" in says["openvino-int8"]
+    assert caplog.text.count("`pip install openvino nncf`") == 1
+    if missing == "openvino":
+        assert (engine.name, set(says)) == (FLOAT32_TORCH, {"openvino-int8", FLOAT32_TORCH})
+        assert hardware(CPU).endswith("without OpenVINO")
+        _, wanted = select_engine(builder, artifact, CPU, "openvino-float32")
+        assert wanted.engine == FLOAT32_TORCH
+
+
+def test_a_choice_is_found_where_openvino_is_not_installed(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is a part of the key."""
+
+    def version(name: str) -> str:
+        if name in ("openvino", "nncf"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    before = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert choice_folder(artifact.folder, digest(artifact), CPU, "auto") != before
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])

@@ -1,4 +1,4 @@
-"""Export, plots, the report on a file, and deletion."""
+"""Exports, a look at a file beforehand; and that what is deleted is gone."""
 
 import codecs
 import csv
@@ -7,29 +7,26 @@ import subprocess
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.image as mpimg
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from db import migrate, registry, store
+from db import migrate, store
 from db.errors import NotFound
-from db.models import DeadLetter, Prediction, TestPrediction, Tweet
+from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database, open_database
 from tests.bench import Bench, wire
 from tests.conftest import PATIENCE_SECONDS
 from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
-from worker import embedded, pictures, show
+from worker import embedded, show
 from worker.deletion import DeletedCounts, TweetFilter, delete_tweets
 from worker.errors import StreamError
 from worker.export import SCHEMA, export
@@ -134,72 +131,6 @@ def test_the_command_exports_to_standard_output_and_to_a_file(
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 1
     refused = tweetscore("export", "--format", "parquet")
     assert (refused.returncode, "--out" in refused.stderr) == (2, True)
-
-
-# --- pictures
-
-
-def labelled(database: Database, task: str) -> int:
-    labels = ["悲しい", "嬉しい"]
-    version = make_version(database)
-    assign(database, version)
-    rng = np.random.default_rng(1)
-    with database.begin() as session:
-        registry.get(session, version).labels = labels
-        for row in range(60):
-            sure = float(rng.uniform(0.5, 1))
-            actual = labels[row % 2] if task == "single_label" else "|".join(labels[: row % 3])
-            said = {labels[row % 2]: sure, labels[1 - row % 2]: 1 - sure if task == "single_label" else 0.9}
-            session.add(
-                TestPrediction(
-                    model_version_id=version, row_number=row, text="x", actual=actual, predicted=labels[row % 2],
-                    probability=sure, probabilities=said,
-                )
-            )  # fmt: skip
-    hours = [NOON + timedelta(hours=5 * i) for i in range(40)]
-    write(
-        database,
-        [tweet_row(str(i), tweet_created_at=when) for i, when in enumerate(hours)],
-        [prediction_row(str(i), version, label=labels[i % 2], score_signed=i % 2 - 0.5) for i in range(40)],
-    )
-    with database.begin() as session:
-        for i in range(10):
-            store.add_window(
-                session,
-                {
-                    "worker": "w", "model_version_id": version, "started_at": NOON + timedelta(seconds=20 * i),
-                    "tweets": 100, "buried": 0, "tokens": 2000, "padded_tokens": 2100, "read_ms": 1.0,
-                    "tokenise_ms": 2.0, "forward_ms": 50.0, "store_ms": 5.0,
-                },
-            )  # fmt: skip
-    return version
-
-
-@pytest.mark.parametrize("task", ["single_label", "multi_label"])
-@pytest.mark.parametrize("picture", pictures.PICTURES)
-def test_pictures_are_drawn_without_a_missing_glyph(
-    database: Database, picture: str, task: str, recwarn: pytest.WarningsRecorder
-) -> None:
-    labelled(database, task)
-    buffer = BytesIO()
-    pictures.draw(database, picture).savefig(buffer, format="png")
-    assert mpimg.imread(BytesIO(buffer.getvalue())).std() > 0.02  # something is on it
-    assert Image.open(buffer).size[0] > 300
-    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
-
-
-def test_sentiment_is_drawn_from_the_counts(database: Database) -> None:
-    labelled(database, "single_label")
-    counts, scores = pictures.draw(database, "sentiment").axes
-    assert sum(patch.get_height() for bars in counts.containers for patch in bars) == 40
-    assert [text.get_text() for text in counts.get_legend().get_texts()] == ["嬉しい", "悲しい"]
-    assert np.abs(scores.lines[0].get_ydata()).max() <= 0.5
-
-
-@pytest.mark.parametrize("picture", pictures.PICTURES)
-def test_nothing_to_draw_is_said(database: Database, picture: str) -> None:
-    with pytest.raises(NotFound):
-        pictures.draw(database, picture)
 
 
 # --- data check

@@ -1,5 +1,6 @@
 """From a base model's name to a folder on disk: the starter, a local folder, or a hub repository at one revision."""
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 RENAMED = {"cl-tohoku/": "tohoku-nlp/"}
 # Commits that are known to be good. Any other repository is pinned by the first model that is trained on it.
 REVISIONS = {"tohoku-nlp/bert-base-japanese-v3": "65243d6e5629b969c77309f217bd7b1a79d43c7e"}
+# The repositories of tohoku-nlp whose words are unidic-lite's; those of the others are ipadic's.
+UNIDIC_LITE = re.compile(r"tohoku-nlp/bert-(base-japanese(-char)?-v\d+|large-japanese.*)")
+UNIDIC_IN_CONFIG = re.compile(r'"mecab_dic"\s*:\s*"unidic_lite"')
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.model"]
 
 
@@ -43,6 +47,7 @@ def resolve_encoder(name: str, revision: str | None, roots: Sequence[Path]) -> E
         return Encoder(name, _local_folder(name, roots))
     check_hub_name(name)
     name = present_name(name)
+    check_dictionary(name)
     return _fetch(name, revision or REVISIONS.get(name))
 
 
@@ -59,9 +64,34 @@ def check_hub_name(name: str) -> None:
         raise ModelUnavailable(f"base model {shown(name)} is no hub name; use owner/model, a folder, or {STARTER!r}")
 
 
+def check_dictionary(name: str, folder: Path | None = None) -> None:
+    """Raises `ModelUnavailable` when a base model (in `folder` if it is local) needs unidic-lite and that is missing.
+
+    Called before a model is fetched: the tokenizer finds out only when all files are there.
+    """
+    if importlib.util.find_spec("unidic_lite"):
+        return
+    if folder is None:
+        needed = UNIDIC_LITE.fullmatch(present_name(name)) is not None
+    else:
+        needed = UNIDIC_IN_CONFIG.search(_text_of(folder / "tokenizer_config.json")) is not None
+    if needed:
+        raise ModelUnavailable(
+            f"base model {shown(name)} needs the dictionary unidic-lite, which is not installed; "
+            "`pip install 'tweetscore[unidic-lite]'`"
+        )
+
+
 def looks_local(name: str) -> bool:
     """Whether a name means files of the user's rather than a repository: a path, or a URL in a store."""
     return name.startswith(("/", ".", "~")) or "://" in name
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # the tokenizer's loader reports what is missing
 
 
 def _local_folder(name: str, roots: Sequence[Path]) -> Path:

@@ -15,7 +15,7 @@ from training.mecab import fast_encoder
 PIP_NAMES = {
     "fugashi": "fugashi",
     "ipadic": "ipadic",
-    "unidic_lite": "unidic-lite",
+    "unidic_lite": "'tweetscore[unidic-lite]'",
     "unidic": "unidic",
     "sudachipy": "sudachipy sudachidict_core",
     "rhoknp": "rhoknp",

@@ -72,7 +72,7 @@ def run_demo(settings: Settings) -> None:
         "  tweetscore train your.csv --wait               fine-tune on your own labels",
         "  tweetscore push your.jsonl                     stream tweets for scoring",
         '  tweetscore query "SELECT * FROM v_sentiment_hourly"',
-        "  tweetscore dashboard                           the answers as charts, in a browser",
+        "  tweetscore dashboard                           the answers as charts (needs tweetscore[dashboard])",
         "  tweetscore tensorboard                         the run, as it went",
         sep="\n",
         soft_wrap=True,

@@ -18,7 +18,6 @@ PACKAGES = (
     "tweetscore",
     "torch",
     "transformers",
-    "openvino",
     "celery",
     "redis",
     "sqlalchemy",
@@ -43,6 +42,7 @@ def examine(settings: Settings) -> list[Check]:
         ("database", _database),
         ("MeCab dictionary", _mecab),
         ("device", _device),
+        ("engines", _engines),
         ("model store", _store),
         ("base model", _base_model),
         ("champion", _champion),
@@ -60,6 +60,19 @@ def examine(settings: Settings) -> list[Check]:
 def _versions(settings: Settings) -> str:
     found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return f"Python {platform.python_version()}, {', '.join(found)}"
+
+
+def _engines(settings: Settings) -> str:
+    from training.devices import pick_device
+    from worker.engines import openvino
+    from worker.errors import EngineUnavailable
+
+    if pick_device(settings.device).type != "cpu":
+        return "torch"
+    try:
+        return f"torch, OpenVINO {openvino().__version__}"
+    except EngineUnavailable as error:
+        return f"torch only, which is several times slower on a CPU: {error}"
 
 
 def _home(settings: Settings) -> str:

@@ -65,9 +65,16 @@ def default_budget(device: torch.device) -> int:
 
 def choice_folder(artifact: Path, sha256: str, device: torch.device, wanted: str) -> Path:
     """The folder of the choice for this artifact, hardware and `TWEETSCORE_ENGINE`; it may not exist yet."""
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")]
+    versions = [_version(name) for name in ("torch", "transformers", "openvino", "nncf")]
     key = json.dumps([sha256, hardware(device), wanted, versions])
     return engines_folder(artifact) / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # OpenVINO and NNCF may be missing
 
 
 def choice_folders(artifact: Path, sha256: str, device: torch.device, wanted: str, fallback: Path | None) -> list[Path]:

@@ -6,6 +6,7 @@ An engine serves only after it agreed with float32 torch: see `engine_selection.
 import copy
 import io
 import logging
+import platform
 import sys
 import threading
 import warnings
@@ -24,11 +25,7 @@ from training import failpoint
 from training.batches import Ids
 from training.model import Classifier
 from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH
-from worker.errors import DeviceFull
-
-# OpenVINO and NNCF send telemetry unless this package is missing.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-import openvino as ov  # noqa: E402
+from worker.errors import DeviceFull, EngineUnavailable
 
 Logits = NDArray[np.float32]
 Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
@@ -36,6 +33,7 @@ Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
 # Neighbouring activations of a token that share one int8 scale. Smaller is more exact, larger is faster; relative speed
 # at BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7.
 ACTIVATION_GROUP = 128
+INSTALL_CPU_ENGINES = "pip install openvino nncf"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 
 
@@ -50,6 +48,20 @@ class Engine(Protocol):
         Two threads may call it: while one waits for its last batches, the batches of the other start.
         """
         ...
+
+
+def openvino() -> Any:
+    """The OpenVINO package; imported when a CPU engine is built, so that a GPU worker runs without it.
+
+    Raises `EngineUnavailable` where it is not installed.
+    """
+    # OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino as package
+    except ImportError as error:
+        raise EngineUnavailable(f"OpenVINO cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
+    return package
 
 
 class TorchEngine:
@@ -78,6 +90,7 @@ class OpenVinoEngine:
 
     def __init__(self, name: str, model: Any, precision: str) -> None:
         self.name = name
+        ov = openvino()
         compiled = ov.Core().compile_model(
             model,
             "CPU",
@@ -134,7 +147,10 @@ class EngineBuilder:
             return list(CUDA_ENGINES)
         if self._device.type != "cpu":
             return [FLOAT32_TORCH]
-        has_bf16 = _cpu_has_bf16()
+        try:
+            has_bf16 = _cpu_has_bf16()
+        except EngineUnavailable:
+            return [CPU_ENGINES[0], FLOAT32_TORCH]  # the trial of the first one reports what is not installed
         return [name for name in CPU_ENGINES if has_bf16 or not name.endswith("bfloat16")]
 
     def build(self, name: str) -> Engine:
@@ -147,7 +163,7 @@ class EngineBuilder:
     def graph(self, name: str) -> Any:
         """The OpenVINO graph of an engine."""
         if self._graph_path is not None:
-            return ov.Core().read_model(self._graph_path)
+            return openvino().Core().read_model(self._graph_path)
         return self._quantised if name == "openvino-int8" else self._converted
 
     @cached_property
@@ -156,7 +172,10 @@ class EngineBuilder:
 
         Embeddings stay float32: they are looked up, not multiplied, so int8 would cost agreement and gain nothing.
         """
-        import nncf  # takes a second to import and is needed once a model
+        try:
+            import nncf  # takes a second to import and is needed once a model
+        except ImportError as error:
+            raise EngineUnavailable(f"NNCF cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
 
         logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's `set_log_level` would silence all handlers
         ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
@@ -167,28 +186,31 @@ class EngineBuilder:
     @cached_property
     def _converted(self) -> Any:
         """The float32 graph, for batches of any shape."""
-        example = torch.ones((2, 8), dtype=torch.long)
+        ov, example = openvino(), torch.ones((2, 8), dtype=torch.long)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing freezes Python values; the reference rows show if any mattered
             return ov.convert_model(self._model, example_input={"input_ids": example, "attention_mask": example})
 
 
 def save_graph(graph: Any, path: Path) -> None:
-    ov.save_model(graph, path, compress_to_fp16=False)
+    openvino().save_model(graph, path, compress_to_fp16=False)
 
 
 def hardware(device: torch.device) -> str:
     """The description of the hardware that a choice is valid for."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}"
-    core = ov.Core()
+    try:
+        core = openvino().Core()
+    except EngineUnavailable:
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, without OpenVINO"
     features = "/".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}, {torch.get_num_threads()} threads, {features}"
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions; emulation is many times slower than float32."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @contextmanager

@@ -53,5 +53,13 @@ class DeviceFull(TweetscoreError):
     """Raised when a batch does not fit into the memory of its device."""
 
 
+class DashboardUnavailable(TweetscoreError):
+    """Raised when the packages of the dashboard are not installed."""
+
+
+class EngineUnavailable(TweetscoreError):
+    """Raised when a package that an engine needs is not installed."""
+
+
 class TrialFailed(TweetscoreError):
     """Raised when engines could not be tried out on a model; the one that serves goes on."""

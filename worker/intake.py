@@ -18,7 +18,7 @@ from db.models import TrainingJob
 from db.session import Database
 from training.config import TrainConfig, make_config
 from training.dataset import read_rows, split_rows
-from training.encoders import check_hub_name, looks_local
+from training.encoders import check_dictionary, check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
 from training.inputs import keep_dataset, keep_encoder
 from training.paths import file_sha256, is_file, is_folder, real_path
@@ -129,7 +129,11 @@ def take_encoder(settings: Settings, name: str) -> str:
         return name
     if not looks_local(name) and (folder is None or not is_folder(folder)):
         check_hub_name(name)
+        if settings.embedded:
+            check_dictionary(name)
         return name
     if folder is None or not is_file(folder / "config.json"):
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
+    if settings.embedded:  # workers elsewhere may have packages that this process lacks
+        check_dictionary(name, folder)
     return keep_encoder(inputs, folder)

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     reader_url: str | None = Field(
         None,
         description="the database as a PostgreSQL role that may only look (`tweetscore db grant-readonly`), for "
-        "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
+        "`query` and exports; unset: `DATABASE_URL` in read-only transactions",
     )
     reader_password_file: Path | None = Field(None, description="the same for `TWEETSCORE_READER_URL`")
     result_url: str | None = Field(

@@ -5,21 +5,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from db import jobs, registry
-from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
-from db.session import Database
 from worker.engine_choice import Choice
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+if TYPE_CHECKING:  # for `--help`, which prints nothing of this
+    from rich.progress import Progress, ProgressColumn
+
+    from db.models import EpochMetric, ModelVersion, TrainingJob
+    from db.session import Database
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -60,8 +61,10 @@ def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[
     return shown
 
 
-def bar(*columns: ProgressColumn, on: Console | None = None) -> Progress:
+def bar(*columns: "ProgressColumn", on: Console | None = None) -> "Progress":
     """A bar with its percentage, then `columns`; the time left, guessed, when there are none."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     last = columns or (TimeRemainingColumn(),)
     return Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=on or console,
@@ -71,7 +74,7 @@ def bar(*columns: ProgressColumn, on: Console | None = None) -> Progress:
 
 
 @contextmanager
-def long_work(what: str, *columns: ProgressColumn, prints: bool = False) -> Iterator[Callable[..., None]]:
+def long_work(what: str, *columns: "ProgressColumn", prints: bool = False) -> Iterator[Callable[..., None]]:
     """A bar on standard error while work goes on, a line every ten seconds where there is no terminal.
 
     Gives a function to be told (done, total if known, words). With `prints` the work itself is seen on standard output:
@@ -122,9 +125,15 @@ def findings(found: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: None) -> TrainingJob:
+def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
     """Show a job until it ends, from its rows alone, so from any machine: on a terminal a bar and its epochs, elsewhere
     a line an epoch. Returns the ended job."""
+    from rich.live import Live
+    from rich.progress import TextColumn
+
+    from db import jobs
+    from db.models import FINISHED_STATES
+
     told = 0
     progress = bar(TextColumn("{task.fields[says]}"))
     shown = progress.add_task(f"job {job_id} queued", total=None, says="")
@@ -152,7 +161,7 @@ def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: 
             time.sleep(POLL_SECONDS)
 
 
-def pace(job: TrainingJob) -> str:
+def pace(job: "TrainingJob") -> str:
     """Loss, samples a second and the time left, as far as they are known."""
     says = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
@@ -162,14 +171,14 @@ def pace(job: TrainingJob) -> str:
     return ", ".join(says)
 
 
-def epoch_line(epoch: EpochMetric) -> str:
+def epoch_line(epoch: "EpochMetric") -> str:
     return (
         f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
         f"Validation Accuracy = {epoch.valid_accuracy:.4f}"
     )
 
 
-def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
+def epochs_shown(epochs: "Sequence[EpochMetric]") -> Table:
     kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
     return as_table(
         "Epochs (kept: the last that the validation rows cannot tell from the best)",
@@ -200,7 +209,7 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
     return [{"metric": metric, "label": label, "value": value} for (metric, label), value in sorted(figures.items())]
 
 
-def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> None:
+def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Test figures of a model beside the baselines'. Of single labels micro-F1 is accuracy, by definition."""
     rows: list[tuple[str, ...]] = []
 
@@ -226,8 +235,10 @@ def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> 
     )
 
 
-def job_summary(database: Database, job: TrainingJob) -> None:
+def job_summary(database: "Database", job: "TrainingJob") -> None:
     """A job's epochs and figures, or why it failed."""
+    from db import jobs, registry
+
     state = f"[{COLORS.get(job.state, 'white')}]{job.state}[/]"
     says = f", {pace(job)}" if job.state == "running" and pace(job) else ""
     console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{says}")
