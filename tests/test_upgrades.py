@@ -24,7 +24,7 @@ from tests.test_views import REVISIONS, alembic_to, run
 from tests.world import on_postgresql, on_sqlite
 from worker.cli import app
 from worker.doctor import examine
-from worker.health import ask_health
+from worker.health import check_health
 from worker.settings import load_settings
 
 RELEASED = "0005"
@@ -210,7 +210,7 @@ def test_only_db_upgrade_upgrades_postgresql_and_commands_say_so(
             assert isinstance(refused.exception, SchemaMismatch), (arguments, refused.output, refused.exception)
         assert words in str(refused.exception)
         with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
-            ask_health(load_settings(), "db")
+            check_health(load_settings(), "db")
         [found] = [check for check in examine(load_settings()) if check.name == "database"]
         assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
     assert compatibility.find(opened).revision == RELEASED, "nobody changed it"
@@ -241,7 +241,7 @@ def test_a_worker_beside_an_empty_database_waits_takes_no_message_and_ends_when_
     given |= {"redis_url": server.url}
     with command(tmp_path / "train.log", given, "worker", "train") as trainer:
         trainer.says("waiting, and taking no work: the database is empty; let its owner run `tweetscore db upgrade`")
-        wait_until(lambda: "it waits: the database is empty" in ask_health(load_settings(**given), "training"))
+        wait_until(lambda: "it waits: the database is empty" in check_health(load_settings(**given), "training"))
         assert " ready." not in trainer.said()
         trainer.send(signal.SIGTERM)
         assert trainer.ended() == 0

@@ -19,8 +19,8 @@ from db.errors import NotFound, TweetscoreError, public_url
 from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, embedded, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
-from worker.processes import Workers, let_waiting_threads_sleep, workers
-from worker.runtime import broker, open_sql, open_to_ask
+from worker.processes import Supervisor, limit_spin_waiting, supervise
+from worker.runtime import broker, open_for_queries, open_sql
 from worker.settings import Settings, load_settings
 from worker.show import Json
 
@@ -80,7 +80,7 @@ def up(
     settings = load_settings()
     open_sql(settings).close()
     told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
-    started: list[Workers] = []
+    started: list[Supervisor] = []
     roles = ["train", *["score"] * scorers]
 
     def stop(number: int, _: object) -> None:
@@ -93,7 +93,7 @@ def up(
         signal.signal(number, stop)
     with (
         _own_broker(settings, show.line, lambda: bool(told)) as url,
-        workers(settings, [] if told else roles, show.line) as running,
+        supervise(settings, [] if told else roles, show.line) as running,
     ):
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
@@ -112,9 +112,9 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
     settings = load_settings()
     # One that loads, or that its owner starts again, is waited for as one that goes away later is.
     home = settings.home
-    if settings.embedded and embedded.trouble(home) is None and embedded.find(home) is None:
+    if settings.embedded and embedded.failure_reason(home) is None and embedded.find(home) is None:
         raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
-    let_waiting_threads_sleep()  # before the next line loads torch
+    limit_spin_waiting()  # before the next line loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
@@ -173,7 +173,7 @@ def train(
             show.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
         return
     if alone:
-        with _own_broker(settings, show.aside), workers(settings, ["train"], show.aside) as running:
+        with _own_broker(settings, show.aside), supervise(settings, ["train"], show.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
@@ -276,8 +276,8 @@ def query(
     from db.readonly import ask
 
     settings = load_settings()
-    open_to_ask(settings).close()
-    with ask(settings.asking_url, sql) as (columns, rows):
+    open_for_queries(settings).close()
+    with ask(settings.query_url, sql) as (columns, rows):
         if json or format == "json":
             show.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":
@@ -296,12 +296,12 @@ def health(
     json: Json = False,
 ) -> None:
     """For orchestrators: exit code 0 when it is well, 1 and one sentence when not."""
-    from worker.health import KINDS, ask_health
+    from worker.health import KINDS, check_health
 
     if of not in KINDS:
         raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
     try:
-        ok, says = True, ask_health(load_settings(), of)
+        ok, says = True, check_health(load_settings(), of)
     except TweetscoreError as error:
         ok, says = False, str(error)
     if json:
@@ -319,9 +319,9 @@ def doctor(json: Json = False) -> None:
 
     checks = examine(load_settings())
     if json:
-        show.as_json([{"name": c.name, "ok": c.ok, "says": c.says} for c in checks])
+        show.as_json([{"name": c.name, "ok": c.ok, "says": c.finding} for c in checks])
     else:
-        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.says) for c in checks])
+        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.finding) for c in checks])
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from worker import show
 from worker.errors import BadRequest
-from worker.runtime import broker, open_sql, open_stream, open_to_ask
+from worker.runtime import broker, open_for_queries, open_sql, open_stream
 from worker.settings import load_settings
 from worker.show import Json
 
@@ -67,7 +67,7 @@ def export(
     if out != "-" and not Path(out).absolute().parent.is_dir():
         raise BadRequest(f"there is no folder for {out}; make it first")
     settings = load_settings()
-    database = open_to_ask(settings)
+    database = open_for_queries(settings)
     began = time.monotonic()
     with show.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
         done = write(
@@ -95,7 +95,7 @@ def delete(
     database = open_sql(settings)
     with broker(settings) as url:
         stream = open_stream(settings, url)
-        with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
+        with show.long_work("deleting", TextColumn("{task.fields[text]}")) as tell:
             gone = forget(database, stream, wish, lambda what, count: tell(count, None, f"{count} {what}"))
         left = rewrite(database, stream) if compact else []
     database.close()
@@ -122,5 +122,5 @@ def plot(
     if not out.absolute().parent.is_dir():
         raise BadRequest(f"there is no folder for {out}; make it first")
     settings = load_settings()
-    draw(open_to_ask(settings), picture, model).savefig(out, format="png", dpi=150)
+    draw(open_for_queries(settings), picture, model).savefig(out, format="png", dpi=150)
     show.console.print(f"{out}", markup=False)

@@ -91,13 +91,13 @@ def _tweets(database: Database, wish: Wish, progress: Callable[[str, int], None]
 
 def _from_stream(stream: Stream, wish: Wish, progress: Callable[[str, int], None]) -> int:
     going = []
-    for portion in stream.every(PORTION):
-        going += [record.id for record in portion if wish.covers(record.payload, record.came_in)]
+    for portion in stream.scan(PORTION):
+        going += [record.id for record in portion if wish.covers(record.payload, record.received_at)]
         progress("records", len(going))
     stream.remove(going)
     # Whatever is held now: a record that was removed before can no longer be read, and may still be one that is meant.
-    ends, held = time.monotonic() + WAIT_SECONDS, stream.held()
-    while held := held & stream.held():
+    ends, held = time.monotonic() + WAIT_SECONDS, stream.pending_ids()
+    while held := held & stream.pending_ids():
         if time.monotonic() > ends:
             raise StreamError(
                 f"a worker still holds {len(held)} records; say it again when its window is done, or its worker gone"

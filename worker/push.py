@@ -67,7 +67,7 @@ def push_file(
             nudge(app, SCORING)
             pushed.published += len(flush)
             rate = pushed.published / max(time.monotonic() - began, 1e-9)
-            if not progress.console.is_terminal and not quiet and time.monotonic() - said_at > show.SAID_EVERY_SECONDS:
+            if not progress.console.is_terminal and not quiet and time.monotonic() - said_at > show.PROGRESS_SECONDS:
                 said_at = time.monotonic()
                 progress.console.print(f"publishing: {pushed.published:,} tweets, {rate:,.0f} a second")
             progress.update(
