@@ -33,7 +33,7 @@ from training.encoders import STARTER_FOLDER, Encoder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
-from worker.processes import let_waiting_threads_sleep
+from worker.processes import limit_spin_waiting
 from worker.redis_client import connect
 from worker.settings import Settings, load_settings
 from worker.stream import Stream
@@ -49,7 +49,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # of the speed of one. Here torch is loaded; the processes started from here read the variables.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-let_waiting_threads_sleep()
+limit_spin_waiting()
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")

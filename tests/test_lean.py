@@ -15,7 +15,7 @@ from training import encoders
 from training.encoders import STARTER_FOLDER, resolve_encoder
 from training.errors import ModelUnavailable
 from training.text import load_tokenizer, mecab_dictionary
-from worker.intake import take_encoder
+from worker.intake import store_encoder
 from worker.settings import Settings
 
 BLOCKED = ("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower")
@@ -79,10 +79,10 @@ def test_a_hub_model_that_needs_unidic_lite_is_refused_before_it_is_fetched(
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
         resolve_encoder(name, None, [])
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
-        take_encoder(settings, name)
+        store_encoder(settings, name)
     # Workers on another machine may have the package.
-    assert take_encoder(settings.model_copy(update={"redis_url": "redis://elsewhere"}), name) == name
-    assert take_encoder(settings, "tohoku-nlp/bert-base-japanese") == "tohoku-nlp/bert-base-japanese"
+    assert store_encoder(settings.model_copy(update={"redis_url": "redis://elsewhere"}), name) == name
+    assert store_encoder(settings, "tohoku-nlp/bert-base-japanese") == "tohoku-nlp/bert-base-japanese"
 
 
 def test_a_tokenizer_that_needs_unidic_lite_is_refused_when_it_is_loaded(

@@ -151,7 +151,7 @@ class Terminal(io.StringIO):
 def test_a_line_holds_what_is_bound_and_no_words_of_a_tweet(output: type[io.StringIO]) -> None:
     text, words = output(), "最高の一日"
     logger, handler = logging.Logger("worker.test"), logs.handler(text)
-    handler.addFilter(logs.discreet)
+    handler.addFilter(logs.redact)
     logger.addHandler(handler)
     with bound_contextvars(window="5-0", model_version=3):
         try:

@@ -283,7 +283,7 @@ def test_long_work_is_told_in_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(show, "errors", Console(stderr=True, highlight=False, width=100))
-    monkeypatch.setattr(show, "SAID_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(show, "PROGRESS_SECONDS", 0.0)
     with show.long_work("exporting") as tell:
         print("a row")
         tell(1_000, 2_000)

@@ -308,7 +308,7 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     (engine,) = [choice["engine"] for choice in shown["engines"]]
     (champion,) = [check["says"] for check in checks if check["name"] == "champion"]
     assert engine in champion
-    assert "tokens a forward" in champion
+    assert "tokens per forward pass" in champion
 
 
 def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: SimpleNamespace) -> None:

@@ -29,7 +29,7 @@ def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
         ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide, fast"),
         ("TWEETSCORE_SERVER_SYNC", "no", "TWEETSCORE_SERVER_SYNC is 'no'.*everysec or always"),
         ("TWEETSCORE_MODEL_STORE", "floppy://models", "TWEETSCORE_MODEL_STORE is 'floppy://models'.*folder"),
-        ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder of yours"),
+        ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder that you can write to"),
     ],
 )
 def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(

@@ -22,7 +22,7 @@ from worker.errors import ServerFailed
 from worker.show import Json
 
 if TYPE_CHECKING:
-    from worker.processes import Workers
+    from worker.processes import Supervisor
     from worker.settings import Settings
 
 # The groups of `tweetscore --help`, and the order of the commands in them.
@@ -108,14 +108,14 @@ def up(
 
     With REDIS_URL set, the server is that one, and only the workers are started.
     """
-    from worker.processes import workers
+    from worker.processes import supervise
     from worker.runtime import open_sql
     from worker.settings import load_settings
 
     settings = load_settings()
     open_sql(settings).close()
     told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
-    started: list[Workers] = []
+    started: list[Supervisor] = []
     roles = ["train", *["score"] * scorers]
 
     def stop(number: int, _: object) -> None:
@@ -128,7 +128,7 @@ def up(
         signal.signal(number, stop)
     with (
         _own_broker(settings, show.line, lambda: bool(told)) as url,
-        workers(settings, [] if told else roles, show.line) as running,
+        supervise(settings, [] if told else roles, show.line) as running,
     ):
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
@@ -143,7 +143,7 @@ def up(
 def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train or score.")]) -> None:
     """Run one Celery worker in this process."""
     from worker import embedded
-    from worker.processes import let_waiting_threads_sleep
+    from worker.processes import limit_spin_waiting
     from worker.settings import load_settings
 
     if role not in ROLES:
@@ -151,9 +151,9 @@ def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train o
     settings = load_settings()
     # One that loads, or that its owner starts again, is waited for as one that goes away later is.
     home = settings.home
-    if settings.embedded and embedded.trouble(home) is None and embedded.find(home) is None:
+    if settings.embedded and embedded.failure_reason(home) is None and embedded.find(home) is None:
         raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
-    let_waiting_threads_sleep()  # before the next line loads torch
+    limit_spin_waiting()  # before the next line loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
@@ -198,7 +198,7 @@ def train(
     from worker.doors import nudge
     from worker.intake import submit_training
     from worker.options import label_map, numbers, pairs
-    from worker.processes import workers
+    from worker.processes import supervise
     from worker.runtime import open_sql
     from worker.settings import load_settings
 
@@ -221,7 +221,7 @@ def train(
             show.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
         return
     if alone:
-        with _own_broker(settings, show.aside), workers(settings, ["train"], show.aside) as running:
+        with _own_broker(settings, show.aside), supervise(settings, ["train"], show.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
@@ -336,12 +336,12 @@ def query(
     import csv
 
     from db.readonly import ask
-    from worker.runtime import open_to_ask
+    from worker.runtime import open_for_queries
     from worker.settings import load_settings
 
     settings = load_settings()
-    open_to_ask(settings).close()
-    with ask(settings.asking_url, sql) as (columns, rows):
+    open_for_queries(settings).close()
+    with ask(settings.query_url, sql) as (columns, rows):
         if json or format == "json":
             show.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":
@@ -360,13 +360,13 @@ def health(
     json: Json = False,
 ) -> None:
     """Check one part, for orchestrators: exit code 0 if it is healthy, else 1."""
-    from worker.health import KINDS, ask_health
+    from worker.health import KINDS, check_health
     from worker.settings import load_settings
 
     if of not in KINDS:
         raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
     try:
-        ok, says = True, ask_health(load_settings(), of)
+        ok, says = True, check_health(load_settings(), of)
     except TweetscoreError as error:
         ok, says = False, str(error)
     if json:
@@ -385,9 +385,9 @@ def doctor(json: Json = False) -> None:
 
     checks = examine(load_settings())
     if json:
-        show.as_json([{"name": c.name, "ok": c.ok, "says": c.says} for c in checks])
+        show.as_json([{"name": c.name, "ok": c.ok, "says": c.finding} for c in checks])
     else:
-        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.says) for c in checks])
+        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.finding) for c in checks])
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

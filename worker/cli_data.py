@@ -62,7 +62,7 @@ def export(
     from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
     from worker.export import export as write
-    from worker.runtime import open_to_ask
+    from worker.runtime import open_for_queries
     from worker.settings import load_settings
 
     if format == Form.parquet and out == "-":
@@ -70,7 +70,7 @@ def export(
     if out != "-" and not Path(out).absolute().parent.is_dir():
         raise BadRequest(f"there is no folder for {out}; make it first")
     settings = load_settings()
-    database = open_to_ask(settings)
+    database = open_for_queries(settings)
     began = time.monotonic()
     with show.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
         done = write(
@@ -102,7 +102,7 @@ def delete(
     database = open_sql(settings)
     with broker(settings) as url:
         stream = open_stream(settings, url)
-        with show.long_work("deleting", TextColumn("{task.fields[says]}")) as tell:
+        with show.long_work("deleting", TextColumn("{task.fields[text]}")) as tell:
             gone = delete_tweets(database, stream, tweets, lambda what, count: tell(count, None, f"{count} {what}"))
         left = rewrite(database, stream) if compact else []
     database.close()

@@ -204,20 +204,22 @@ def rescore(
     from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from worker.backfill import rescore as backfill
-    from worker.runtime import glance, open_sql
+    from worker.runtime import depth_reader, open_sql
     from worker.settings import load_settings
 
     settings = load_settings()
     database = open_sql(settings)
     os.nice(NICENESS)  # for whoever scores new tweets on this machine
     began = time.monotonic()
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeRemainingColumn())
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with show.long_work(f"model {model}", *columns) as tell:
 
         def progress(done: int, total: int, waiting: bool) -> None:
             tell(done, total, f"{done:,} of {total:,}, new tweets first" if waiting else "")
 
-        scored = backfill(database, settings, model, since and since.replace(tzinfo=UTC), glance(settings), progress)
+        scored = backfill(
+            database, settings, model, since and since.replace(tzinfo=UTC), depth_reader(settings), progress
+        )
     seconds = time.monotonic() - began
     if json:
         show.as_json({"model_version_id": model, "scored": scored, "seconds": seconds})

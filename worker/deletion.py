@@ -96,13 +96,13 @@ def _delete_rows(database: Database, tweets: TweetFilter, progress: Callable[[st
 
 def _delete_records(stream: Stream, tweets: TweetFilter, progress: Callable[[str, int], None]) -> int:
     matching = []
-    for chunk in stream.every(CHUNK_ROWS):
-        matching += [record.id for record in chunk if tweets.matches(record.payload, record.came_in)]
+    for chunk in stream.scan(CHUNK_ROWS):
+        matching += [record.id for record in chunk if tweets.matches(record.payload, record.received_at)]
         progress("records", len(matching))
     stream.remove(matching)
     # Wait for every record held now: one that was removed earlier cannot be read any more, but may also match.
-    deadline, held = time.monotonic() + WAIT_SECONDS, stream.held()
-    while held := held & stream.held():
+    deadline, held = time.monotonic() + WAIT_SECONDS, stream.pending_ids()
+    while held := held & stream.pending_ids():
         if time.monotonic() > deadline:
             raise StreamError(
                 f"a worker still holds {len(held)} records; run the command again when its window is done, or stop the "

@@ -69,7 +69,7 @@ def publish_file(
             nudge(app, SCORING)
             report.published += len(flush)
             rate = report.published / max(time.monotonic() - began, 1e-9)
-            if prints_lines and time.monotonic() - logged_at > show.SAID_EVERY_SECONDS:
+            if prints_lines and time.monotonic() - logged_at > show.PROGRESS_SECONDS:
                 logged_at = time.monotonic()
                 progress.console.print(f"publishing: {report.published:,} tweets, {rate:,.0f} a second")
             progress.update(

@@ -91,7 +91,7 @@ def tweet_rows(window: Window) -> list[dict[str, Any]]:
             "text": tweet.text,
             **{key: getattr(tweet, key) for key in OPTIONAL},
             "tweet_created_at": tweet.created_at,
-            "received_at": record.came_in,
+            "received_at": record.received_at,
         }
         for record, tweet in window.tweets
     ]

@@ -21,7 +21,7 @@ from db import migrate, registry
 from db.models import ModelVersion, Prediction
 from db.session import Database, open_database
 from worker import embedded
-from worker.processes import Workers, workers
+from worker.processes import Supervisor, supervise
 from worker.runtime import open_stream
 from worker.settings import load_settings
 from worker.stream import Stream
@@ -135,7 +135,7 @@ class System:
         self.stream: Stream
         self.look: Look
         self.version_id: int
-        self.workers: Workers
+        self.workers: Supervisor
         self._nudge: Callable[[], bool]
 
     def __enter__(self) -> Self:
@@ -177,7 +177,7 @@ class System:
         stack.callback(celery.close)
         self._nudge = lambda: nudge(celery, SCORING)
         self.version_id = self._promote()
-        self.workers = stack.enter_context(workers(settings, ["score"] * self.scorers, log.warning))
+        self.workers = stack.enter_context(supervise(settings, ["score"] * self.scorers, log.warning))
 
     def _promote(self) -> int:
         with self.database.begin() as session:

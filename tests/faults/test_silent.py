@@ -173,7 +173,7 @@ def test_a_statement_that_was_under_way_when_the_server_fell_silent_is_given_up(
                 session.execute(text("SELECT 1"))
             session.rollback()
             with pytest.raises(TweetscoreError, match=r"gave no answer|timeout"):
-                health.ask_health(load_settings(database_url=url), "db")
+                health.check_health(load_settings(database_url=url), "db")
     with opened.read() as session:
         assert session.scalar(text("SELECT 1")) == 1
 
@@ -224,8 +224,8 @@ def test_a_worker_notices_a_silent_database_in_the_time_the_readme_names(
             world.stream.publish([wire(i) for i in range(30, 60)])
             wait_until(lambda: scraped(port)["database_up", ""] == 0)
             assert time.monotonic() - began < 5
-            with pytest.raises(health.Ill):
-                health.ask_health(world.settings, "db")
+            with pytest.raises(health.Unhealthy):
+                health.check_health(world.settings, "db")
             scorer.says("the database does not answer")
             assert time.monotonic() - began < 25
             assert scorer.process.poll() is None
