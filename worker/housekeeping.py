@@ -23,9 +23,9 @@ from db import upkeep
 from db.errors import TweetscoreError
 from db.models import utc_now
 from db.session import Database
-from training.leftovers import remove_leftovers
-from training.orphans import clear_orphans
-from training.workshop import Workshop
+from training.leftovers import remove_expired_checkpoints
+from training.orphans import remove_unregistered_artifacts
+from training.workshop import TrainingContext
 from worker.forget import Gone
 from worker.settings import Settings
 
@@ -96,16 +96,18 @@ def scoring_chores(database: Database, settings: Settings, stopping: threading.E
     return [keep_house]
 
 
-def training_chores(database: Database, workshop: Workshop, days: float, stopping: threading.Event) -> list[Chore]:
+def training_chores(
+    database: Database, workshop: TrainingContext, days: float, stopping: threading.Event
+) -> list[Chore]:
     """What training workers clear away: checkpoints that no job goes on from, of failed ones after so many days, and
     artifacts that were never registered."""
 
     def clear_checkpoints() -> bool:
-        remove_leftovers(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
+        remove_expired_checkpoints(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
         return True
 
     def clear_artifacts() -> bool:
-        clear_orphans(database, workshop.model_store)
+        remove_unregistered_artifacts(database, workshop.model_store)
         return True
 
     return [clear_checkpoints, clear_artifacts]

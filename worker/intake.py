@@ -20,7 +20,7 @@ from training.config import TrainConfig, make_config
 from training.data import read_rows, split_rows
 from training.encoders import check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
-from training.inputs import keep_dataset, keep_encoder
+from training.inputs import store_base_model, store_dataset
 from training.paths import file_sha256, is_file, is_folder, real_path
 from training.sources import download
 from training.storage import is_remote
@@ -40,7 +40,7 @@ def submit_training(
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
         config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
-        dataset, sha256 = keep_dataset(settings.inputs, path), file_sha256(path)
+        dataset, sha256 = store_dataset(settings.inputs, path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
                 session,
@@ -132,4 +132,4 @@ def take_encoder(settings: Settings, name: str) -> str:
         return name
     if folder is None or not is_file(folder / "config.json"):
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
-    return keep_encoder(inputs, folder)
+    return store_base_model(inputs, folder)

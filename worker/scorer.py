@@ -34,9 +34,9 @@ from db.session import Database
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays
 from training.clean import clean
-from training.decide import Floats, certainty, choose, label_text, to_probabilities
+from training.decide import Floats, choose, confidence, label_text, to_probabilities
 from training.devices import free_bytes, pick_device
-from training.errors import BadArtifact, StoreAway
+from training.errors import BadArtifact, StoreUnavailable
 from training.storage import Store
 from training.text import TextEncoder
 from worker.batch import plan_batches
@@ -188,7 +188,7 @@ def serving(settings: Settings, device: str | None = None) -> Serving:
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     """Probabilities (N, K) -> what is stored of each row; `score_signed` is the mean polarity, None without any."""
     chosen = choose(probabilities, spec.config.task)
-    sure = certainty(probabilities, chosen, spec.config.task)
+    sure = confidence(probabilities, chosen, spec.config.task)
     rows = []
     for i, values in enumerate(probabilities):
         named = dict(zip(spec.labels, map(float, values), strict=True))
@@ -381,7 +381,7 @@ class Champion:
     def _wait_after(self, error: Exception, loading: Loading) -> float:
         """Begin the pause after a failure; returns its seconds."""
         first, longest = FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
-        if isinstance(error, StoreAway):  # nothing is wrong with the model, and to ask costs little
+        if isinstance(error, StoreUnavailable):  # nothing is wrong with the model, and to ask costs little
             longest = first
         if loading.assignment is None:
             return self._pause_before.begin(loading.version_id, first, longest)

@@ -21,7 +21,7 @@ from training.cache import Cache
 from training.config import PRESETS
 from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
 
@@ -290,11 +290,11 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self, devices: Sequence[str] | None = None) -> Workshop:
+    def workshop(self, devices: Sequence[str] | None = None) -> TrainingContext:
         """`devices` are those a worker has claimed; by default as the settings have them, for all to use."""
         checkpoints = self._store(self.checkpoint_store, "jobs")
         inputs = self.inputs
-        return Workshop(
+        return TrainingContext(
             model_store=self.models,
             input_store=inputs,
             # A remote store is followed from a folder here, which the trainer writes to.
