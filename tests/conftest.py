@@ -29,7 +29,7 @@ from db.models import ModelVersion
 from db.session import Database, open_database
 from training.artifact import make_spec, save_artifact
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, Encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
@@ -183,7 +183,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """An untrained three-label model as a registered artifact would lie there: `folder` and `sha256`."""
     config = make_config("fast", base_model=str(tiny_encoder))
-    encoder = Encoder(str(tiny_encoder), tiny_encoder)
+    encoder = BaseModelFolder(str(tiny_encoder), tiny_encoder)
     tokenizer = load_tokenizer(tiny_encoder)
     torch.manual_seed(2)
     model = build_model(encoder, len(LABELS), config)

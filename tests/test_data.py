@@ -11,7 +11,7 @@ from training.artifact import find_polarity, make_spec
 from training.clean import clean, same_text_key
 from training.config import TrainConfig, make_config
 from training.dataset import Dataset, Rows, read_rows, split_rows
-from training.encoders import STARTER_FOLDER, Encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadConfig, BadDataset
 from training.text import load_tokenizer
 
@@ -279,7 +279,7 @@ def test_a_model_is_scored_with_the_cleaner_it_was_trained_with() -> None:
     for cleaner, cleaned in (("1", "#映画 ｗｗｗｗｗｗ"), ("2", "映画 ｗｗｗ")):
         data = split_rows(rows, make_config("fast", cleaner=cleaner))
         assert cleaned in [*data.train.texts, *data.valid.texts, *data.test.texts]
-        encoder, tokenizer = Encoder("starter", STARTER_FOLDER), load_tokenizer(STARTER_FOLDER)
+        encoder, tokenizer = BaseModelFolder("starter", STARTER_FOLDER), load_tokenizer(STARTER_FOLDER)
         spec = make_spec(["neg", "pos"], make_config("fast", cleaner=cleaner), encoder, tokenizer)
         assert clean("#映画 ｗｗｗｗｗｗ", spec.cleaner_version) == cleaned
     with pytest.raises(BadConfig, match="cleaner is '3'"):
@@ -311,7 +311,7 @@ def test_a_configuration_survives_the_database_and_cannot_be_changed() -> None:
         ("guide", {"train_batch_size": 1}, ["train_batch_size is 1", "greater than or equal to 2"]),
         ("guide", {"learning_rate": "fast"}, ["learning_rate is 'fast'", "number"]),
         ("guide", {"schedule": "cosin"}, ["schedule is 'cosin'", "cosine"]),
-        ("guide", {"lr": 1}, ["lr is no known setting", "learning_rate"]),
+        ("guide", {"lr": 1}, ["lr is not a setting", "learning_rate"]),
         ("guide", {"task": "multi_label", "loss": "cross_entropy"}, ["'cross_entropy'", "'bce'"]),
         ("guide", {"labels": {"0": "same", "1": "same"}}, ["['same']", "at least two"]),
         ("guide", {"polarity": {"good": 2}}, ["'good' is 2", "between -1 and 1"]),

@@ -21,7 +21,7 @@ from tests.conftest import LABELS
 from training.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
 from training.batches import pad, pad_arrays
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, Encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadArtifact
 from training.evaluate import predict
 from training.model import Classifier, build_model
@@ -51,14 +51,16 @@ def artifact_of(model: Classifier, folder: Path) -> Artifact:
     rows = random_rows(200)
     targets = np.zeros((len(rows), len(LABELS)), np.float32)
     logits = predict(model, rows, targets, model.config, 32, tokenizer.pad_token_id, CPU).logits
-    spec = make_spec(LABELS, model.config, Encoder("tiny", STARTER_FOLDER), tokenizer)
+    spec = make_spec(LABELS, model.config, BaseModelFolder("tiny", STARTER_FOLDER), tokenizer)
     save_artifact(folder, model, tokenizer, spec, make_reference(rows, logits))
     return load_artifact(folder)
 
 
 @pytest.fixture(scope="module")
 def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
+    model = build_model(
+        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
+    )
     torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
     return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
 

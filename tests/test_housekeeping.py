@@ -25,7 +25,7 @@ from tests.test_store import answer, letter_row, make_version, prediction_row, t
 from tests.test_views import assert_counted, run, some
 from tests.world import World, on_postgresql, on_sqlite
 from training.cache import Cache
-from training.leftovers import remove_leftovers
+from training.leftovers import remove_expired_checkpoints
 from training.storage import Store
 from worker import embedded, housekeeping
 from worker.deletion import DeletedCounts
@@ -302,19 +302,19 @@ def test_checkpoints_go_when_no_job_goes_on_from_them(database: Database, tmp_pa
             store.remote.upload(tmp_path / "jobs" / str(job_id) / step, f"{job_id}/{step}")
     (tmp_path / "jobs" / ".7.gone" / "step-00000001-0001").mkdir(parents=True)  # of one that was cut off
     for _ in range(2):
-        remove_leftovers(database, tmp_path / "jobs", store, 7, NEVER)
+        remove_expired_checkpoints(database, tmp_path / "jobs", store, 7, NEVER)
         assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == sorted(map(str, [*needed, 99]))
         if store is not None:
             assert store.names("") == sorted(map(str, [*needed, 99]))
     with database.begin() as session:
         jobs.retry(session, needed[2])
         session.get_one(TrainingJob, needed[2]).finished_at = utc_now() - timedelta(days=9)
-    remove_leftovers(database, tmp_path / "jobs", store, 7, NEVER)
+    remove_expired_checkpoints(database, tmp_path / "jobs", store, 7, NEVER)
     assert (tmp_path / "jobs" / str(needed[2])).exists(), "it is to be tried again"
 
 
 def test_nothing_is_looked_for_where_no_job_ever_ran(sqlite: Database, tmp_path: Path) -> None:
-    remove_leftovers(sqlite, tmp_path / "none", None, 7, NEVER)
+    remove_expired_checkpoints(sqlite, tmp_path / "none", None, 7, NEVER)
     assert not (tmp_path / "none").exists()
 
 

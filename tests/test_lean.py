@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from training import encoders
-from training.encoders import STARTER_FOLDER, resolve_encoder
+from training.encoders import STARTER_FOLDER, resolve_base_model
 from training.errors import ModelUnavailable
 from training.text import load_tokenizer, mecab_dictionary
 from worker.intake import store_encoder
@@ -77,7 +77,7 @@ def test_a_hub_model_that_needs_unidic_lite_is_refused_before_it_is_fetched(
     monkeypatch.setattr(encoders, "snapshot_download", lambda *_, **__: pytest.fail("it was fetched"))
     monkeypatch.setitem(sys.modules, "unidic_lite", None)
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
-        resolve_encoder(name, None, [])
+        resolve_base_model(name, None, [])
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
         store_encoder(settings, name)
     # Workers on another machine may have the package.

@@ -202,7 +202,7 @@ def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
     ("options", "says"),
     [
         ({"epochs": 0}, "epochs is 0"),
-        ({"base_model": "a/../b"}, "'a/../b' is no hub name"),
+        ({"base_model": "a/../b"}, "'a/../b' is not a hub name"),
         ({"dataset": 7}, "outside"),
     ],
 )

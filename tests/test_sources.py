@@ -16,7 +16,7 @@ import pytest
 from db.session import Database
 from training.dataset import read_rows
 from training.errors import BadDataset, BadSource
-from training.inputs import dataset_at_hand
+from training.inputs import fetched_dataset
 from training.table_file import TableFile, guess_encoding, open_table
 from worker.errors import BadRecord
 from worker.intake import submit_training
@@ -242,7 +242,7 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
         submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
     with (
         pytest.raises(BadDataset, match="outside the folders"),  # a name that came in a message
-        dataset_at_hand(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
+        fetched_dataset(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
     ):
         pass
 

@@ -228,9 +228,9 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     assert reference is not None
     assert len(reference.rows) == len(data.valid)  # what faster engines are held against
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "The split is the guide's: all 124 rows, drawn by pandas with seed 200" in card
-    assert f"{leaked['test']:,} test rows have a text that also stands among the training rows" in card
-    assert "no text stands in two parts" not in card
+    assert "The split is the guide's: all 124 rows, sampled by pandas with seed 200" in card
+    assert f"{leaked['test']:,} test rows have a text that is also a training row" in card
+    assert "no text is in two parts" not in card
     show.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
     assert "kept as the guide keeps them" in said

@@ -19,7 +19,7 @@ from tests.test_engines import artifact_of
 from tests.world import World, on_sqlite
 from training.artifact import Artifact, load_artifact
 from training.config import make_config
-from training.encoders import Encoder
+from training.encoders import BaseModelFolder
 from training.model import build_model
 from training.paths import file_sha256
 from training.sealed import SUMS
@@ -40,7 +40,9 @@ MOMENTS, LATEST_SECONDS = 20, 6.0
 @pytest.fixture(scope="module")
 def verified(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tiny model with the validation rows that engines are compared on."""
-    model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
+    model = build_model(
+        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
+    )
     return artifact_of(model.eval(), tmp_path_factory.mktemp("verified") / "tiny")
 
 

@@ -17,7 +17,7 @@ from sklearn.metrics import (
 from torch import nn
 
 from training.batches import pad, plan_batches
-from training.calibrate import brier, calibration_error, log_loss
+from training.calibrate import brier_score, calibration_error, log_loss
 from training.config import TrainConfig
 from training.decide import Choices, Floats, choose, to_probabilities
 from training.model import Classifier
@@ -106,7 +106,7 @@ def model_figures(
     figures |= intervals(targets, choose(calibrated, config.task), config.seed)
     figures |= ranking(targets, calibrated, labels)
     figures["log_loss", ""] = log_loss(targets, calibrated, config.task)
-    figures["brier", ""] = brier(targets, calibrated, config.task)
+    figures["brier", ""] = brier_score(targets, calibrated, config.task)
     figures["ece_uncalibrated", ""] = calibration_error(targets, raw, config.task)
     figures["ece", ""] = calibration_error(targets, calibrated, config.task)
     return figures

@@ -14,11 +14,12 @@ from transformers import get_scheduler
 
 from training import failpoint
 from training.batches import cut, pad, shuffled_batches
-from training.board import Board
-from training.checkpoint import Checkpoints, Epoch, Progress, RunState
+from training.board import TensorBoardWriter
+from training.checkpoint import Checkpoints, Progress, RunState
 from training.config import TrainConfig
 from training.dataset import Split
 from training.decide import Floats
+from training.epoch import Epoch
 from training.errors import StopRequested
 from training.evaluate import loss_function, metrics, predict
 from training.model import Classifier, half_precision
@@ -69,7 +70,7 @@ def fit(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     loop = _Loop(model.to(device), inputs, device, checkpoints, hooks)
-    with Board(board_folder, loop.at.step) as board:
+    with TensorBoardWriter(board_folder, loop.at.step) as board:
         loop.look_up()
         while loop.at.epoch <= inputs.config.epochs and not out_of_patience(loop.at.history, inputs.config):
             started = time.monotonic()
@@ -121,7 +122,7 @@ class _Loop:
             self.checkpoints.save(self.run)
             raise
 
-    def train(self, board: Board, started: float) -> None:
+    def train(self, board: TensorBoardWriter, started: float) -> None:
         """The rest of an epoch's steps; `started` by `time.monotonic`."""
         at, trained = self.at, 0
         self.run.model.train()

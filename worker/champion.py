@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from db import registry
 from db.models import ModelVersion
 from db.session import Database
-from training.errors import StoreAway
+from training.errors import StoreUnavailable
 from worker.engine_selection import first_line
 from worker.pause import Pause
 from worker.scoring_model import ScoringModel, Serving, UpgradableModel, freeze_loaded_objects, load_model
@@ -113,7 +113,7 @@ class Champion:
     def _begin_pause(self, error: Exception, loading: Loading) -> float:
         """Start the pause after a failure; returns its seconds."""
         # A store that is away says nothing about the model, and asking again is cheap.
-        longest = FIRST_PAUSE_SECONDS if isinstance(error, StoreAway) else LONGEST_PAUSE_SECONDS
+        longest = FIRST_PAUSE_SECONDS if isinstance(error, StoreUnavailable) else LONGEST_PAUSE_SECONDS
         return self._pause.begin(loading.assignment, FIRST_PAUSE_SECONDS, longest)
 
     def _log_absence(self) -> None:

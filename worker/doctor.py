@@ -148,14 +148,16 @@ def _store(settings: Settings) -> str:
 
 
 def _base_model(settings: Settings) -> str:
-    from training.encoders import STARTER, looks_local, resolve_encoder
+    from training.encoders import STARTER, looks_local, resolve_base_model
     from training.storage import is_remote
 
     if settings.base_model != STARTER and not looks_local(settings.base_model):
         return f"{settings.base_model}, downloaded from the hub when a job needs it"
     if is_remote(settings.base_model):
         return f"{settings.base_model}, downloaded from its store when a job needs it"
-    return f"{settings.base_model}: {resolve_encoder(settings.base_model, None, settings.workshop().read_roots).folder}"
+    return (
+        f"{settings.base_model}: {resolve_base_model(settings.base_model, None, settings.workshop().read_roots).folder}"
+    )
 
 
 def _champion(settings: Settings) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from training.clean import clean, same_text_key
 from training.columns import ID_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS
-from training.encoders import resolve_encoder
+from training.encoders import resolve_base_model
 from training.table_file import open_table
 from training.text import TextEncoder, load_tokenizer
 from worker.errors import BadRecord
@@ -41,7 +41,7 @@ def check_file(name: str, base_model: str, max_length: int) -> dict[str, Any]:
 
     Lengths are in tokens of the base model, with special tokens. Raises `BadSource` or `ModelUnavailable`.
     """
-    encoder = resolve_encoder(base_model, None, [Path(base_model).expanduser()])
+    encoder = resolve_base_model(base_model, None, [Path(base_model).expanduser()])
     encode = TextEncoder(load_tokenizer(encoder.folder))
     columns: dict[str, None] = {}
     faults, chunks = Faults(), [_measure([], encode)]

@@ -23,9 +23,9 @@ from db import upkeep
 from db.errors import TweetscoreError
 from db.models import utc_now
 from db.session import Database
-from training.leftovers import remove_leftovers
-from training.orphans import clear_orphans
-from training.workshop import Workshop
+from training.leftovers import remove_expired_checkpoints
+from training.orphans import remove_unregistered_artifacts
+from training.workshop import TrainingContext
 from worker.deletion import DeletedCounts
 from worker.settings import Settings
 
@@ -100,17 +100,17 @@ def scoring_maintenance(database: Database, settings: Settings, stopping: thread
 
 
 def training_maintenance(
-    database: Database, workshop: Workshop, days: float, stopping: threading.Event
+    database: Database, workshop: TrainingContext, days: float, stopping: threading.Event
 ) -> list[MaintenanceTask]:
     """Tasks of training workers: delete checkpoints that no job needs, those of failed jobs after `days`, and artifacts
     that were never registered."""
 
     def clear_checkpoints() -> bool:
-        remove_leftovers(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
+        remove_expired_checkpoints(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
         return True
 
     def clear_artifacts() -> bool:
-        clear_orphans(database, workshop.model_store)
+        remove_unregistered_artifacts(database, workshop.model_store)
         return True
 
     return [clear_checkpoints, clear_artifacts]

@@ -21,7 +21,7 @@ from training.config import TrainConfig, make_config
 from training.dataset import read_rows, split_rows
 from training.encoders import check_dictionary, check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
-from training.inputs import keep_dataset, keep_encoder
+from training.inputs import store_base_model, store_dataset
 from training.paths import file_sha256, is_file, is_folder, real_path
 from training.storage import is_remote
 from training.table_file import download
@@ -41,7 +41,7 @@ def submit_training(
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
         config = config.model_copy(update={"base_model": store_encoder(settings, config.base_model)})
-        dataset, sha256 = keep_dataset(settings.inputs, path), file_sha256(path)
+        dataset, sha256 = store_dataset(settings.inputs, path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
                 session,
@@ -137,4 +137,4 @@ def store_encoder(settings: Settings, name: str) -> str:
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
     if settings.embedded:  # workers elsewhere may have packages that this process lacks
         check_dictionary(name, folder)
-    return keep_encoder(inputs, folder)
+    return store_base_model(inputs, folder)

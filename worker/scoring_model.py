@@ -22,7 +22,7 @@ from db.models import ModelVersion, utc_now
 from training.artifact import Artifact, Spec, load_artifact
 from training.batches import pad_arrays, plan_batches
 from training.clean import clean
-from training.decide import Floats, certainty, choose, label_text, to_probabilities
+from training.decide import Floats, choose, confidence, label_text, to_probabilities
 from training.devices import free_bytes, pick_device
 from training.errors import BadArtifact
 from training.storage import Store
@@ -128,7 +128,7 @@ class ScoringModel:
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     """Probabilities (N, K) -> the columns of a prediction; `score_signed` is the mean polarity, None without any."""
     chosen = choose(probabilities, spec.config.task)
-    sure = certainty(probabilities, chosen, spec.config.task)
+    sure = confidence(probabilities, chosen, spec.config.task)
     rows = []
     for i, values in enumerate(probabilities):
         by_label = dict(zip(spec.labels, map(float, values), strict=True))

@@ -20,7 +20,7 @@ from training.cache import Cache
 from training.config import PRESETS
 from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
@@ -291,11 +291,11 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self, device: str | None = None) -> Workshop:
+    def workshop(self, device: str | None = None) -> TrainingContext:
         """`device` is the one a worker has claimed; by default that of the settings, unclaimed."""
         checkpoints = self._store(self.checkpoint_store, "jobs")
         inputs = self.inputs
-        return Workshop(
+        return TrainingContext(
             model_store=self.models,
             input_store=inputs,
             # The trainer writes to a local folder, which is mirrored to a remote store.

@@ -30,7 +30,7 @@ from training.checkpoint import Checkpoints
 from training.clean import clean
 from training.config import TrainConfig, make_config
 from training.dataset import Rows, Split, read_rows, split_rows
-from training.encoders import STARTER, STARTER_FOLDER, Encoder
+from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
 from training.evaluate import model_figures, predict
 from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
@@ -196,7 +196,7 @@ class Quality:
         tokenizer = load_tokenizer(STARTER_FOLDER)
         encode, pad_id = TextEncoder(tokenizer), tokenizer.pad_token_id
         rows = [encode(split.texts, config.max_length) for split in (fitted, valid, test)]
-        model = build_model(Encoder(STARTER, STARTER_FOLDER), len(labels), config)
+        model = build_model(BaseModelFolder(STARTER, STARTER_FOLDER), len(labels), config)
         with tempfile.TemporaryDirectory() as scratch:
             history = fit(
                 model, FitInputs(fitted, valid, rows[0], rows[1], labels, config, pad_id), device=trainers.CPU,
