@@ -155,7 +155,7 @@ def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_
     world.stream.publish([wire("waits")])
     with world.worker() as worker:
         wait_until(lambda: "cannot be loaded, tweets wait in the stream; trying again in 10 s" in worker.said())
-        assert "cannot look for work" not in worker.said()
+        assert "cannot poll for work" not in worker.said()
         assert worker.alive
         sums.unlink()
         whole.rename(sums)

@@ -234,4 +234,4 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     show.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
     assert "kept as the guide keeps them" in said
-    assert f"{leaked['test']} test rows have a text that was trained on" in said
+    assert f"{leaked['test']} test rows have a text that is also in the training rows" in said

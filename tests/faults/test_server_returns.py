@@ -85,7 +85,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
         pid = kill(server)
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before
-        wait_until(lambda: said[-1] == "the embedded server serves again")
+        wait_until(lambda: said[-1] == "the embedded server is ready again")
     log_path = home / "valkey" / "valkey.log"
     assert said[::2] == [
         f"the embedded server was ended by SIGKILL, starting it again in {pause} s; log: {log_path}"
