@@ -34,7 +34,7 @@ PAGE = """\
 <meta charset="utf-8">
 <style>
 @font-face {{ font-family: ja; src: url({font}); }}
-body {{ margin: {line}px 24px; background: #0c0c0c; color: #d9d9d9; }}
+body {{ overflow: hidden; margin: {line}px 24px; background: #0c0c0c; color: #d9d9d9; }}
 pre {{ margin: 0; font: 14px/{line}px "DejaVu Sans Mono", ja, monospace; }}
 b {{ display: inline-block; width: 1.2041em; height: {line}px; vertical-align: top; text-align: center;
   font: 14px/{line}px ja, monospace; }}
@@ -74,13 +74,13 @@ def draw(printed: str, folder: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     for line in (Text("$ tweetscore demo"), Text("..."), *lines[first:last]):
         console.print(line, soft_wrap=True)
-    height = (2 + last - first) * LINE_PIXELS
+    height = (3 + last - first) * LINE_PIXELS
     page = folder / "demo.html"
     code = console.export_html(theme=MONOKAI, inline_styles=True, code_format="{code}")
     code = re.sub(".\ufe0f?", _cell, code)
     page.write_text(PAGE.format(font=FONT.as_uri(), line=LINE_PIXELS, code=code), encoding="utf-8")
     arguments = ["--headless", "--no-sandbox", "--disable-background-networking", "--force-device-scale-factor=1.5"]
-    size = f"--window-size={WIDTH_PIXELS},{height + 2 * LINE_PIXELS}"
+    size = f"--window-size={WIDTH_PIXELS},{height}"
     subprocess.run(["chromium", *arguments, size, f"--screenshot={PICTURE}", page.as_uri()], check=True)  # noqa: S607
 
 
