@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import re
 import shlex
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from typer.main import get_command
 
 import worker
 from tests.faults.test_rows import FAULTS
-from worker import settings_page
 from worker.app import make_app
 from worker.cli import app
 from worker.settings import Settings, environment_name
@@ -186,26 +184,3 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 def test_every_page_of_docs_is_linked_from_the_readme() -> None:
     assert {page for page in PAGES if page != "README.md"} <= set(re.findall(r"\]\(([^)#]+)\)", README))
-
-
-# --- the generated page of settings
-
-
-def test_the_page_of_settings_is_fresh() -> None:
-    assert PAGES["docs/settings.md"] == settings_page.render(), f"run `{settings_page.COMMAND}`"
-    assert set(settings_page.GROUPS) <= set(Settings.model_fields)
-
-
-def test_a_stale_page_of_settings_is_reported_and_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "settings.md"
-    page.write_text("stale", encoding="utf-8")
-    monkeypatch.setattr(settings_page, "PAGE", page)
-    monkeypatch.setattr(sys, "argv", ["settings_page", "--check"])
-    with pytest.raises(SystemExit, match="settings_page"):
-        settings_page.main()
-    assert page.read_text(encoding="utf-8") == "stale"
-    monkeypatch.setattr(sys, "argv", ["settings_page"])
-    settings_page.main()
-    monkeypatch.setattr(sys, "argv", ["settings_page", "--check"])
-    settings_page.main()
-    assert page.read_text(encoding="utf-8") == PAGES["docs/settings.md"]
