@@ -136,6 +136,12 @@ def test_every_setting_it_names_exists(page: str) -> None:
     assert set(re.findall(r"\bTWEETSCORE_[A-Z]\w*", PAGES[page])) <= known
 
 
+@each_page
+def test_every_file_of_the_tests_and_of_db_that_it_names_exists(page: str) -> None:
+    for path in re.findall(r"\b((?:tests|db)/[\w/]+\.py)\b", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
 def test_every_extra_named_in_the_pages_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = {extra for page in PAGES.values() for extra in re.findall(r"tweetscore\[([\w-]+)\]", page)}
