@@ -49,7 +49,7 @@ def workshop(tmp_path: Path, tiny_encoder: Path) -> Workshop:
         checkpoint_store=None,
         boards_folder=tmp_path / "boards",
         read_roots=(tmp_path, tiny_encoder.parent),
-        devices=["cpu"],
+        device="cpu",
         lease_seconds=30,
         max_attempts=3,
     )

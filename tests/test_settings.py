@@ -100,8 +100,8 @@ def test_only_the_settings_module_reads_the_environment() -> None:
         for path in (root / folder).rglob("*.py")
         if "os.environ" in path.read_text(encoding="utf-8")
     }
-    # Alembic's own command has no settings; a child is handed its parent's number, which GPUs to see, its rank.
-    children = {"worker/processes.py", "worker/lane.py", "training/launch.py", "training/together.py"}
+    # Alembic's own command has no settings; a child is handed its parent's number.
+    children = {"worker/processes.py", "worker/lane.py"}
     assert readers == {"db/migrations/env.py"} | children
 
 

@@ -51,7 +51,7 @@ class Bench:
         return fit(
             model, self.inputs(valid), device=CPU, board_folder=folder / "board",
             checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
-        ).history  # fmt: skip
+        )  # fmt: skip
 
     def inputs(self, valid: Split | None = None) -> FitInputs:
         return FitInputs(

@@ -98,16 +98,6 @@ class Checkpoints:
         if self._mirror is not None:
             self._mirror.clear()
 
-    def fetch(self) -> None:
-        """Bring what another machine left in the store, if there is one."""
-        if self._mirror is not None:
-            self._mirror.fetch()
-
-    def follow(self) -> None:
-        """Let the store, if there is one, have what the folder has, soon."""
-        if self._mirror is not None:
-            self._mirror.follow()
-
     def save(self, state: RunState) -> Path:
         """Keep the state as it is now. Raises `CannotSave`, with the earlier ones as they were."""
         device = state.device
@@ -126,7 +116,8 @@ class Checkpoints:
                 draft / "state.pt",
             )
         self._prune()
-        self.follow()
+        if self._mirror is not None:
+            self._mirror.follow()
         return place
 
     def save_best(self, epoch: int, model: Classifier) -> str:
@@ -138,7 +129,8 @@ class Checkpoints:
 
     def restore(self, state: RunState) -> bool:
         """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
-        self.fetch()
+        if self._mirror is not None:
+            self._mirror.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)

@@ -31,10 +31,6 @@ class StoreAway(TweetscoreError):
     """Raised when a remote store does not answer, or not to us; nothing is wrong with what lies there."""
 
 
-class TeamBroken(TweetscoreError):
-    """Raised when one of the processes that train together is gone; nothing is wrong with what they were training."""
-
-
 class Cancelled(Exception):
     """Raised inside the loop when the job was asked to stop for good."""
 

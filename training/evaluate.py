@@ -21,7 +21,6 @@ from training.calibrate import brier, calibration_error, log_loss
 from training.config import TrainConfig
 from training.decide import Choices, Floats, choose, to_probabilities
 from training.model import Classifier
-from training.team import ALONE, Team
 
 Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
 
@@ -62,27 +61,22 @@ def predict(
     pad_id: int,
     device: torch.device,
     between_batches: Callable[[], None] = lambda: None,
-    team: Team = ALONE,
 ) -> Predictions:
-    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order.
-
-    With a `team` each process takes a share of every batch, and all get everything.
-    """
+    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order."""
     model.eval()
     loss_of = loss_function(config)
     gathered = torch.zeros(targets.shape)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = 0.0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
-        index, weight = team.share(order[start : start + batch_size])
+        index = order[start : start + batch_size]
         ids, mask = pad([rows[i] for i in index], pad_id)
         logits = model(ids.to(device), mask.to(device)).float()
-        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index) * weight
-        gathered[index] = logits.cpu() * weight
+        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
+        gathered[index] = logits.cpu()
         between_batches()
-    gathered = team.sum(gathered)
     probabilities = to_probabilities(gathered, config.task).numpy()
-    return Predictions(gathered.numpy(), probabilities, float(team.sum(loss)) / len(rows))
+    return Predictions(gathered.numpy(), probabilities, loss / len(rows))
 
 
 def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:

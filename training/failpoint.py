@@ -78,7 +78,6 @@ class Rule:
 
 
 _armed: dict[str, Rule] = {}
-_armed_as = ""
 _counting = threading.Lock()
 
 
@@ -103,19 +102,12 @@ def parse(spec: str) -> dict[str, Rule]:
 
 def arm(spec: str) -> None:
     """Arm what `spec` names in this process and nothing else; an empty one disarms all."""
-    global _armed_as
     rules = parse(spec)
     with _counting:
-        _armed_as = spec
         _armed.clear()
         _armed.update(rules)
     if rules:
         log.warning("failpoints are armed, this process will misbehave: %s", ", ".join(rules))
-
-
-def armed() -> str:
-    """What `arm` was told, for a process that this one starts."""
-    return _armed_as
 
 
 def passing(name: str, texts: Iterable[str] = ()) -> None:

@@ -27,11 +27,10 @@ from training.data import Split, read_rows, split_rows
 from training.decide import Floats
 from training.devices import pick_device
 from training.encoders import present_name
-from training.errors import Cancelled, StopRequested, StoreAway, TeamBroken
+from training.errors import Cancelled, StopRequested, StoreAway
 from training.evaluate import model_figures, predict
-from training.fit import FitInputs, Hooks
+from training.fit import FitInputs, Hooks, fit
 from training.inputs import dataset_at_hand, encoder_at_hand
-from training.launch import fit_on
 from training.lease import Lease, losses
 from training.model import build_model
 from training.orphans import clear_orphans
@@ -127,10 +126,6 @@ def _work_to_its_end(database: Database, workshop: Workshop, job: TrainingJob, l
         log.warning("%s", error)
         if lease.doubted.is_set():  # it lapsed since no renewal could be written, and this worker is alive
             _give_back(database, job, lease)
-    except TeamBroken as error:
-        # A death, of a process that trained here. The lease lapses, and whoever claims the job goes on from its
-        # checkpoint; begun too often this way, the job fails.
-        log.warning("job %d: left to its lease: %s", job.id, error)
     except SchemaMismatch as error:
         # An upgrade that this release cannot work with: nothing may be written, and this start was no death.
         excuses.leave(workshop.jobs_folder, job)
@@ -207,7 +202,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
         part: encode(split.texts, config.max_length)
         for part, split in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    device = pick_device(workshop.devices[0])
+    device = pick_device(workshop.device)
     model = build_model(encoder, len(data.labels), config)
     config = model.config  # its pooling settled for this encoder
     lease.check()
@@ -215,10 +210,10 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     inputs = FitInputs(
         data.train, data.valid, rows["train"], rows["valid"], data.labels, config, tokenizer.pad_token_id
     )
-    fitted = fit_on(
-        workshop.devices,
+    history = fit(
         model,
         inputs,
+        device=device,
         checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),
         board_folder=workshop.boards_folder / f"job-{job.id}",
         hooks=_hooks(lease),
@@ -242,7 +237,7 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     spec = make_spec(data.labels, config, encoder, tokenizer, temperature)
     reference = make_reference(rows["valid"], valid)
-    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, fitted.history, figures, tested)
+    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, history, figures, tested)
     return register_model(database, workshop.model_store, model, tokenizer, reference, outcome, lease.patiently)
 
 

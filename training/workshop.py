@@ -12,7 +12,7 @@ from training.storage import Store
 class Workshop:
     """Where jobs are worked on and what they may reach; values, never the environment.
 
-    `devices` are one a process that trains: the first is where a model is tested and, if it is the only one, trained.
+    `device` is where a model is trained and tested, as `pick_device` takes it.
     `checkpoint_store` is a remote one that follows what `jobs_folder` holds; None where that is all there is.
     `outages` counts by job how often in a row it was given back for want of a store.
     """
@@ -23,7 +23,7 @@ class Workshop:
     checkpoint_store: Store | None
     boards_folder: Path
     read_roots: Sequence[Path]
-    devices: Sequence[str]
+    device: str
     lease_seconds: float
     max_attempts: int
     outages: Counter[int] = field(default_factory=Counter)

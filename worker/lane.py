@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
-from training.devices import claim_devices
+from training.devices import claim_device
 from worker.errors import StreamError
 from worker.gate import Gate
 from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
@@ -58,9 +58,9 @@ class Lane:
             target=end_after, args=(self.stopping, settings.grace_seconds), name="grace", daemon=True
         )
 
-    def claim(self, count: int) -> list[str]:
-        """So many devices, this process's until it ends: no other worker of this kind takes the same GPU."""
-        return claim_devices(self.settings.device, count, self.settings.run / "gpus", self.kind)
+    def claim(self) -> str:
+        """The device of this process until it ends: no other worker of this kind takes the same GPU."""
+        return claim_device(self.settings.device, self.settings.run / "gpus", self.kind)
 
     def start(self) -> None:
         self._watcher.start()
@@ -195,7 +195,7 @@ class ScoringLane(Lane):
         super().__init__(settings, nudge)
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
-        [device] = self.claim(1)
+        device = self.claim()
         self.champion = Champion(self.database, serving(settings, device))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
         self._stall = Stall(settings.stall_seconds)
@@ -263,7 +263,7 @@ class TrainingLane(Lane):
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        self.workshop = settings.workshop(self.claim(settings.train_processes))
+        self.workshop = settings.workshop(self.claim())
         self.requests = (
             Requests(
                 settings, self.database, self.gate, inbox, make_app(settings), self.owner, self._announce, self.stopping

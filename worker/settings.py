@@ -6,7 +6,6 @@ the home. A variable that is empty counts as unset, as in a compose file's `NAME
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -98,9 +97,6 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto",
         description="`cpu`, `cuda:1`, or `auto` and `cuda`: the first GPU that no other worker of the kind has",
-    )
-    train_processes: int = Field(
-        1, ge=1, le=64, description="processes that train one job together, each on a GPU of its own, or on the CPU"
     )
     engine: str = Field(
         "auto",
@@ -290,8 +286,8 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self, devices: Sequence[str] | None = None) -> Workshop:
-        """`devices` are those a worker has claimed; by default as the settings have them, for all to use."""
+    def workshop(self, device: str | None = None) -> Workshop:
+        """`device` is the one a worker has claimed; by default that of the settings, unclaimed."""
         checkpoints = self._store(self.checkpoint_store, "jobs")
         inputs = self.inputs
         return Workshop(
@@ -302,7 +298,7 @@ class Settings(BaseSettings):
             checkpoint_store=checkpoints if checkpoints.remote else None,
             boards_folder=self.boards,
             read_roots=(*(() if inputs.remote else (inputs.folder,)), *self.read_roots),
-            devices=devices or [self.device] * self.train_processes,
+            device=device or self.device,
             lease_seconds=self.lease_seconds,
             max_attempts=self.max_attempts,
         )
