@@ -177,14 +177,14 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
 ) -> None:
     version = promote(database, settings.models.folder)
     keep(database, 5)
-    score = backfill._score
+    rows_of = backfill.prediction_rows
 
-    def score_and_delete(*given: Any) -> Any:
+    def rows_then_delete(*given: Any) -> Any:
         with database.begin() as session:
             store.delete_tweets(session, ["0002"], [], None, 10)
-        return score(*given)
+        return rows_of(*given)
 
-    monkeypatch.setattr(backfill, "_score", score_and_delete)
+    monkeypatch.setattr(backfill, "prediction_rows", rows_then_delete)
     rescore(database, settings, version, None, NOBODY)
     with database.read() as session:
         assert sorted(session.scalars(select(Prediction.tweet_id))) == ["0000", "0001", "0003", "0004"]

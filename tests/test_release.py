@@ -17,7 +17,7 @@ def test_the_command_says_the_version_of_the_package(tweetscore: Callable[..., A
 
 
 def test_the_version_stands_nowhere_else_and_the_changelog_begins_with_it() -> None:
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == VERSION
+    assert re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == VERSION
     for folder in ("db", "training", "worker"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "__version__ =" not in path.read_text(encoding="utf-8"), path

@@ -201,7 +201,7 @@ class Quality:
             history = fit(
                 model, FitInputs(fitted, valid, rows[0], rows[1], labels, config, pad_id), device=trainers.CPU,
                 checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board", hooks=Hooks(),
-            ).history  # fmt: skip
+            )  # fmt: skip
         logits = [
             predict(model, ids, split.targets, config, 64, pad_id, trainers.CPU).logits
             for ids, split in ((rows[1], valid), (rows[2], test))

@@ -197,13 +197,13 @@ def test_the_folders_below_the_home_are_their_owners_alone(own: World, labelled_
 
 
 def acl_lines() -> list[str]:
-    lines = re.findall(r"^    (ACL SETUSER .*)$", section("Security"), re.MULTILINE)
+    lines = re.findall(r"^    (ACL SETUSER .*)$", section("Security", "docs/operations.md"), re.MULTILINE)
     return [line.replace("PASSWORD", PASSWORDS[line.split()[2]]) for line in lines]
 
 
 @pytest.fixture
 def guarded(own: World) -> Iterator[World]:
-    """The embedded server with the README's users and no other."""
+    """The embedded server with the users of docs/operations.md and no other."""
     with embedded.owned(own.settings.home):
         raw = own.raw
         for line in acl_lines():

@@ -206,7 +206,7 @@ def test_what_the_url_says_of_time_holds(url: str, more: str, then: str) -> None
 
 @pytest.mark.storm
 @on_a_socket
-def test_a_worker_notices_a_silent_database_in_the_time_the_readme_names(
+def test_a_worker_notices_a_silent_database_in_the_time_the_documentation_names(
     postgres: Server, url: str, opened: Database, quick: dict[str, Any], server: embedded.Server,
     promote: Callable[..., int],
 ) -> None:  # fmt: skip
