@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from db import migrate, registry, store
+from db import migrate, predictions, registry
 from db.errors import NotFound
 from db.models import DeadLetter, Prediction, TestPrediction, Tweet
 from db.session import Database, open_database
@@ -164,7 +164,7 @@ def labelled(database: Database, task: str) -> int:
     )
     with database.begin() as session:
         for i in range(10):
-            store.add_window(
+            predictions.add_window(
                 session,
                 {
                     "worker": "w", "model_version_id": version, "started_at": NOON + timedelta(seconds=20 * i),
@@ -269,7 +269,7 @@ def test_a_deleted_tweet_is_gone_from_stream_tables_and_dead_letters(bench: Benc
     with bench.database.begin() as session:
         for i, payload in enumerate((b'{"id":"x","author_id":"a"}', b"\xff", b'{"id":"y","author_id":"b","text":""}')):
             letter = {"record_id": f"{i}-0", "payload": payload, "other_fields": None, "reason": "r", "attempts": 1}
-            store.bury(session, [{**letter, "buried_at": NOON}])
+            predictions.bury(session, [{**letter, "buried_at": NOON}])
     gone = forget(bench.database, bench.stream, Wish(authors=("a",)))
     assert gone == Gone(records=2, tweets=20, dead_letters=1)
     assert {row["author_id"] for row in bench.rows(Tweet)} == {"b"}
@@ -322,7 +322,7 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
         stream.publish([json.dumps({"id": "999", "text": f"{SECRET}!", "author_id": "a"}, ensure_ascii=False).encode()])
         with database.begin() as session:
             dead = {"payload": f'{{"id":"998","author_id":"a","text":"{SECRET}'.encode() + b'"}', "other_fields": None}
-            store.bury(session, [{"record_id": "1-0", "reason": "r", "attempts": 1, "buried_at": NOON, **dead}])
+            predictions.bury(session, [{"record_id": "1-0", "reason": "r", "attempts": 1, "buried_at": NOON, **dead}])
         assert found_in(settings.home), "the search finds nothing at all"
         said = tweetscore("delete", "--author", "a", "--json")
         assert said.returncode == 0, said.stderr

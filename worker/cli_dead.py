@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from db import store
+from db import predictions
 from db.models import DeadLetter
 from worker import show
 from worker.errors import BadRecord
@@ -24,7 +24,7 @@ All = Annotated[bool, typer.Option("--all", help="All of them.")]
 def dead_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
     """The newest dead letters, and why they are."""
     with open_sql(load_settings()).read() as session:
-        letters, count = store.recent_dead(session, limit), store.dead_count(session)
+        letters, count = predictions.recent_dead(session, limit), predictions.dead_count(session)
     if json:
         show.as_json([_described(letter) for letter in letters])
         return
@@ -40,7 +40,7 @@ def dead_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = Fals
 def dead_show(record_id: str, json: Json = False) -> None:
     """One dead letter with its payload: as JSON where it is JSON, else its bytes."""
     with open_sql(load_settings()).read() as session:
-        letter = store.dead_letter(session, record_id)
+        letter = predictions.dead_letter(session, record_id)
     described = {**_described(letter), "payload": _payload(letter), "other_fields": letter.other_fields}
     if json:
         show.as_json(described)

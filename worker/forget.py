@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
-from db import store
+from db import predictions
 from db.errors import DatabaseError
 from db.rewrite import rewrite
 from db.session import Database
@@ -58,7 +58,7 @@ def forget(
     for portion in dead.chunks(database, None):
         going = [letter.record_id for letter in portion if wish.covers(letter.payload, letter.buried_at)]
         with database.begin() as session:
-            store.drop_dead(session, going)
+            predictions.drop_dead(session, going)
         letters += len(going)
         progress("dead letters", letters)
     return Gone(records, tweets, letters)
@@ -82,7 +82,7 @@ def _tweets(database: Database, wish: Wish, progress: Callable[[str, int], None]
     done, last = 0, ""
     while True:
         with database.begin() as session:
-            gone = store.delete_tweets(session, wish.tweet_ids, wish.authors, wish.before, PORTION, after=last)
+            gone = predictions.delete_tweets(session, wish.tweet_ids, wish.authors, wish.before, PORTION, after=last)
         if not gone:
             return done
         done, last = done + len(gone), gone[-1]

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from db import jobs, store
+from db import jobs, predictions
 from db.models import JOB_STATES
 from db.session import Database
 from training import lease  # noqa: F401 - its counter belongs to what every worker shows
@@ -114,7 +114,7 @@ class Looks(Collector):
 
     def _of_database(self) -> list[Metric]:
         with self._database.read() as session:
-            counted, dead = jobs.counts(session), store.dead_count(session)
+            counted, dead = jobs.counts(session), predictions.dead_count(session)
         states = GaugeMetricFamily("tweetscore_jobs", "training jobs by state", labels=["state"])
         for state in JOB_STATES:
             states.add_metric([state], counted.get(state, 0))

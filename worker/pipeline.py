@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
-from db import store
+from db import predictions
 from db.errors import SchemaMismatch
 from db.session import Database
 from training import failpoint
@@ -168,12 +168,12 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    store.add_tweets(session, tweet_rows(window))
-                    store.add_predictions(session, prediction_rows(window, window.scores))
-                    store.bury(session, window.dead)
+                    predictions.add_tweets(session, tweet_rows(window))
+                    predictions.add_predictions(session, prediction_rows(window, window.scores))
+                    predictions.bury(session, window.dead)
                     # The window's own row goes with it, so `store_ms` ends before the commit.
                     window.took("store", began)
-                    store.add_window(session, window_row(window, window.scores, self.stream.consumer))
+                    predictions.add_window(session, window_row(window, window.scores, self.stream.consumer))
                     failpoint.passing("stored", window.texts)
                 return
             except (OperationalError, InterfaceError, InternalError) as error:

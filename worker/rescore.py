@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from db import registry, store
+from db import predictions, registry
 from db.models import utc_now
 from db.session import Database
 from worker.errors import StreamError
@@ -43,7 +43,7 @@ def rescore(
     with database.read() as session:
         version = registry.usable(session, version_id)
         until = utc_now()  # what comes in later is the scoring workers'
-        total = store.unscored_count(session, version_id, since, until)
+        total = predictions.unscored_count(session, version_id, since, until)
     done, after = 0, ""
     progress(done, total, False)
     with served(version, serving(settings)) as running:
@@ -53,13 +53,13 @@ def rescore(
                 progress(done, total, True)
                 time.sleep(LOOK_SECONDS)
             with database.read() as session:
-                chunk = store.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
+                chunk = predictions.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
             if not chunk:
                 return done
             rows = _score(running.current(), chunk)
             with database.begin() as session:
-                there = store.present(session, [id_ for id_, _ in chunk])  # some may have been deleted meanwhile
-                store.add_predictions(session, [row for row in rows if row["tweet_id"] in there])
+                there = predictions.present(session, [id_ for id_, _ in chunk])  # some may have been deleted meanwhile
+                predictions.add_predictions(session, [row for row in rows if row["tweet_id"] in there])
             done, after = done + len(chunk), chunk[-1][0]
             progress(done, max(total, done), False)
 
