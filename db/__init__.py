@@ -1,1 +1,1 @@
-"""The SQL side: schema, sessions, queries, migrations. Imports nothing of the other packages."""
+"""Database access: schema, sessions, queries and migrations. Imports no other package of the project."""

@@ -1,9 +1,9 @@
-"""PostgreSQL connections that notice a server which keeps them and gives no answer. Knows sockets, and no table.
+"""PostgreSQL connections that detect a server which keeps them open but does not answer.
 
-The kernel of a stopped server still acknowledges what it is sent, so that keepalives see nothing wrong, and a Unix
-socket has none. What tells such a server from one that is busy with a long statement is a second connection: a busy one
-answers there. Keepalives and `tcp_user_timeout` are for the other case: the server is well, and this one connection was
-forgotten by a router between.
+The kernel of a stopped server still acknowledges packets, so keepalives do not detect it, and Unix sockets have none. A
+second connection distinguishes a stopped server from one that runs a long statement: only the latter answers it.
+Keepalives and `tcp_user_timeout` cover the other case, in which the server is healthy but a router between has dropped
+this one connection.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-# A statement without an answer for so long has its server asked on a new connection.
+# After this time without an answer to a statement, the server is probed on a new connection.
 SILENT_SECONDS = 10.0
-# The server takes a new connection and says a first word within this.
+# The server must accept a new connection and send its first byte within this time.
 ANSWER_SECONDS = 5.0
-# The first word of any client that would like TLS: length and code. Every server answers with one byte, before it asks
-# who is there, and however many connections it has.
+# The message with which a client requests TLS: length and code. Every server answers it with one byte, before
+# authentication and even when its connection limit is reached.
 SSL_REQUEST = bytes.fromhex("0000000804d2162f")
-# For libpq, in seconds, and milliseconds where it ends with `_timeout` and begins with `tcp`.
+# Parameters of libpq, in seconds; `tcp_user_timeout` in milliseconds.
 LIMITS = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -31,8 +31,9 @@ LIMITS = {
     "keepalives_count": 2,
     "tcp_user_timeout": 15_000,
 }
-# For the server's own side: a worker that vanished would hold its rows' locks for hours. And no commit is called done
-# before it is on disk; what asks for more than `on`, as remote_apply does, stays.
+# Settings of the server's side of the connection. Without its keepalives the server would hold the row locks of a
+# vanished worker for hours. A commit must be on disk when it returns, so `off` becomes `on`; stricter values such as
+# remote_apply stay.
 SESSION = """
 SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALUES
     ('synchronous_commit', 'on'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'),
@@ -42,13 +43,13 @@ SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALUES
 
 
 class Connection(psycopg.Connection[Any]):
-    """Raises `OperationalError`, and is closed, when neither a statement nor a new connection is answered."""
+    """Raises `OperationalError` and closes itself when the server answers neither a statement nor a new connection."""
 
     def wait(self, gen: Generator[Any, Any, Any], interval: float = 0.1, timeout: float | None = None) -> Any:
         return super().wait(self._watched(gen), interval, timeout)
 
     def _watched(self, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """The same steps. Between them comes what the socket is ready for: 0, ten times a second, while for nothing."""
+        """The same steps, watched: each yield returns the readiness of the socket, or 0 after 0.1 s without any."""
         ready, heard_at = None, time.monotonic()
         try:
             while True:
@@ -59,7 +60,8 @@ class Connection(psycopg.Connection[Any]):
                 elif now - heard_at > SILENT_SECONDS:
                     self.pgconn.finish()
                     raise psycopg.OperationalError(
-                        f"the server gave no answer for {time.monotonic() - heard_at:.0f} s and takes no new connection"
+                        f"the server gave no answer for {now - heard_at:.0f} s and takes no new connection; "
+                        "check that it runs"
                     )
         except StopIteration as end:
             return end.value
@@ -74,25 +76,25 @@ class Connection(psycopg.Connection[Any]):
                 fresh.sendall(SSL_REQUEST)
                 fresh.recv(1)
             except (ConnectionResetError, BrokenPipeError):
-                return True  # somebody is there who does not like the question
+                return True  # the server is alive and rejects the request
             except OSError:
-                # The answer to the statement may have come meanwhile.
+                # The answer to the statement may have arrived in the meantime.
                 return bool(select.select([self.fileno()], [], [], 0)[0])
         return True
 
 
 def limits(given: Collection[str]) -> dict[str, Any]:
-    """Those of the limits that a URL with the parameters `given` does not set itself."""
+    """The entries of `LIMITS` that a URL with the parameters `given` does not set."""
     return {name: value for name, value in LIMITS.items() if name not in given}
 
 
 def connect(url: str, **more: Any) -> Connection:
-    """A connection for a libpq URL."""
+    """Connect to a libpq URL."""
     return Connection.connect(url, **limits(conninfo_to_dict(url)), **more)
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
-    """What a session that writes asks of its server."""
+    """Apply `SESSION` to a new connection that will write."""
     connection.autocommit = True
     connection.execute(SESSION)
     connection.autocommit = False

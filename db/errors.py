@@ -1,4 +1,4 @@
-"""The root of every error whose message is meant for a user, those of the SQL side, and values inside sentences."""
+"""The base class of errors with a message for users, the errors of this package, and formatting for messages."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ SECRET = re.compile(r"(?<=password=)[^&]*", re.IGNORECASE)
 
 
 class TweetscoreError(Exception):
-    """A fault whose message says in one sentence what is wrong and what to do about it."""
+    """Base class: the message states in one sentence what is wrong and what to do."""
 
 
 class DatabaseError(TweetscoreError):
@@ -17,46 +17,46 @@ class DatabaseError(TweetscoreError):
 
 
 class SchemaMismatch(DatabaseError):
-    """Raised when the database has a schema that this code cannot work with."""
+    """Raised when this code cannot work with the schema of the database."""
 
 
 class RightsMissing(DatabaseError):
-    """Raised when the database's role may not see or do what is asked of it."""
+    """Raised when the database role lacks a privilege that the operation needs."""
 
 
 class NotFound(TweetscoreError):
-    """Raised when a job or a model version is named that does not exist."""
+    """Raised when a job, model version, alias or dead letter does not exist."""
 
 
 class InUse(TweetscoreError):
-    """Raised when something that others rely on is to be deleted."""
+    """Raised when deleting a model version that an alias points to."""
 
 
-class NotFailed(TweetscoreError):
-    """Raised when a job is to be tried again that has not failed."""
+class JobNotRetryable(TweetscoreError):
+    """Raised when retrying a job that has not failed."""
 
 
 class LeaseLost(TweetscoreError):
-    """Raised when a job is written to by someone who no longer holds its newest fencing token."""
+    """Raised when writing to a job without its newest fencing token."""
 
 
 def shown(value: object) -> str:
-    """A value inside a sentence: as Python writes it, which is one line, and cut where it is long."""
+    """A value for a message: its `repr`, which is one line, shortened when it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deeply nested list
         text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
 
 
 def plain(name: object) -> str:
-    """A name inside a sentence: as it is when it is short and printable, else as `shown`."""
+    """A name for a message: unchanged when it is short and printable, otherwise as in `shown`."""
     text = str(name)
     return text if text.isprintable() and len(text) <= 2 * SHOWN_CHARS else shown(text)
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names inside a sentence; of many, the first."""
+    """Names for a message, separated by commas; a long list is shortened."""
     taken: list[str] = []
     for name in (rest := list(names)):
         if sum(map(len, taken)) > LISTED_CHARS:
@@ -66,7 +66,7 @@ def listed(names: Iterable[object]) -> str:
 
 
 def public_url(url: str) -> str:
-    """A URL as it may be shown or logged: no password, neither before the host nor in a query field."""
+    """A URL for messages and logs, with the passwords before the host and in the query replaced by ***."""
     scheme, there, rest = url.partition("://")
     place, asks, query = rest.partition("?")
     who, at, where = place.rpartition("@")

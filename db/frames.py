@@ -1,7 +1,8 @@
-"""Answers as pandas frames, of the same types from SQLite as from PostgreSQL. Loads pandas when it is asked.
+"""Query results as pandas frames, with the same types from SQLite and PostgreSQL. Imports pandas on first use.
 
-SQLite answers with text and numbers alone. A column that is called as one of the schema's is of that one's type; any
-other is a column of times, or of days, when all of its text has exactly the form in which SQLite holds them.
+SQLite returns only text, bytes and numbers. A column with the name of a column of the schema gets that column's type.
+Any other text column becomes a column of times or days when all of its values have the format in which SQLite stores
+them.
 """
 
 import json
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TIME = "datetime64[us, UTC]"
-# By the type of a schema's column: without NULLs, and with them.
+# pandas dtypes by the type of a schema column: without NULLs, and with NULLs.
 DTYPES = {
     UtcDateTime: (TIME, TIME), Boolean: ("bool", "boolean"), Integer: ("int64", "Int64"),
     Float: ("float64", "float64"), Text: ("str", "str"), JSON: ("object", "object"),
@@ -39,15 +40,16 @@ DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def whole(url: str, sql: str) -> "pd.DataFrame":
-    """The answer to one SELECT. Raises `DatabaseError`."""
+    """The result of one SELECT. Raises `DatabaseError`."""
     with ask(url, sql) as (columns, rows):
         return _frame(columns, list(rows))
 
 
 def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
-    """The same, `chunksize` rows at a time; of no rows, one empty frame. The question is asked at once.
+    """The result in frames of up to `chunksize` rows; one empty frame when there are no rows.
 
-    The connection is closed with the generator: when that is exhausted, closed or no longer referred to.
+    This call executes the query, not the first iteration. The connection closes with the generator: when it is
+    exhausted, closed or garbage-collected.
     """
     frames = _chunks(url, sql, chunksize)
     next(frames)
@@ -55,7 +57,7 @@ def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, No
 
 
 def _chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
-    """First of all an empty frame, when the database has taken the question."""
+    """First yields an empty frame once the database has executed the query."""
     with ask(url, sql) as (columns, rows):
         nothing = _frame(columns, [])
         yield nothing
@@ -72,7 +74,7 @@ def _frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "pd.DataFra
     values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
     series = {place: _series(name, values[place]) for place, name in enumerate(columns)}
     frame = pd.DataFrame(series, index=range(len(rows)))
-    frame.columns = pd.Index(columns)  # two may have one name
+    frame.columns = pd.Index(columns)  # two columns may have the same name
     return frame
 
 
@@ -93,14 +95,14 @@ def _series(name: str, values: Sequence[Any]) -> "pd.Series[Any]":
             zoned = found is datetime and there[0].tzinfo is not None
             return _of_times(values, zoned)
         return pd.Series(values, dtype=NUMBERS.get(found, ("object", "object"))[with_nulls])
-    except (ValueError, OverflowError):  # more than 64 bits; and of text, no JSON or no time after all
+    except (ValueError, OverflowError):  # integers above 64 bits, or text that is not JSON or not a time
         return pd.Series(values, dtype="str" if found is str else "object")
 
 
 def _common(there: Sequence[Any]) -> type:
-    """The type that all values have: float for numbers of several, object for a mixture."""
+    """The common type of the values: float for mixed numbers, object for anything else that is mixed."""
     types = {type(value) for value in there}
-    if types == {Decimal}:  # PostgreSQL's sums of integers are whole, its means have decimals
+    if types == {Decimal}:  # PostgreSQL: sums of integers have no decimals, means have
         return int if all(value.as_tuple().exponent == 0 for value in there) else float
     if len(types) == 1:
         return types.pop()
@@ -108,7 +110,7 @@ def _common(there: Sequence[Any]) -> type:
 
 
 def _of_text(values: Sequence[Any], there: Sequence[str], kind: type | None) -> "pd.Series[Any]":
-    """JSON and times as SQLite holds them, or what is text and stays it."""
+    """Parse JSON and times that SQLite stores as text; other text is unchanged."""
     import pandas as pd
 
     if kind is JSON:

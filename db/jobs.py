@@ -1,8 +1,8 @@
 """Queries of the job protocol: submit, claim, renew, progress, finish. The caller owns the transaction.
 
-The row is the truth. A claim sets a lease and raises the fencing token; every later write names that token and touches
-no row once somebody newer has claimed, which raises `LeaseLost`. Times come from the caller's clock: leases are tens of
-seconds long, clocks kept by NTP differ by milliseconds.
+A claim sets a lease and raises the fencing token. Every later write passes that token and raises `LeaseLost` once
+another worker has claimed the job. Times come from the caller's clock: leases last tens of seconds, and clocks that NTP
+synchronises differ by milliseconds.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from db.errors import LeaseLost, NotFailed, NotFound
+from db.errors import JobNotRetryable, LeaseLost, NotFound
 from db.models import FINISHED_STATES, EpochMetric, TrainingJob, utc_now
 
 
@@ -27,10 +27,10 @@ def submit(
     message: str | None = None,
     ended: tuple[str, str] | None = None,
 ) -> TrainingJob:
-    """The queued job of this request. The same `request_id` again returns the job it already has, unchanged.
+    """The queued job of this request. A repeated `request_id` returns the existing job unchanged.
 
-    `message` is the Celery message it came as. `ended` is the state and the reason of a request that is over already:
-    one that was refused or cancelled before it was a job.
+    `message` is the Celery message that carried the request. `ended` is the final state and the reason of a request
+    that was refused or cancelled before it became a job.
     """
     known = of_request(session, request_id)
     if known:
@@ -44,7 +44,7 @@ def submit(
         with session.begin_nested():
             session.add(job)
     except IntegrityError:
-        # The same request came in twice at once, and the other one was first.
+        # Another transaction inserted the same request first.
         return session.scalars(select(TrainingJob).where(TrainingJob.request_id == request_id)).one()
     return job
 
@@ -56,7 +56,7 @@ def of_request(session: Session, request_id: str) -> TrainingJob | None:
 def get(session: Session, job_id: int) -> TrainingJob:
     job = find(session, job_id)
     if job is None:
-        raise NotFound(f"there is no job {job_id}; `tweetscore jobs list` shows those there are")
+        raise NotFound(f"there is no job {job_id}; `tweetscore jobs list` shows the existing ones")
     return job
 
 
@@ -79,7 +79,7 @@ def epochs(session: Session, job_id: int) -> list[EpochMetric]:
 
 
 def _claimable() -> ColumnElement[bool]:
-    """Running with a lapsed lease, or queued; a queued job with a time in the lease's place waits until then."""
+    """Running with a lapsed lease, or queued. A queued job with a `lease_expires_at` waits until that time."""
     lapsed = TrainingJob.lease_expires_at < utc_now()
     waiting = and_(TrainingJob.state == "queued", or_(TrainingJob.lease_expires_at.is_(None), lapsed))
     return or_(waiting, and_(TrainingJob.state == "running", lapsed))
@@ -90,10 +90,10 @@ def any_claimable(session: Session) -> bool:
 
 
 def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: int) -> TrainingJob | None:
-    """The oldest queued or lapsed job, now leased to `owner` under a new fencing token; None when there is none.
+    """Lease the oldest queued or lapsed job to `owner` under a new fencing token; None when there is no such job.
 
-    A lapsed job that was asked to stop is cancelled instead, and one whose worker died `max_attempts` times fails. Its
-    last worker has one lease's time more to be heard: while the database was away it could not renew.
+    A lapsed job whose cancellation was requested is cancelled instead. A job whose worker died `max_attempts` times
+    fails, but only after one more lease: its last worker may be alive and could not renew while the database was away.
     """
     while True:
         job = session.scalar(
@@ -105,12 +105,12 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
             job.state, job.finished_at, job.error = "cancelled", utc_now(), None
         elif job.attempts >= max_attempts and job.state == "running" and job.error is None:
             job.lease_expires_at = utc_now() + timedelta(seconds=lease_seconds)
-            job.error = f"{job.lease_owner} is silent; unless it is heard soon, the job fails"
+            job.error = f"{job.lease_owner} has not renewed its lease; the job fails unless it renews soon"
         elif job.attempts >= max_attempts:
             job.state, job.finished_at = "failed", utc_now()
             job.error = (
                 f"the worker that ran this job died {job.attempts} times (last owner {job.lease_owner}); "
-                "look into that worker's log, then submit the job again"
+                "look at the log of that worker, then submit the job again"
             )
         else:
             job.state, job.error = "running", None
@@ -125,9 +125,9 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
 
 
 def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) -> bool:
-    """Update a running job under its fencing token; raises `LeaseLost` when it is no longer ours.
+    """Update a running job under its fencing token; raises `LeaseLost` when the token is not the newest.
 
-    Returns whether the job has been asked to cancel, since whoever writes should know.
+    Returns whether cancellation was requested.
     """
     changed = session.execute(
         update(TrainingJob)
@@ -141,14 +141,17 @@ def _write(session: Session, job_id: int, token: int, values: dict[str, Any]) ->
 
 
 def renew_lease(session: Session, job_id: int, token: int, lease_seconds: float) -> bool:
-    """Push the lease into the future. Returns whether the job has been asked to cancel."""
+    """Extend the lease to `lease_seconds` from now. Returns whether cancellation was requested."""
     ends = utc_now() + timedelta(seconds=lease_seconds)
     return _write(session, job_id, token, {"lease_expires_at": ends, "error": None})
 
 
 def holds(session: Session, job_id: int, token: int) -> bool:
-    """Whether a running job is leased under this token. Raises an error that `is_away` knows while another
-    transaction, whose connection was lost, may still be committing the row."""
+    """Whether the job is running under this token.
+
+    Raises an error for which `is_away` is true while another transaction holds the row, such as one whose connection
+    was lost and that may still commit.
+    """
     job = lock(session, job_id)
     return job is not None and (job.state, job.fencing_token) == ("running", token)
 
@@ -170,25 +173,25 @@ def record_step(
     loss: float | None,
     samples_per_second: float | None = None,
 ) -> bool:
-    """Note how far a job is; a None leaves the last value. Returns whether it has been asked to cancel."""
+    """Store the progress of a job; None keeps the last value. Returns whether cancellation was requested."""
     values = {"step": step, "total_steps": total_steps, "loss": loss, "samples_per_second": samples_per_second}
     values = {name: value for name, value in values.items() if value is not None}
     return _write(session, job_id, token, values)
 
 
 def record_epoch(session: Session, token: int, metric: EpochMetric) -> None:
-    """Keep the figures of an epoch; an epoch that is run again after a resume replaces its row."""
+    """Store the metrics of an epoch. An epoch that is repeated after a resume replaces its row."""
     hold(session, metric.job_id, token)
     session.merge(metric)
 
 
 def forget_epochs_after(session: Session, job_id: int, epoch: int) -> None:
-    """Drop epochs a resumed run is about to repeat, so that none is shown twice or out of order."""
+    """Delete the epochs that a resumed run will repeat."""
     session.execute(delete(EpochMetric).where(EpochMetric.job_id == job_id, EpochMetric.epoch > epoch))
 
 
 def hold(session: Session, job_id: int, token: int) -> None:
-    """Prove within this transaction that the token is still the newest; raises `LeaseLost`."""
+    """Lock the job's row and raise `LeaseLost` unless the token is still the newest."""
     _write(session, job_id, token, {"fencing_token": token})
 
 
@@ -204,9 +207,9 @@ def finish(session: Session, job_id: int, token: int, state: str, error: str | N
 def release(
     session: Session, job_id: int, token: int, says: str | None = None, pause_seconds: float | None = None
 ) -> None:
-    """Give a job back: queued again, and this start does not count as an attempt.
+    """Queue the job again; this start does not count as an attempt.
 
-    `says` is why, where that is for people to know; for `pause_seconds` nobody may claim it.
+    `says` is the reason to show to users. No worker may claim the job for `pause_seconds`.
     """
     _write(
         session,
@@ -223,10 +226,10 @@ def release(
 
 
 def excuse(session: Session, job_id: int, token: int, started_at: datetime | None) -> bool:
-    """Take a start off the count whose job another worker has claimed since, as its own is alive.
+    """Uncount the start of a live worker whose lease lapsed and whose job another worker has claimed since.
 
-    To be called once a start. Does nothing, and returns False, once the job has ended or was queued anew by `retry`,
-    which counts from zero: that it was, `started_at` shows, which is as this start saw it.
+    Call it once per start. Returns False and changes nothing when the job has finished, or when `retry` has reset the
+    count: then `started_at` differs from the value that this start saw.
     """
     changed = session.execute(
         update(TrainingJob)
@@ -244,10 +247,10 @@ def excuse(session: Session, job_id: int, token: int, started_at: datetime | Non
 
 
 def retry(session: Session, job_id: int) -> TrainingJob:
-    """Queue a job that failed once more, with all its starts before it; raises `NotFailed` for any other."""
+    """Queue a failed job again with its attempts reset. Raises `JobNotRetryable` for a job that has not failed."""
     job = get(session, job_id)
     if job.state != "failed":
-        raise NotFailed(f"job {job_id} is {job.state}; only a job that failed can be tried again")
+        raise JobNotRetryable(f"job {job_id} is {job.state}; only a failed job can be retried")
     job.state, job.attempts, job.error, job.finished_at, job.cancel_requested = "queued", 0, None, None, False
     job.started_at = None
     session.flush()
@@ -255,9 +258,9 @@ def retry(session: Session, job_id: int) -> TrainingJob:
 
 
 def past_resuming(session: Session, job_ids: Sequence[int], failed_before: datetime, hold: bool = False) -> set[int]:
-    """Which of these jobs will not go on from a checkpoint: they succeeded, were cancelled, or failed before a time.
+    """The jobs that will not resume from a checkpoint: succeeded, cancelled, or failed before `failed_before`.
 
-    With `hold` they stay so until the transaction ends.
+    With `hold` their rows are locked until the transaction ends.
     """
     failed = and_(TrainingJob.state == "failed", TrainingJob.finished_at < failed_before)
     ended = or_(TrainingJob.state.in_(("succeeded", "cancelled")), failed)
@@ -266,9 +269,9 @@ def past_resuming(session: Session, job_ids: Sequence[int], failed_before: datet
 
 
 def request_cancel(session: Session, job_id: int) -> TrainingJob:
-    """Ask a job to stop: a queued one is cancelled at once, a running one within a few steps of its worker."""
+    """Cancel a queued job at once, or request that the worker of a running job stops within a few steps."""
     get(session, job_id)
-    # Locked: a worker may be claiming or finishing it this very moment.
+    # Locked, since a worker may be claiming or finishing it.
     job = session.get_one(TrainingJob, job_id, with_for_update=True, populate_existing=True)
     if job.state not in FINISHED_STATES:
         job.cancel_requested = True
@@ -278,7 +281,7 @@ def request_cancel(session: Session, job_id: int) -> TrainingJob:
     return job
 
 
-# --- answering who asked by a Celery message
+# --- results for requests that came as Celery messages
 
 
 def held_by(session: Session, owner: str) -> list[TrainingJob]:
@@ -288,7 +291,7 @@ def held_by(session: Session, owner: str) -> list[TrainingJob]:
 
 
 def _unanswered() -> ColumnElement[bool]:
-    """Finished jobs that came as a message whose sender has not been told the outcome, nor is being told now."""
+    """Finished jobs of Celery messages whose result is not yet sent and that no worker is sending now."""
     due = or_(TrainingJob.answer_due_at.is_(None), TrainingJob.answer_due_at < utc_now())
     return and_(TrainingJob.message.is_not(None), TrainingJob.state.in_(FINISHED_STATES), due)
 
@@ -298,7 +301,7 @@ def any_unanswered(session: Session) -> bool:
 
 
 def claim_answers(session: Session, seconds: float, limit: int = 100) -> list[TrainingJob]:
-    """Finished jobs to answer now, no other worker's for `seconds`; then they are due again, until `answered`."""
+    """Reserve finished jobs whose result is not yet sent. They are due again after `seconds` unless `answered`."""
     query = select(TrainingJob).where(_unanswered()).order_by(TrainingJob.id).limit(limit)
     due = list(session.scalars(query.with_for_update(skip_locked=True)))
     for job in due:
@@ -308,6 +311,6 @@ def claim_answers(session: Session, seconds: float, limit: int = 100) -> list[Tr
 
 
 def answered(session: Session, request_id: str) -> None:
-    """The sender was told: the message is not needed any more."""
+    """Note that the result was sent; the message is deleted."""
     values = {"message": None, "answer_due_at": None}
     session.execute(update(TrainingJob).where(TrainingJob.request_id == request_id).values(**values))

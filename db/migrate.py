@@ -22,7 +22,7 @@ def upgrade(database: Database) -> None:
 
     A newer schema that this code can work with is not changed. A schema of a development version is refused.
     """
-    with _in_words(database):
+    with _as_database_errors(database):
         for pause in (*PAUSES_SECONDS, None):
             try:
                 _upgrade(database)
@@ -46,7 +46,7 @@ def prepare(database: Database) -> None:
 
 def check(database: Database) -> str:
     """The number of the schema. Raises the same errors as `prepare` and changes nothing."""
-    with _in_words(database):
+    with _as_database_errors(database):
         found = compatibility.find(database)
     if found.misfit:
         raise SchemaMismatch(found.misfit)
@@ -86,13 +86,13 @@ def _run_missing(database: Database) -> None:
 
 
 @contextmanager
-def _in_words(database: Database) -> Iterator[None]:
+def _as_database_errors(database: Database) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
         if _sqlstate(error) == INSUFFICIENT_PRIVILEGE:
             raise RightsMissing(
-                "this role has no privileges on the database's schema; let its owner run `tweetscore db upgrade` and "
+                "this role lacks privileges on the database's schema; let its owner run `tweetscore db upgrade` and "
                 "`tweetscore db grant-worker` or `grant-readonly`"
             ) from error
         shown = public_url(database.engine.url.render_as_string(hide_password=True))

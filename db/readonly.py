@@ -1,4 +1,4 @@
-"""Questions from outside, asked so that they cannot write. Opens connections of its own, never the workers'."""
+"""Run queries of users read-only, on connections that are separate from those of the workers."""
 
 import sqlite3
 import time
@@ -16,7 +16,7 @@ from db.connection import connect
 from db.errors import DatabaseError, shown
 
 STATEMENT_TIMEOUT_MS = 60_000
-# How often SQLite looks at the clock, in steps of its virtual machine: some hundred times a second.
+# Interval of the timeout check in instructions of SQLite's virtual machine: about a hundred checks per second.
 STEPS_BETWEEN_LOOKS = 100_000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
@@ -25,7 +25,7 @@ Answer = tuple[list[str], Iterator[Sequence[Any]]]
 
 @contextmanager
 def ask(url: str, sql: str) -> Iterator[Answer]:
-    """Column names and rows of one SELECT, streamed; raises `DatabaseError` with the database's own words."""
+    """Column names and streamed rows of one SELECT. Raises `DatabaseError` with the message of the database."""
     parsed = _checked(url, sql)
     try:
         if parsed.get_backend_name() == "sqlite":
@@ -42,19 +42,19 @@ def ask(url: str, sql: str) -> Iterator[Answer]:
 
 
 def _checked(url: str, sql: str) -> URL:
-    """The URL, when both are such that a driver can refuse them in words of its own."""
+    """Parse the URL. Raises `DatabaseError` for input on which a driver would fail without a clear message."""
     try:
         sql.encode()
         fits = "\x00" not in sql
     except (UnicodeEncodeError, AttributeError):
         fits = False
     if not fits:
-        raise DatabaseError(f"the query {shown(sql)} is no text that a database takes; ask with one SELECT as a string")
+        raise DatabaseError(f"the query {shown(sql)} is not valid text; pass one SELECT as a string without NUL")
     try:
         return make_url(url)
     except (ArgumentError, ValueError) as error:
         raise DatabaseError(
-            "the database's URL cannot be read; use sqlite:////path/file.db or postgresql://user@host/name"
+            "the database URL cannot be parsed; use sqlite:////path/file.db or postgresql://user@host/name"
         ) from error
 
 
@@ -63,20 +63,20 @@ def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
     if not Path(path).is_file():
         raise DatabaseError(f"there is no database {path} yet; run `tweetscore demo` or `tweetscore up` first")
     place = f"file:{quote(path)}?mode=ro"
-    # Any one thread at a time: rows that are read on later may be closed by the garbage collector of another.
+    # The garbage collector may close the connection on another thread than the one that opened it.
     with closing(sqlite3.connect(place, uri=True, timeout=30, check_same_thread=False)) as connection:
-        # mode=ro guards this file; the authorizer also keeps ATTACH and PRAGMA from reaching others.
+        # mode=ro protects this file; the authorizer denies ATTACH and PRAGMA, which could reach other files.
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
         clock = Clock()
         connection.set_progress_handler(clock.is_up, STEPS_BETWEEN_LOOKS)
         cursor = connection.execute(sql)
         if cursor.description is None:
-            raise DatabaseError("the query gives no rows; ask with SELECT")
+            raise DatabaseError("the query returns no rows; use SELECT")
         yield [column[0] for column in cursor.description], clock.each(cursor)
 
 
 class Clock:
-    """Ends a question whose next row does not come in time, as PostgreSQL's statement timeout does."""
+    """Interrupts a query whose next row takes too long, like PostgreSQL's statement timeout."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -85,7 +85,7 @@ class Clock:
         return time.monotonic() - self._began > STATEMENT_TIMEOUT_MS / 1000
 
     def each(self, rows: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-        self._began = time.monotonic()  # the first row is there; when it is asked for is not the question's fault
+        self._began = time.monotonic()  # the time until the caller fetches does not count
         for row in rows:
             yield row
             self._began = time.monotonic()
@@ -95,8 +95,8 @@ class Clock:
 def _ask_postgresql(url: str, sql: str) -> Iterator[Answer]:
     with connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
         connection.read_only = True
-        # A cursor is declared for one SELECT and nothing else: no COPY to a file of the server's, nothing behind a
-        # semicolon. Its rows come in portions.
+        # PostgreSQL declares a cursor only for a single SELECT: no COPY to a file on the server, no second statement.
+        # The rows arrive in portions.
         with connection.cursor(name="answer") as cursor:
             cursor.execute(sql.strip().rstrip(";").encode())
             yield [column.name for column in cursor.description or ()], iter(cursor)

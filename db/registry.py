@@ -1,4 +1,4 @@
-"""Queries of the model registry: versions, their test figures, and the aliases. The caller owns the transaction."""
+"""Queries of the model registry: versions, their test metrics and the aliases. The caller owns the transaction."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def add_version(
     confusion: list[dict[str, Any]],
     test_predictions: list[dict[str, Any]],
 ) -> ModelVersion:
-    """Add a model version with its test figures; the rows lack only `model_version_id`."""
+    """Add a model version with its test results. The rows need no `model_version_id`."""
     session.add(version)
     session.flush()
     tables = ((TestMetric, metrics), (ConfusionCell, confusion), (TestPrediction, test_predictions))
@@ -32,7 +32,7 @@ def add_version(
 def get(session: Session, version_id: int) -> ModelVersion:
     version = session.get(ModelVersion, version_id)
     if version is None:
-        raise NotFound(f"there is no model {version_id}; `tweetscore models list` shows those there are")
+        raise NotFound(f"there is no model {version_id}; `tweetscore models list` shows the existing ones")
     return version
 
 
@@ -41,7 +41,7 @@ def of_job(session: Session, job_id: int) -> ModelVersion | None:
 
 
 def revision_used(session: Session, base_model: str) -> str | None:
-    """The hub's commit of the first model that was trained on `base_model`: later ones are trained on the same."""
+    """Hub commit of the first model trained on `base_model`; later models use the same commit."""
     return session.scalar(
         select(ModelVersion.base_revision)
         .where(ModelVersion.base_model == base_model, ModelVersion.base_revision.is_not(None))
@@ -51,13 +51,13 @@ def revision_used(session: Session, base_model: str) -> str | None:
 
 
 def versions(session: Session, deleted: bool = False) -> list[ModelVersion]:
-    """Newest first; those that were deleted only when asked for."""
+    """Newest first; with `deleted`, deleted versions too."""
     query = select(ModelVersion).order_by(ModelVersion.id.desc())
     return list(session.scalars(query if deleted else query.where(ModelVersion.deleted_at.is_(None))))
 
 
 def assign(session: Session, alias: str, version_id: int) -> None:
-    """Point an alias at a version. A row is added, none changed, so that the history stays."""
+    """Point an alias at a version. Adds a row and changes none, so the history is kept."""
     if alias not in ALIASES:
         raise NotFound(f"there is no alias {alias!r}; use one of {', '.join(ALIASES)}")
     usable(session, version_id)
@@ -66,17 +66,17 @@ def assign(session: Session, alias: str, version_id: int) -> None:
 
 
 def usable(session: Session, version_id: int) -> ModelVersion:
-    """A version whose artifact is to be loaded; raises `NotFound` when it was deleted."""
+    """A version whose artifact can be loaded. Raises `NotFound` when it does not exist or was deleted."""
     version = get(session, version_id)
     if version.deleted_at is not None:
-        raise NotFound(f"model {version_id} was deleted; `tweetscore models list` shows those there are")
+        raise NotFound(f"model {version_id} was deleted; `tweetscore models list` shows the existing ones")
     return version
 
 
 def rollback(session: Session, alias: str) -> tuple[int, int]:
-    """Point an alias at the version it pointed at before. Returns the version ids (from, to).
+    """Point an alias at its previous version. Returns the version ids (from, to).
 
-    Raises `NotFound` when it never pointed at another one that is still there.
+    Raises `NotFound` when there is no previous version that still exists.
     """
     now = assigned(session, alias)
     before = session.scalar(
@@ -88,7 +88,7 @@ def rollback(session: Session, alias: str) -> tuple[int, int]:
     )
     if now is None or before is None:
         raise NotFound(
-            f"no other model was the {alias} before; `tweetscore models promote ID --alias {alias}` names one"
+            f"no other model was the {alias} before; set one with `tweetscore models promote ID --alias {alias}`"
         )
     assign(session, alias, before)
     return now, before
@@ -100,9 +100,9 @@ def history(session: Session) -> list[ModelAlias]:
 
 
 def mark_deleted(session: Session, version_id: int, predictions: bool) -> ModelVersion:
-    """Take a version out of use; its figures, and its predictions unless they are to go too, stay.
+    """Mark a version as deleted. Its test results stay; with `predictions`, its predictions are deleted.
 
-    Raises `InUse` while an alias points at it.
+    Raises `InUse` while an alias points to it.
     """
     version = usable(session, version_id)
     for alias in ALIASES:
@@ -115,18 +115,18 @@ def mark_deleted(session: Session, version_id: int, predictions: bool) -> ModelV
 
 
 def assignment(session: Session, alias: str) -> ModelAlias | None:
-    """The newest assignment of an alias."""
+    """The newest assignment of an alias; None when it was never assigned."""
     return session.scalar(select(ModelAlias).where(ModelAlias.alias == alias).order_by(ModelAlias.id.desc()).limit(1))
 
 
 def assigned(session: Session, alias: str) -> int | None:
-    """The model version id an alias points at now."""
+    """The id of the model version that an alias points to; None when it was never assigned."""
     newest = assignment(session, alias)
     return newest.model_version_id if newest else None
 
 
 def metrics(session: Session, version_id: int) -> dict[tuple[str, str], float]:
-    """Every test figure of a version by (metric, label); the label is empty for the whole split."""
+    """Every test metric of a version by (metric, label). The label is empty for the whole test split."""
     rows = session.execute(
         select(TestMetric.metric, TestMetric.label, TestMetric.value).where(TestMetric.model_version_id == version_id)
     )
@@ -143,16 +143,16 @@ def confusion(session: Session, version_id: int) -> dict[tuple[str, str], int]:
 
 
 def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPrediction]:
-    """The test rows a version was wrong about, those it was surest of first."""
+    """The misclassified test rows of a version, by falling probability."""
     wrong = (TestPrediction.model_version_id == version_id, TestPrediction.actual != TestPrediction.predicted)
     order = (TestPrediction.probability.desc(), TestPrediction.row_number)
     return list(session.scalars(select(TestPrediction).where(*wrong).order_by(*order).limit(limit)))
 
 
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
-    """Texts two versions were tested on with the same label: (all, those only `one` has right, those only `other` has).
+    """Counts of texts that both versions were tested on with the same label: (all, only `one` correct, only `other`).
 
-    Each counts once, however often the guide's split has it among the test rows.
+    A text that occurs several times among the test rows, as in the guide's split, counts once.
     """
     a, b = _tested(one), _tested(other)
     shared, only_a, only_b = session.execute(
@@ -166,7 +166,7 @@ def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
 
 
 def _tested(version_id: int) -> Subquery:
-    """Text and label of a version's test rows, each once, and whether it was right of all of them."""
+    """The distinct texts and labels of a version's test rows, and whether every occurrence was predicted correctly."""
     rows = (TestPrediction.text, TestPrediction.actual)
     right = func.min(case((TestPrediction.actual == TestPrediction.predicted, 1), else_=0)) == 1
     return (

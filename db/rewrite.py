@@ -1,7 +1,8 @@
-"""Rewrite the files behind the tables, so that nothing of what was deleted is left in them, and look whether it is so.
+"""Rewrite the database files so that no deleted data remains in them, and verify the result.
 
-Both databases refuse quietly: SQLite answers `PRAGMA wal_checkpoint` with a row that says it was busy, PostgreSQL skips
-a table that the role may not vacuum, and keeps deleted rows that an open transaction might still see.
+Verification is necessary because neither database raises an error here. SQLite reports a blocked
+`PRAGMA wal_checkpoint` only in its result row. PostgreSQL skips tables that the role may not vacuum, and keeps deleted
+rows that an open transaction might still see.
 """
 
 import re
@@ -17,32 +18,32 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from db.errors import DatabaseError
 from db.session import Database
 
-# Tables that hold what a tweet says, or what was said of it.
+# Tables with text of tweets or predictions about them.
 TABLES = ("tweets", "predictions", "dead_letters")
-# What is in use is tried again for so long. One try waits only briefly for a lock: whoever comes behind it waits too.
+# Time for retries of what is in use. One try waits only briefly for a lock, since other transactions queue behind it.
 PATIENCE_SECONDS = 60.0
 LOCK_MS = 2_000
 PAUSE_SECONDS = 0.5
 IN_USE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 LOCK_NOT_AVAILABLE, DEADLOCK = "55P03", "40P01"
 
-# Does its part, or returns why that is not possible now.
+# Does one part of the work. Returns None, or the reason why the part must be retried.
 Step = Callable[[], str | None]
 
 
 def rewrite(database: Database) -> None:
-    """Rewrite the database file, or the tables' files on PostgreSQL; what is in use is tried again for a minute.
+    """Rewrite the SQLite file, or the files of `TABLES` on PostgreSQL. Retries for a minute while they are in use.
 
-    Raises `DatabaseError` with a sentence on what is left, and what to do about it.
+    Raises `DatabaseError` that names what was not rewritten and the remedy.
     """
     try:
         with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.detach()  # closed afterwards: its timeouts are not for others
+            connection.detach()  # not returned to the pool: its timeouts differ
             sqlite = database.engine.dialect.name == "sqlite"
             _until_done(_sqlite_steps(connection) if sqlite else _postgresql_steps(connection))
     except (SQLAlchemyError, sqlite3.Error) as error:
         why = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise DatabaseError(_left("the database's files", f"{why}; mend that")) from error
+        raise DatabaseError(_left("the database's files", f"{why}; correct that")) from error
 
 
 def _until_done(steps: list[Step]) -> None:
@@ -55,13 +56,13 @@ def _until_done(steps: list[Step]) -> None:
         if time.monotonic() > ends:
             raise DatabaseError("; ".join(dict.fromkeys(why for _, why in left)))
         steps = [step for step, _ in left]
-        # Others have at least as long as a try took, which is long where tables are large.
+        # The pause is at least as long as the last try, which takes long on large tables, so that others can proceed.
         pause = max(pause, time.monotonic() - began)
         time.sleep(pause)
 
 
 def _left(where: str, why: str) -> str:
-    return f"what was deleted is still in {where}: {why}, then say the same `tweetscore delete` again"
+    return f"deleted data is still in {where}: {why}, then run the same `tweetscore delete` again"
 
 
 # --- SQLite
@@ -81,7 +82,7 @@ def _sqlite_steps(connection: Connection) -> list[Step]:
                     raise
                 return _left("the database file", "another program keeps it locked; end that program")
             vacuumed.append(True)
-        # The new pages are in the write-ahead log; the file has them when no reader needs the old ones any more.
+        # VACUUM writes the new pages to the write-ahead log. They reach the file once no reader needs the old pages.
         busy, _, _ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return _left("the database file", "another program reads from it; end that program") if busy else None
 
@@ -97,14 +98,14 @@ def _postgresql_steps(connection: Connection) -> list[Step]:
 
 
 def _vacuum_full(connection: Connection, table: str) -> str | None:
-    """Raises `DatabaseError` when this role may not do it."""
+    """Raises `DatabaseError` when this role may not VACUUM the table."""
     file = text(f"SELECT pg_relation_filenode('{table}'), current_user")
     details: list[str] = []
     raw: Any = connection.connection.dbapi_connection
     raw.add_notice_handler(lambda notice: details.append(notice.message_detail or ""))
     before, role = connection.execute(file).one()
     try:
-        # Statistics too: they hold samples of what is in a column.
+        # ANALYZE, since the statistics contain sample values of the columns.
         connection.execute(text(f"VACUUM (FULL, ANALYZE, VERBOSE) {table}"))
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) not in (LOCK_NOT_AVAILABLE, DEADLOCK):
@@ -124,6 +125,6 @@ def _vacuum_full(connection: Connection, table: str) -> str | None:
 
 
 def _rows_kept(detail: str) -> bool:
-    """Whether VACUUM had to keep deleted rows: it tells their number first, in every language."""
+    """Whether VACUUM kept deleted rows. Their number comes first in the message, in every language."""
     found = re.search(r"\d+", detail)
     return found is not None and int(found[0]) > 0

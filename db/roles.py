@@ -1,4 +1,4 @@
-"""PostgreSQL roles beside the schema's owner: one that works with the rows, one that may look and nothing else."""
+"""Privileges of PostgreSQL roles other than the owner of the schema: workers, and users who may only read."""
 
 import re
 
@@ -10,14 +10,15 @@ from db.readonly import STATEMENT_TIMEOUT_MS
 from db.session import Database
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-# The first server, as it numbers itself, that lets others than a table's owner VACUUM it.
+# `server_version_num` of the first release with the MAINTAIN privilege, which allows VACUUM.
 MAINTAIN_SINCE = 170_000
 
 
 def grant_worker(database: Database, role: str) -> None:
-    """Let an existing role read and write rows of every table, those to come included, and change no schema.
+    """Let an existing role read and write the rows of all present and future tables, without changing the schema.
 
-    From PostgreSQL 17 on it may also VACUUM them, which `tweetscore delete` does. Raises as `grant_readonly`.
+    From PostgreSQL 17 on the role may also VACUUM them, as `tweetscore delete` does. Raises the same errors as
+    `grant_readonly`.
     """
     _grant(
         database,
@@ -33,9 +34,9 @@ def grant_worker(database: Database, role: str) -> None:
 
 
 def grant_readonly(database: Database, role: str) -> None:
-    """Let an existing role SELECT every table and view, those to come included, in read-only transactions that end.
+    """Let an existing role SELECT all present and future tables and views, read-only and with a statement timeout.
 
-    Raises `DatabaseError` when there is no such role, when it may do more, or when ours may not grant it.
+    Raises `DatabaseError` when the role does not exist or is privileged, or when the current role may not grant.
     """
     _grant(
         database,
@@ -47,42 +48,42 @@ def grant_readonly(database: Database, role: str) -> None:
         "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}",
         "GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {role}",
-        habits={"default_transaction_read_only": "on", "statement_timeout": str(STATEMENT_TIMEOUT_MS)},
+        settings={"default_transaction_read_only": "on", "statement_timeout": str(STATEMENT_TIMEOUT_MS)},
     )
 
 
-def _grant(database: Database, role: str, *statements: str, habits: dict[str, str] | None = None) -> None:
+def _grant(database: Database, role: str, *statements: str, settings: dict[str, str] | None = None) -> None:
     if database.engine.dialect.name != "postgresql":
-        raise DatabaseError("SQLite has no roles; `query` and the dashboard open its file read-only as it is")
+        raise DatabaseError("SQLite has no roles; `query` and the dashboard open its file read-only without one")
     if not NAME.fullmatch(role):
-        raise DatabaseError(f"{shown(role)} is no role's name; use small letters, digits and _")
+        raise DatabaseError(f"{shown(role)} is not a valid role name; use small letters, digits and _")
     try:
         with database.engine.begin() as connection:
-            known = _habits(connection, role)
+            known = _settings(connection, role)
             name = connection.scalar(text("SELECT quote_ident(current_database())"))
             version = connection.scalar(text("SELECT current_setting('server_version_num')::int"))
             maintain = ", MAINTAIN" if version >= MAINTAIN_SINCE else ""
             for statement in statements:
                 connection.execute(text(statement.format(database=name, role=role, maintain=maintain)))
-            for habit, value in (habits or {}).items():
-                # What its maker has set already takes more rights than those of the schema's owner.
-                if f"{habit}={value}" not in known:
-                    connection.execute(text(f"ALTER ROLE {role} SET {habit} = {value}"))
+            for setting, value in (settings or {}).items():
+                # Changing a role needs more privileges than the schema's owner has, so an equal setting is kept.
+                if f"{setting}={value}" not in known:
+                    connection.execute(text(f"ALTER ROLE {role} SET {setting} = {value}"))
     except ProgrammingError as error:
         raise DatabaseError(
-            f"role {role} cannot be granted that: {str(error.orig).splitlines()[0]}; name the schema's owner in "
+            f"role {role} cannot be granted this: {str(error.orig).splitlines()[0]}; name the schema's owner in "
             "DATABASE_URL"
         ) from error
 
 
-def _habits(connection: Connection, role: str) -> list[str]:
-    """What a role has set for its sessions; raises `DatabaseError` when it is none to grant anything to."""
+def _settings(connection: Connection, role: str) -> list[str]:
+    """The session settings of a role. Raises `DatabaseError` when the role does not exist or is privileged."""
     found = connection.execute(
         text("SELECT rolsuper OR rolcreaterole OR rolcreatedb, rolconfig FROM pg_roles WHERE rolname = :role"),
         {"role": role},
     ).one_or_none()
     if found is None:
-        raise DatabaseError(f"there is no role {role}; make it: CREATE ROLE {role} LOGIN PASSWORD '…'")
+        raise DatabaseError(f"there is no role {role}; create it: CREATE ROLE {role} LOGIN PASSWORD '…'")
     if found[0]:
-        raise DatabaseError(f"role {role} may do more than look; take a role that is no superuser and makes nothing")
+        raise DatabaseError(f"role {role} is privileged; use a role without SUPERUSER, CREATEROLE and CREATEDB")
     return list(found[1] or [])

@@ -1,8 +1,8 @@
-"""Engine and sessions from a URL. Knows SQLite's and PostgreSQL's habits, and no table.
+"""Engine and sessions from a URL, with the settings that SQLite and PostgreSQL need.
 
 SQLite runs in WAL mode, so that readers never wait for the writer. A write transaction takes the write lock when it
-begins: a deferred one that turns from reading to writing fails at once with "database is locked", whatever the busy
-timeout says.
+begins: a deferred one that changes from reading to writing fails immediately with "database is locked", regardless of
+the busy timeout.
 """
 
 import sqlite3
@@ -19,22 +19,23 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
-# Of a PostgreSQL connection pool, one a process. A scorer has a thread that stores, one that asks which model is the
-# champion and a watcher that does the same; a trainer has the job and its heartbeat; either has one for `/metrics`. The
-# overflow is for moments such as retention. With at most five a worker, a server of 100 connections takes nineteen.
+# Size of the PostgreSQL connection pool, one per process. A scoring worker uses connections in the thread that stores,
+# the one that checks the champion and the poller; a training worker for the job and its heartbeat; both for `/metrics`.
+# The overflow covers short work such as retention. With at most five each, a server of 100 connections serves nineteen
+# workers.
 POOL_SIZE, POOL_OVERFLOW = 3, 2
-# SQLite calls almost every error operational: of these the same statement may be free later.
+# SQLite reports almost every error as operational. After one of these the same statement may succeed later.
 SQLITE_AWAY = frozenset(
     getattr(sqlite3, f"SQLITE_{name}")
     for name in ("BUSY", "LOCKED", "NOMEM", "READONLY", "IOERR", "FULL", "CANTOPEN", "PROTOCOL")
 )
-READ_ONLY_STATE = "25006"  # a standby answers, its failover under way
+READ_ONLY_STATE = "25006"  # a standby answered during a failover
 
 
 class Database:
-    """One database: `begin()` for a transaction that writes, `read()` for one that only looks.
+    """One database: `begin()` opens a transaction that writes, `read()` one that only reads.
 
-    `guard` is called first in each transaction that writes, and raises when it must not.
+    `guard` is called at the start of each transaction that writes, and raises when the transaction must not write.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -64,33 +65,35 @@ def open_database(url: str) -> Database:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
         raise DatabaseError(
-            "DATABASE_URL is no database URL; use sqlite:////path/file.db or postgresql://user@host/name"
+            "DATABASE_URL is not a database URL; use sqlite:////path/file.db or postgresql://user@host/name"
         ) from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise DatabaseError(f"DATABASE_URL names {parsed.drivername!r}; tweetscore speaks sqlite and postgresql")
+        raise DatabaseError(f"DATABASE_URL names {parsed.drivername!r}; tweetscore supports sqlite and postgresql")
     try:
         if parsed.get_backend_name() == "sqlite":
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            # Parameters are tweets: an error that shows them would put them into a log.
+            # Parameters contain tweets, which must not reach a log through error messages.
             engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, hide_parameters=True)
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
             return Database(engine)
         return Database(_postgresql(parsed))
     except (ImportError, ArgumentError, ValueError, TypeError, OSError) as error:
-        # NoSuchModuleError is an ArgumentError. The URL itself is not quoted: it may hold a password.
+        # NoSuchModuleError is an ArgumentError. The message omits the URL, which may hold a password.
         if not isinstance(error, NoSuchModuleError):
-            raise DatabaseError(f"DATABASE_URL cannot be opened ({type(error).__name__}); mend it") from error
-        raise DatabaseError(f"DATABASE_URL asks for an unknown driver {parsed.drivername!r}") from error
+            raise DatabaseError(f"DATABASE_URL cannot be opened ({type(error).__name__}); correct it") from error
+        raise DatabaseError(
+            f"DATABASE_URL names the unknown driver {parsed.drivername!r}; use sqlite or postgresql"
+        ) from error
 
 
 def _postgresql(url: URL) -> Engine:
-    from db import connection as postgresql  # its driver takes long to load, and SQLite needs none
+    from db import connection as postgresql  # imported here, since the driver loads slowly and SQLite does not need it
 
-    # A connection that died with a restarted server is replaced before use instead of failing a window.
+    # Replaces a connection that a server restart closed before it is used, instead of failing a window.
     engine = create_engine(
         url, pool_pre_ping=True, hide_parameters=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW,
         connect_args=postgresql.limits(url.query),
@@ -101,9 +104,9 @@ def _postgresql(url: URL) -> Engine:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the database is to blame and not what it was asked: down, restarting, locked, full, out of connections.
+    """Whether the error is due to the state of the database: down, restarting, locked, full or out of connections.
 
-    The same statement may succeed later. Of a commit that fails this way nobody can tell whether it was made.
+    The same statement may succeed later. After such an error in a commit it is unknown whether the commit took place.
     """
     if isinstance(error, PoolTimeout):
         return True
@@ -112,19 +115,19 @@ def is_away(error: BaseException) -> bool:
     code, state = getattr(error.orig, "sqlite_errorcode", None), getattr(error.orig, "sqlstate", None)
     if code is not None:
         return code & 0xFF in SQLITE_AWAY
-    limit = (state or "").startswith("54")  # a statement that is too large stays too large
+    limit = (state or "").startswith("54")  # program limit exceeded: a retry fails again
     operational = isinstance(error, OperationalError) and not limit
     return error.connection_invalidated or state == READ_ONLY_STATE or operational
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the begin event below speaks for the driver
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions instead of the driver
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA journal_mode=WAL")
-    # A commit is on disk when it returns, and only then are its records acknowledged. With NORMAL a power cut could
-    # take the commits of many seconds, whose records the stream has given up. The first sync of a WAL file also syncs
-    # the folder it was made in.
+    # A commit must be on disk when it returns, since its records are acknowledged next. With NORMAL a power failure
+    # could lose the commits of several seconds, whose records the stream has already dropped. The first sync of a WAL
+    # file also syncs its folder.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()

@@ -1,7 +1,7 @@
-"""Queries of what is cleared away by the clock: old tweets, dead letters and windows, and the sums of old connections.
+"""Queries of the periodic housekeeping: delete old tweets, dead letters and windows, and fold the rollup shards.
 
-Each deletes one portion of up to `limit` rows and returns how many; fewer than `limit` were the last. The caller owns
-the transaction, and several may do it at once: a row that somebody else holds is passed over.
+Each call handles up to `limit` rows and returns their number; fewer than `limit` means that none are left. The caller
+owns the transaction. Several workers may run them at once, since rows that another transaction has locked are skipped.
 """
 
 from datetime import datetime
@@ -16,8 +16,8 @@ KEY = ("model_version_id", "hour", "topic", "label")
 COUNTED = ("tweets", "probability_sum", "score_sum", "with_score")
 KEY_NAMES = ", ".join(KEY)
 
-# One statement: a reader sees the rows of the connections, or the sum they went into. Nobody writes to shard 0 besides,
-# and rows that a scorer's transaction holds are passed over, so this waits for no scorer.
+# One statement, so that a reader sees either the rows of the shards or their sum. Only this statement writes to shard
+# 0, and it skips rows that the transaction of a scoring worker has locked, so it never waits for one.
 FOLD = f"""
     WITH gone AS (
         DELETE FROM sentiment_rollup WHERE ctid = ANY (ARRAY(
@@ -31,7 +31,7 @@ FOLD = f"""
             {", ".join(f"{name} = sentiment_rollup.{name} + excluded.{name}" for name in COUNTED)}
     )
     SELECT count(*) FROM gone"""  # noqa: S608 - names of the schema
-# Sums of a key that no prediction is left of. While connections have rows of it, only all of them together tell.
+# Keys without predictions. A key with rows in other shards is kept: only the sum of all shards shows that it is empty.
 DROP_EMPTY = f"""
     DELETE FROM sentiment_rollup AS sums WHERE shard = 0 AND tweets = 0 AND NOT EXISTS (
         SELECT 1 FROM sentiment_rollup AS other WHERE other.shard <> 0
@@ -39,34 +39,34 @@ DROP_EMPTY = f"""
 
 
 def delete_received_before(session: Session, before: datetime, limit: int) -> int:
-    """Tweets that came in before a time, the oldest first, with their predictions."""
+    """Delete tweets received before a time, oldest first, with their predictions."""
     ids = _oldest(session, Tweet.tweet_id, Tweet.received_at, before, limit)
-    # In one statement, which the triggers count at once; a tweet that goes takes its predictions one by one.
+    # One statement, so that the trigger runs once; the trigger on tweets would delete them tweet by tweet.
     session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
     return _delete(session, Tweet, Tweet.tweet_id, ids)
 
 
 def delete_buried_before(session: Session, before: datetime, limit: int) -> int:
-    """Dead letters that were buried before a time, the oldest first."""
+    """Delete dead letters buried before a time, oldest first."""
     ids = _oldest(session, DeadLetter.record_id, DeadLetter.buried_at, before, limit)
     return _delete(session, DeadLetter, DeadLetter.record_id, ids)
 
 
 def delete_windows_before(session: Session, before: datetime, limit: int) -> int:
-    """Windows that began before a time, the oldest first."""
+    """Delete windows that began before a time, oldest first."""
     ids = _oldest(session, ScoringWindow.id, ScoringWindow.started_at, before, limit)
     return _delete(session, ScoringWindow, ScoringWindow.id, ids)
 
 
 def fold_sums(session: Session, limit: int) -> int:
-    """Add the rows that PostgreSQL's connections have in `sentiment_rollup` to shard 0; SQLite has no other."""
+    """Add the rows of other shards of `sentiment_rollup` to shard 0. SQLite has only shard 0."""
     if session.get_bind().dialect.name == "sqlite":
         return 0
     return session.scalar(text(FOLD), {"limit": limit}) or 0
 
 
 def drop_empty_sums(session: Session) -> None:
-    """Take keys out of `sentiment_rollup` whose predictions are gone."""
+    """Delete the keys of `sentiment_rollup` that have no predictions."""
     session.execute(text(DROP_EMPTY))
 
 
@@ -77,7 +77,7 @@ def _oldest(
     before: datetime,
     limit: int,
 ) -> list[Any]:
-    """Keys in the order of an index on `time`: nothing is sorted, and nothing younger is looked at."""
+    """The oldest keys, read in the order of the index on `time`, without a sort or a scan of newer rows."""
     query = select(key).where(time < before).order_by(time).limit(limit)
     return list(session.scalars(query.with_for_update(skip_locked=True)))
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from db import migrate, registry, store
+from db import migrate, predictions, registry
 from db.models import ConfusionCell
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
@@ -42,7 +42,7 @@ def fill(database: Database) -> None:
         for i in range(5):
             window = dict.fromkeys(("read_ms", "tokenise_ms", "forward_ms", "store_ms"), 1.0)
             window |= {"worker": "w", "model_version_id": version, "tweets": 60, "buried": 0, "tokens": 9}
-            store.add_window(session, {**window, "padded_tokens": 9, "started_at": now - timedelta(minutes=i)})
+            predictions.add_window(session, {**window, "padded_tokens": 9, "started_at": now - timedelta(minutes=i)})
     write(
         database,
         [tweet_row(str(i), text=HOSTILE, topic=["映画", None][i % 2], received_at=now) for i in range(40)],

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError, StatementError
 
-from db import migrate, store
+from db import migrate, predictions
 from db.compatibility import MIGRATIONS
 from db.errors import DatabaseError
 from db.models import Base, Tweet, utc_now
@@ -121,7 +121,7 @@ def test_migrations_need_nothing_of_this_code() -> None:
 
 def test_upgrade_again_changes_nothing_and_keeps_the_rows(database: Database) -> None:
     with database.begin() as session:
-        store.add_tweets(session, [tweet_row("1")])
+        predictions.add_tweets(session, [tweet_row("1")])
     migrate.upgrade(database)
     assert migrate.is_current(database)
     assert tweet_ids(database) == ["1"]
@@ -209,7 +209,7 @@ def test_folder_of_a_new_sqlite_file_is_made(tmp_path: Path) -> None:
 def test_naive_datetime_is_refused_and_nothing_is_stored(database: Database) -> None:
     naive = datetime(2026, 1, 31, 12)  # noqa: DTZ001 - the fault under test
     with pytest.raises((StatementError, ValueError), match="has no time zone"), database.begin() as session:
-        store.add_tweets(session, [tweet_row("1"), tweet_row("2", tweet_created_at=naive)])
+        predictions.add_tweets(session, [tweet_row("1"), tweet_row("2", tweet_created_at=naive)])
     assert tweet_ids(database) == []
 
 
@@ -223,7 +223,7 @@ def test_naive_datetime_is_refused_and_nothing_is_stored(database: Database) -> 
 )
 def test_time_of_any_zone_comes_back_as_the_same_instant_in_utc(database: Database, when: datetime) -> None:
     with database.begin() as session:
-        store.add_tweets(session, [tweet_row("1", tweet_created_at=when)])
+        predictions.add_tweets(session, [tweet_row("1", tweet_created_at=when)])
     with database.read() as session:
         kept = session.scalars(select(Tweet.tweet_created_at)).one()
     assert kept == when
@@ -233,7 +233,7 @@ def test_time_of_any_zone_comes_back_as_the_same_instant_in_utc(database: Databa
 def test_sqlite_keeps_times_as_iso_text_whose_order_is_time_order(sqlite: Database) -> None:
     whens = [datetime(2026, 2, 1, 8, 59, 59, 5, tzinfo=JST), datetime(2026, 2, 1, 8, 59, 59, tzinfo=JST)]
     with sqlite.begin() as session:
-        store.add_tweets(session, [tweet_row(str(i), tweet_created_at=when) for i, when in enumerate(whens)])
+        predictions.add_tweets(session, [tweet_row(str(i), tweet_created_at=when) for i, when in enumerate(whens)])
     with sqlite.engine.connect() as connection:
         kept = connection.execute(text("SELECT tweet_created_at FROM tweets ORDER BY tweet_created_at")).scalars().all()
     assert kept == ["2026-01-31T23:59:59.000000Z", "2026-01-31T23:59:59.000005Z"]
@@ -242,7 +242,7 @@ def test_sqlite_keeps_times_as_iso_text_whose_order_is_time_order(sqlite: Databa
 def test_text_keeps_japanese_and_ids_past_what_floats_hold(database: Database) -> None:
     beyond_floats = str(2**53 + 1)
     with database.begin() as session:
-        store.add_tweets(session, [tweet_row(beyond_floats, text="最高😀\n𠮷野家", topic="天気")])
+        predictions.add_tweets(session, [tweet_row(beyond_floats, text="最高😀\n𠮷野家", topic="天気")])
     with database.read() as session:
         kept = session.scalars(select(Tweet)).one()
     assert (kept.tweet_id, kept.text, kept.topic) == (beyond_floats, "最高😀\n𠮷野家", "天気")
@@ -251,14 +251,14 @@ def test_text_keeps_japanese_and_ids_past_what_floats_hold(database: Database) -
 def test_failed_transaction_leaves_nothing(database: Database) -> None:
     def fail_after_writing() -> None:
         with database.begin() as session:
-            store.add_tweets(session, [tweet_row("1")])
+            predictions.add_tweets(session, [tweet_row("1")])
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_after_writing()
     assert tweet_ids(database) == []
     with database.begin() as session:  # and the connection it used is good for the next one
-        store.add_tweets(session, [tweet_row("2")])
+        predictions.add_tweets(session, [tweet_row("2")])
     assert tweet_ids(database) == ["2"]
 
 
@@ -270,8 +270,8 @@ def test_prediction_without_its_tweet_is_refused_with_the_whole_window(database:
 
     def write_window() -> None:
         with database.begin() as session:
-            store.add_tweets(session, [tweet_row("1")])
-            store.add_predictions(session, [orphan])
+            predictions.add_tweets(session, [tweet_row("1")])
+            predictions.add_predictions(session, [orphan])
 
     with pytest.raises(IntegrityError):
         write_window()
@@ -288,7 +288,7 @@ def test_every_sqlite_connection_has_wal_foreign_keys_and_busy_timeout(sqlite: D
 
 def test_reader_does_not_wait_for_a_writer(database: Database) -> None:
     with ThreadPoolExecutor(1) as pool, database.begin() as session:
-        store.add_tweets(session, [tweet_row("1")])
+        predictions.add_tweets(session, [tweet_row("1")])
         assert pool.submit(tweet_ids, database).result(timeout=PATIENCE_SECONDS) == []
     assert tweet_ids(database) == ["1"]
 
@@ -296,7 +296,7 @@ def test_reader_does_not_wait_for_a_writer(database: Database) -> None:
 def test_asking_for_the_schema_version_does_not_wait_for_a_writer(database: Database) -> None:
     asked = threading.Thread(target=migrate.is_current, args=[database])
     with database.begin() as session:
-        store.add_tweets(session, [tweet_row("1")])
+        predictions.add_tweets(session, [tweet_row("1")])
         asked.start()
         asked.join(timeout=BUSY_TIMEOUT_MS / 2000)
         waited = asked.is_alive()
@@ -307,11 +307,11 @@ def test_asking_for_the_schema_version_does_not_wait_for_a_writer(database: Data
 def test_second_writer_waits_for_the_first_instead_of_failing(sqlite: Database) -> None:
     def write_second() -> None:
         with sqlite.begin() as session:
-            store.add_tweets(session, [tweet_row(f"after {session.scalar(select(Tweet.tweet_id))}")])
+            predictions.add_tweets(session, [tweet_row(f"after {session.scalar(select(Tweet.tweet_id))}")])
 
     with ThreadPoolExecutor(1) as pool:
         with sqlite.begin() as session:
-            store.add_tweets(session, [tweet_row("1")])
+            predictions.add_tweets(session, [tweet_row("1")])
             second = pool.submit(write_second)
             # Long enough for a writer that does not wait to come back with "database is locked".
             wait([second], timeout=0.5)
@@ -322,7 +322,7 @@ def test_second_writer_waits_for_the_first_instead_of_failing(sqlite: Database) 
 
 def test_sqlite_writers_that_read_first_lose_no_update(sqlite: Database) -> None:
     with sqlite.begin() as session:
-        store.add_tweets(session, [tweet_row("1", text="0")])
+        predictions.add_tweets(session, [tweet_row("1", text="0")])
 
     def count_up(_: int) -> None:
         with sqlite.begin() as session:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from db import store
+from db import predictions
 from db.errors import NotFound
 from db.models import DeadLetter, utc_now
 from tests.bench import DRAINED, Bench, wire
@@ -106,7 +106,7 @@ def test_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench
     bench.worker().drain()
     assert drop(bench.database, None) == 599
     with bench.database.read() as session:
-        assert (store.dead_count(session), store.recent_dead(session, 5)) == (0, [])
+        assert (predictions.dead_count(session), predictions.recent_dead(session, 5)) == (0, [])
 
 
 def test_the_command_lists_shows_retries_and_drops(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:

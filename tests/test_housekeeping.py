@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, func, select, text
 
-from db import jobs, migrate, store, upkeep
+from db import jobs, migrate, predictions, upkeep
 from db.errors import DatabaseError
 from db.models import DeadLetter, ScoringWindow, SentimentRollup, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
@@ -48,7 +48,7 @@ def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
         [prediction_row("1", version), prediction_row("2", version)],
     )
     with database.begin() as session:
-        store.bury(session, [letter_row("1-0", buried_at=old), letter_row("2-0", buried_at=new)])
+        predictions.bury(session, [letter_row("1-0", buried_at=old), letter_row("2-0", buried_at=new)])
     assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 1, 1)
     assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 0, 0)
     assert_counted(database)
@@ -122,7 +122,7 @@ def test_a_portion_is_taken_from_an_index_and_nothing_is_sorted(database: Databa
 
 def old_letters(database: Database, count: int) -> None:
     with database.begin() as session:
-        store.bury(session, [letter_row(f"{i}-0", other_fields=None) for i in range(count)])
+        predictions.bury(session, [letter_row(f"{i}-0", other_fields=None) for i in range(count)])
 
 
 def old_windows(database: Database, count: int, **more: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from db import migrate, store
+from db import migrate, predictions
 from db.errors import NotFound
 from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database, open_database
@@ -200,7 +200,7 @@ def test_a_deleted_tweet_is_gone_from_stream_tables_and_dead_letters(bench: Benc
     with bench.database.begin() as session:
         for i, payload in enumerate((b'{"id":"x","author_id":"a"}', b"\xff", b'{"id":"y","author_id":"b","text":""}')):
             letter = {"record_id": f"{i}-0", "payload": payload, "other_fields": None, "reason": "r", "attempts": 1}
-            store.bury(session, [{**letter, "buried_at": NOON}])
+            predictions.bury(session, [{**letter, "buried_at": NOON}])
     gone = delete_tweets(bench.database, bench.stream, TweetFilter(authors=("a",)))
     assert gone == DeletedCounts(records=2, tweets=20, dead_letters=1)
     assert {row["author_id"] for row in bench.rows(Tweet)} == {"b"}
@@ -255,7 +255,7 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
         stream.publish([json.dumps({"id": "999", "text": f"{SECRET}!", "author_id": "a"}, ensure_ascii=False).encode()])
         with database.begin() as session:
             dead = {"payload": f'{{"id":"998","author_id":"a","text":"{SECRET}'.encode() + b'"}', "other_fields": None}
-            store.bury(session, [{"record_id": "1-0", "reason": "r", "attempts": 1, "buried_at": NOON, **dead}])
+            predictions.bury(session, [{"record_id": "1-0", "reason": "r", "attempts": 1, "buried_at": NOON, **dead}])
         assert found_in(settings.home), "the search finds nothing at all"
         said = tweetscore("delete", "--author", "a", "--json")
         assert said.returncode == 0, said.stderr

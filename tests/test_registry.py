@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import func, select
 
-from db import jobs, registry, store
+from db import jobs, predictions, registry
 from db.errors import InUse, NotFound
 from db.models import EpochMetric, ModelVersion, Prediction, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
@@ -87,12 +87,12 @@ def test_a_deleted_model_is_neither_promoted_nor_listed_and_one_in_use_is_not_de
 def test_what_a_deleted_model_said_of_tweets_stays_unless_it_is_to_go(database: Database) -> None:
     versions = [version_of(database) for _ in range(2)]
     keep(database, 3)
-    for version, predictions in zip(versions, (False, True), strict=True):
+    for version, delete_predictions in zip(versions, (False, True), strict=True):
         with database.begin() as session:
-            store.add_predictions(session, [said(f"{i:04}", version) for i in range(3)])
-            registry.mark_deleted(session, version, predictions)
+            predictions.add_predictions(session, [said(f"{i:04}", version) for i in range(3)])
+            registry.mark_deleted(session, version, delete_predictions)
     with database.read() as session:
-        assert [store.prediction_count(session, version) for version in versions] == [3, 0]
+        assert [predictions.prediction_count(session, version) for version in versions] == [3, 0]
 
 
 def test_the_most_confidently_wrong_come_first_and_shared_rows_are_paired(database: Database) -> None:
@@ -124,7 +124,7 @@ def keep(database: Database, count: int, first: int = 0, **fields: Any) -> None:
         for i in range(first, first + count)
     ]  # fmt: skip
     with database.begin() as session:
-        store.add_tweets(session, rows)
+        predictions.add_tweets(session, rows)
 
 
 def said(tweet_id: str, version: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def said(tweet_id: str, version: int) -> dict[str, Any]:
 
 def count(database: Database, version: int) -> int:
     with database.read() as session:
-        return store.prediction_count(session, version)
+        return predictions.prediction_count(session, version)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
     version = promote(database, settings.models.folder)
     keep(database, 300)
     with database.begin() as session:
-        store.add_predictions(session, [said(f"{i:04}", version) for i in range(10)])  # the stream's
+        predictions.add_predictions(session, [said(f"{i:04}", version) for i in range(10)])  # the stream's
     told: list[tuple[int, int]] = []
 
     def stop_after_the_first_chunk(done: int, total: int, waiting: bool) -> None:
@@ -181,7 +181,7 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
 
     def rows_then_delete(*given: Any) -> Any:
         with database.begin() as session:
-            store.delete_tweets(session, ["0002"], [], None, 10)
+            predictions.delete_tweets(session, ["0002"], [], None, 10)
         return rows_of(*given)
 
     monkeypatch.setattr(backfill, "prediction_rows", rows_then_delete)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, text
 
-from db import jobs, registry, store
+from db import jobs, predictions, registry
 from db.errors import NotFound
 from db.models import DeadLetter, EpochMetric, ModelAlias, ModelVersion, Prediction, Tweet
 from db.readonly import ask
@@ -54,10 +54,10 @@ def assign(database: Database, version_id: int, alias: str = registry.CHAMPION) 
         registry.assign(session, alias, version_id)
 
 
-def write(database: Database, tweets: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> None:
+def write(database: Database, tweets: list[dict[str, Any]], scored: list[dict[str, Any]]) -> None:
     with database.begin() as session:
-        store.add_tweets(session, tweets)
-        store.add_predictions(session, predictions)
+        predictions.add_tweets(session, tweets)
+        predictions.add_predictions(session, scored)
 
 
 def answer(database: Database, sql: str) -> list[tuple[Any, ...]]:
@@ -79,7 +79,7 @@ def test_replayed_window_changes_nothing(database: Database) -> None:
     version = make_version(database)
     write(database, [tweet_row("1"), tweet_row("2")], [prediction_row("1", version), prediction_row("2", version)])
     with database.begin() as session:
-        store.bury(session, [letter_row("1-0")])
+        predictions.bury(session, [letter_row("1-0")])
     before = everything(database)
 
     later = NOON + timedelta(hours=1)
@@ -90,7 +90,7 @@ def test_replayed_window_changes_nothing(database: Database) -> None:
         [prediction_row("2", version, **other), prediction_row("1", version, **other)],
     )
     with database.begin() as session:
-        store.bury(session, [letter_row("1-0", reason="another", attempts=9)])
+        predictions.bury(session, [letter_row("1-0", reason="another", attempts=9)])
     assert everything(database) == before
 
 
@@ -106,7 +106,7 @@ def test_window_that_overlaps_an_earlier_one_adds_only_what_is_new(database: Dat
     with database.read() as session:
         keys = session.execute(select(Prediction.tweet_id, Prediction.model_version_id)).all()
         assert session.scalar(select(func.count()).select_from(Tweet)) == 2
-        assert (store.prediction_count(session), store.prediction_count(session, first)) == (3, 2)
+        assert (predictions.prediction_count(session), predictions.prediction_count(session, first)) == (3, 2)
     assert set(keys) == {("1", first), ("2", first), ("1", second)}
 
 
@@ -117,20 +117,20 @@ def test_window_beyond_the_bound_value_limit_is_stored_whole(database: Database)
     write(database, [tweet_row(i) for i in ids], [prediction_row(i, version) for i in ids])
     with database.read() as session:
         assert session.scalar(select(func.count()).select_from(Tweet)) == len(ids)
-        assert store.prediction_count(session) == len(ids)
+        assert predictions.prediction_count(session) == len(ids)
 
 
 def test_empty_window_writes_nothing(database: Database) -> None:
     write(database, [], [])
     with database.begin() as session:
-        store.bury(session, [])
+        predictions.bury(session, [])
     assert everything(database) == {"tweets": [], "predictions": [], "dead_letters": []}
 
 
 def test_dead_letter_keeps_its_payload_byte_for_byte(database: Database) -> None:
     payload = b'{"text": "\xff\x00\xed\xa0\x80"}'
     with database.begin() as session:
-        store.bury(session, [letter_row("1-0", payload=payload)])
+        predictions.bury(session, [letter_row("1-0", payload=payload)])
     with database.read() as session:
         assert session.scalars(select(DeadLetter.payload)).one() == payload
 
@@ -146,7 +146,7 @@ def test_writers_of_overlapping_windows_in_any_order_never_deadlock(database: Da
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write_shuffled, range(16)))  # raises what a writer raised
     with database.read() as session:
-        assert store.prediction_count(session) == len(ids)
+        assert predictions.prediction_count(session) == len(ids)
 
 
 def test_model_version_comes_back_with_its_figures(database: Database) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from db import store
+from db import predictions
 from db.session import Database
 from tests.test_store import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
@@ -46,7 +46,7 @@ def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[
         )
         for i in numbers
     ]
-    predictions = [
+    scored = [
         prediction_row(
             f"{i:04d}",
             version,
@@ -56,7 +56,7 @@ def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[
         )
         for i in numbers
     ]
-    return tweets, predictions
+    return tweets, scored
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_sums_follow_whatever_is_stored_repeated_or_removed(database: Database, 
 
 def test_a_window_that_is_rolled_back_is_not_counted(database: Database) -> None:
     version = make_version(database)
-    tweets, predictions = some(version, range(10))
+    tweets, scored = some(version, range(10))
     with database.read() as session:  # which commits nothing
-        store.add_tweets(session, tweets)
-        store.add_predictions(session, predictions)
+        predictions.add_tweets(session, tweets)
+        predictions.add_predictions(session, scored)
     assert answer(database, SUMS) == []
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from db import registry, store
+from db import predictions, registry
 from db.models import utc_now
 from db.session import Database
 from worker.errors import StreamError
@@ -42,7 +42,7 @@ def rescore(
     with database.read() as session:
         version = registry.usable(session, version_id)
         until = utc_now()  # later tweets are scored by the workers
-        total = store.unscored_count(session, version_id, since, until)
+        total = predictions.unscored_count(session, version_id, since, until)
     done, after = 0, ""
     progress(done, total, False)
     with open_model(version, serving_from(settings)) as opened:
@@ -52,7 +52,7 @@ def rescore(
                 progress(done, total, True)
                 time.sleep(POLL_SECONDS)
             with database.read() as session:
-                chunk = store.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
+                chunk = predictions.unscored(session, version_id, since, until, after, CHUNK_TWEETS)
             if not chunk:
                 return done
             model = opened.current()
@@ -60,8 +60,8 @@ def rescore(
             rows = prediction_rows(model, [id_ for id_, _ in chunk], scores)
             with database.begin() as session:
                 # Tweets may have been deleted since the chunk was read.
-                present = store.present(session, [id_ for id_, _ in chunk])
-                store.add_predictions(session, [row for row in rows if row["tweet_id"] in present])
+                present = predictions.present(session, [id_ for id_, _ in chunk])
+                predictions.add_predictions(session, [row for row in rows if row["tweet_id"] in present])
             done, after = done + len(chunk), chunk[-1][0]
             progress(done, max(total, done), False)
 

@@ -24,12 +24,12 @@ def dead_list(
     limit: Annotated[int, typer.Option(min=1, help="Number of rows to print.")] = 20, json: Json = False
 ) -> None:
     """List the newest dead letters with their reasons."""
-    from db import store
+    from db import predictions
     from worker.runtime import open_sql
     from worker.settings import load_settings
 
     with open_sql(load_settings()).read() as session:
-        letters, count = store.recent_dead(session, limit), store.dead_count(session)
+        letters, count = predictions.recent_dead(session, limit), predictions.dead_count(session)
     if json:
         show.as_json([_described(letter) for letter in letters])
         return
@@ -46,12 +46,12 @@ def dead_show(
     record_id: Annotated[str, typer.Argument(help="Record id, as `dead list` prints it.")], json: Json = False
 ) -> None:
     """Show one dead letter with its payload."""
-    from db import store
+    from db import predictions
     from worker.runtime import open_sql
     from worker.settings import load_settings
 
     with open_sql(load_settings()).read() as session:
-        letter = store.dead_letter(session, record_id)
+        letter = predictions.dead_letter(session, record_id)
     described = {**_described(letter), "payload": _payload(letter), "other_fields": letter.other_fields}
     if json:
         show.as_json(described)

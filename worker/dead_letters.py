@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from celery import Celery
 
-from db import store
+from db import predictions
 from db.models import DeadLetter
 from db.session import Database
 from worker.app import SCORING
@@ -26,7 +26,7 @@ def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | 
         # Delete after the stream has the records: a crash between the two leaves both, and a tweet scored twice is
         # still one row.
         with database.begin() as session:
-            store.drop_dead(session, [letter.record_id for letter in letters])
+            predictions.drop_dead(session, [letter.record_id for letter in letters])
         nudge(app, SCORING)
         done += len(letters)
     return done
@@ -37,7 +37,7 @@ def drop(database: Database, ids: Sequence[str] | None) -> int:
     done = 0
     for letters in chunks(database, ids):
         with database.begin() as session:
-            store.drop_dead(session, [letter.record_id for letter in letters])
+            predictions.drop_dead(session, [letter.record_id for letter in letters])
         done += len(letters)
     return done
 
@@ -49,14 +49,14 @@ def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadL
     """
     if ids is not None:
         with database.read() as session:
-            yield [store.dead_letter(session, id_) for id_ in dict.fromkeys(ids)]
+            yield [predictions.dead_letter(session, id_) for id_ in dict.fromkeys(ids)]
         return
     with database.read() as session:
-        last = store.newest_dead(session)
+        last = predictions.newest_dead(session)
     after = ""
     while last is not None:
         with database.read() as session:
-            letters = store.dead_after(session, after, last, CHUNK_LETTERS)
+            letters = predictions.dead_after(session, after, last, CHUNK_LETTERS)
         if not letters:
             return
         after = letters[-1].record_id

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
-from db import store
+from db import predictions
 from db.errors import DatabaseError
 from db.rewrite import rewrite
 from db.session import Database
@@ -61,7 +61,7 @@ def delete_tweets(
     for chunk in dead_letters.chunks(database, None):
         matching = [letter.record_id for letter in chunk if tweets.matches(letter.payload, letter.buried_at)]
         with database.begin() as session:
-            store.drop_dead(session, matching)
+            predictions.drop_dead(session, matching)
         letters += len(matching)
         progress("dead letters", letters)
     return DeletedCounts(records, rows, letters)
@@ -85,7 +85,7 @@ def _delete_rows(database: Database, tweets: TweetFilter, progress: Callable[[st
     done, last = 0, ""
     while True:
         with database.begin() as session:
-            deleted = store.delete_tweets(
+            deleted = predictions.delete_tweets(
                 session, tweets.tweet_ids, tweets.authors, tweets.before, CHUNK_ROWS, after=last
             )
         if not deleted:

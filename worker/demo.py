@@ -4,7 +4,7 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from db import registry, store
+from db import predictions, registry
 from db.errors import TweetscoreError, public_url
 from db.readonly import ask
 from db.session import Database
@@ -101,7 +101,7 @@ def _wait_until_scored(
         shown = progress.add_task("scoring", total=expected)
         while True:
             with database.read() as session:
-                scored = store.prediction_count(session, version)
+                scored = predictions.prediction_count(session, version)
             progress.update(shown, completed=scored)
             if scored >= expected and _nothing_pending(settings, stream):
                 break

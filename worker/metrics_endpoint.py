@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from db import jobs, store
+from db import jobs, predictions
 from db.models import JOB_STATES
 from db.session import Database
 from training import lease  # noqa: F401 - registers its counter, which every worker exports
@@ -93,7 +93,7 @@ class WorkerCollector(Collector):
 
     def _database_metrics(self) -> list[Metric]:
         with self._database.read() as session:
-            counted, dead = jobs.counts(session), store.dead_count(session)
+            counted, dead = jobs.counts(session), predictions.dead_count(session)
         states = GaugeMetricFamily("tweetscore_jobs", "training jobs by state", labels=["state"])
         for state in JOB_STATES:
             states.add_metric([state], counted.get(state, 0))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
-from db import store
 from db.errors import SchemaMismatch
 from db.session import Database
 from training import failpoint
@@ -194,12 +193,12 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    store.add_tweets(session, tweet_rows(window))
-                    store.add_predictions(session, stored_predictions(window, window.scores))
-                    store.bury(session, window.dead)
+                    predictions.add_tweets(session, tweet_rows(window))
+                    predictions.add_predictions(session, stored_predictions(window, window.scores))
+                    predictions.bury(session, window.dead)
                     # The row of the window is part of the transaction, so `store_ms` ends before the commit.
                     window.set_time("store", began)
-                    store.add_window(session, window_row(window, window.scores, self.stream.consumer))
+                    predictions.add_window(session, window_row(window, window.scores, self.stream.consumer))
                     failpoint.passing("stored", window.texts)
                 return
             except (OperationalError, InterfaceError, InternalError) as error:

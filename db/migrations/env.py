@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection it is handed, or, from the `alembic` command, on DATABASE_URL."""
+"""Entry point of Alembic: runs on the given connection, or on DATABASE_URL when started by the `alembic` command."""
 
 import os
 
@@ -8,12 +8,12 @@ from sqlalchemy import Connection, inspect, text
 from db.models import Base
 from db.session import open_database
 
-# Workers and questions that come meanwhile wait behind a migration that waits for a lock: it gives up and comes again.
+# Other transactions wait behind a migration that waits for a lock, so it gives up after this time and is retried.
 LOCK_TIMEOUT = "3s"
 
 
 def keep_others_out(connection: Connection) -> None:
-    """One migration at a time, and none while a worker's transaction counts on the schema (`compatibility.check`)."""
+    """Allow one migration at a time, and none during a transaction that has checked the schema."""
     if connection.dialect.name != "postgresql":
         return
     connection.execute(text("SELECT pg_advisory_xact_lock(7413952)"))
@@ -27,7 +27,7 @@ def migrate(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
-        render_as_batch=True,  # SQLite alters a table by copying it
+        render_as_batch=True,  # SQLite alters a table by copying it, without its triggers
         compare_type=True,
     )
     with context.begin_transaction():

@@ -12,7 +12,7 @@ from statistics import median
 
 from sqlalchemy import event
 
-from db import migrate, store
+from db import migrate, predictions
 from db.session import Database, open_database
 from tests.test_store import assign, make_version, prediction_row, tweet_row
 
@@ -38,8 +38,8 @@ def store_ms(database: Database, version: int, tweets: int, first: int) -> float
     for window in range(WINDOWS[tweets]):
         ids = [str(first + window * tweets + i) for i in range(tweets)]
         with database.begin() as session:
-            store.add_tweets(session, [tweet_row(id_) for id_ in ids])
-            store.add_predictions(session, [prediction_row(id_, version) for id_ in ids])
+            predictions.add_tweets(session, [tweet_row(id_) for id_ in ids])
+            predictions.add_predictions(session, [prediction_row(id_, version) for id_ in ids])
     return (time.perf_counter() - began) * 1000 / WINDOWS[tweets]
 
 

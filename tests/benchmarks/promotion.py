@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from db import registry, store
+from db import predictions, registry
 from db.models import ModelVersion
 from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
@@ -70,7 +70,7 @@ def _watched(
         if (depth.lag or 0) < AHEAD:
             stream.publish(list(itertools.islice(told, AHEAD)))
         with database.read() as session:
-            counts.append((time.monotonic() - began, store.prediction_count(session, version)))
+            counts.append((time.monotonic() - began, predictions.prediction_count(session, version)))
         if took_over is None and any(word in _read(log) for word in TOOK_OVER):
             took_over = time.monotonic() - began
         if took_over is not None and time.monotonic() - began > took_over + SPAN_SECONDS + 1:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
-from db import migrate, store
+from db import migrate, predictions
 from db.models import Base, Prediction, Tweet
 from db.session import open_database
 from tests.benchmarks.bulk import two_databases
@@ -26,7 +26,7 @@ Way = Callable[[Session, type[Base], Rows], None]
 
 
 def one_parameter(session: Session, table: type[Base], rows: Rows) -> None:
-    {Tweet: store.add_tweets, Prediction: store.add_predictions}[table](session, rows)  # type: ignore[index]
+    {Tweet: predictions.add_tweets, Prediction: predictions.add_predictions}[table](session, rows)  # type: ignore[index]
 
 
 def executemany(session: Session, table: type[Base], rows: Rows) -> None:
@@ -72,7 +72,7 @@ def main() -> int:
                     way(session, Prediction, [prediction_row(id_, version) for id_ in ids])
                 times[name].append(1000 * (time.perf_counter() - began))
         with database.read() as session:
-            assert store.prediction_count(session) == ROUNDS * len(WAYS) * ROWS
+            assert predictions.prediction_count(session) == ROUNDS * len(WAYS) * ROWS
         database.close()
     first = median(times["json_populate_recordset"])
     for name, found in times.items():

@@ -1,7 +1,4 @@
-"""Queries of what was scored, what was buried, and what a model has yet to score.
-
-They add and select; the caller owns the transaction.
-"""
+"""Queries of tweets, predictions, scoring windows and dead letters. The caller owns the transaction."""
 
 import json
 from collections.abc import Sequence
@@ -17,25 +14,25 @@ from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
 
 
 def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep tweets by id, each once. A tweet seen before keeps its first text and time of arrival."""
+    """Insert tweets whose id is new. A tweet that exists keeps its first text and time of arrival."""
     _insert_missing(session, Tweet, rows)
 
 
 def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep predictions by (tweet, model version). A replay finds its row there and changes nothing."""
+    """Insert predictions whose (tweet, model version) is new, so that a replay changes nothing."""
     _insert_missing(session, Prediction, rows)
 
 
 def unscored(
     session: Session, model_version_id: int, since: datetime | None, until: datetime, after: str, limit: int
 ) -> list[tuple[str, str]]:
-    """(id, text) of the next tweets, by id after `after`, that a model version has no prediction for."""
+    """(id, text) of tweets without a prediction of this model version, in order of id and after `after`."""
     query = select(Tweet.tweet_id, Tweet.text).where(*_lacking(model_version_id, since, until), Tweet.tweet_id > after)
     return [(id_, text) for id_, text in session.execute(query.order_by(Tweet.tweet_id).limit(limit))]
 
 
 def present(session: Session, tweet_ids: Sequence[str]) -> set[str]:
-    """Which of these tweets there are; they stay until the transaction ends."""
+    """The ids that exist. Their rows cannot be deleted until the transaction ends."""
     query = select(Tweet.tweet_id).where(Tweet.tweet_id.in_(tweet_ids)).order_by(Tweet.tweet_id)
     return set(session.scalars(query.with_for_update(read=True, key_share=True)))
 
@@ -46,7 +43,7 @@ def unscored_count(session: Session, model_version_id: int, since: datetime | No
 
 
 def _lacking(model_version_id: int, since: datetime | None, until: datetime) -> list[ColumnElement[bool]]:
-    """Tweets written since a time, or come in if they do not say when, and come in up to another."""
+    """Conditions: no prediction, received by `until`, and written (or else received) at `since` or later."""
     there = select(Prediction.tweet_id).where(
         Prediction.tweet_id == Tweet.tweet_id, Prediction.model_version_id == model_version_id
     )
@@ -57,7 +54,7 @@ def _lacking(model_version_id: int, since: datetime | None, until: datetime) -> 
 
 
 def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep dead letters by record id, each once."""
+    """Insert dead letters whose record id is new."""
     _insert_missing(session, DeadLetter, rows)
 
 
@@ -76,17 +73,17 @@ def recent_dead(session: Session, limit: int) -> list[DeadLetter]:
 def dead_letter(session: Session, record_id: str) -> DeadLetter:
     letter = session.get(DeadLetter, record_id)
     if letter is None:
-        raise NotFound(f"there is no dead letter {record_id!r}; `tweetscore dead list` shows those there are")
+        raise NotFound(f"there is no dead letter {record_id!r}; `tweetscore dead list` shows the existing ones")
     return letter
 
 
 def newest_dead(session: Session) -> str | None:
-    """The last record id in the order of `dead_after`."""
+    """The last record id in the order of `dead_after`; None without dead letters."""
     return session.scalar(select(func.max(DeadLetter.record_id)))
 
 
 def dead_after(session: Session, after: str, last: str, limit: int) -> list[DeadLetter]:
-    """The next dead letters by record id, after one and up to another."""
+    """Dead letters with ids above `after` and up to `last`, in order of id."""
     within = (DeadLetter.record_id > after, DeadLetter.record_id <= last)
     return list(session.scalars(select(DeadLetter).where(*within).order_by(DeadLetter.record_id).limit(limit)))
 
@@ -110,8 +107,10 @@ def delete_tweets(
     limit: int,
     after: str = "",
 ) -> list[str]:
-    """Delete up to `limit` tweets, with their predictions, that any of the three names, the next by id after `after`.
-    Returns their ids in order."""
+    """Delete up to `limit` tweets and their predictions, in order of id and after `after`. Returns the ids in order.
+
+    A tweet is deleted when its id or author is listed, or when it was written (or else received) before `before`.
+    """
     meant: list[ColumnElement[bool]] = [Tweet.tweet_id.in_(tweet_ids), Tweet.author_id.in_(authors)]
     if before is not None:
         meant.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) < before)
@@ -125,15 +124,15 @@ def delete_tweets(
 def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return
-    # Every writer takes row locks in key order: two workers that meet the same tweets wait, and never deadlock.
+    # Row locks are taken in key order, so that two workers with the same tweets wait and do not deadlock.
     keys = [str(column.key) for column in inspect(model).primary_key]
     ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
-    # The table, not the class: the session would look at every row for what only mapped objects have.
+    # Inserting into the table instead of the class avoids the ORM's work per row.
     table: Any = model.__table__
     if session.get_bind().dialect.name == "sqlite":
         session.execute(sqlite.insert(table).on_conflict_do_nothing(), ordered)
     else:
-        # One statement with one parameter, which the triggers count at once.
+        # One statement with one parameter; the statement triggers run once.
         columns = ", ".join(ordered[0])
         session.execute(
             text(
@@ -145,7 +144,7 @@ def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str
 
 
 def _as_text(value: Any) -> str:
-    """As PostgreSQL reads a time or bytes from text."""
+    """A time or bytes in PostgreSQL's text format."""
     if isinstance(value, bytes):
         return f"\\x{value.hex()}"
     if value.tzinfo is None:
