@@ -8,7 +8,6 @@ import typer
 from worker import show
 from worker.errors import BadRecord
 from worker.show import Json
-from worker.tweet_record import parse_payload
 
 if TYPE_CHECKING:
     from db.models import DeadLetter
@@ -110,6 +109,8 @@ def _described(letter: "DeadLetter") -> dict[str, Any]:
 
 
 def _tweet_id(letter: "DeadLetter") -> str | None:
+
+    from worker.tweet_record import parse_payload
 
     try:
         return parse_payload(letter.payload).id

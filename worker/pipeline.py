@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
+from db import predictions
 from db.errors import SchemaMismatch
 from db.session import Database
 from training import failpoint
