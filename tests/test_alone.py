@@ -13,6 +13,7 @@ from db import jobs
 from db.session import open_database
 from worker import embedded
 from worker.redis_client import connect
+from worker.runtime import input_store
 from worker.settings import Settings
 from worker.stream import Stream
 
@@ -35,7 +36,7 @@ def test_training_with_wait_runs_a_worker_of_its_own(
         m for m in told["metrics"] if m["metric"] == "accuracy"
     ).items()
     # The job worked on a copy: what the folder becomes later is no concern of its model's.
-    assert Path(told["config"]["base_model"]).is_relative_to(settings.inputs.folder)
+    assert Path(told["config"]["base_model"]).is_relative_to(input_store(settings).folder)
     assert embedded.find(settings.home) is None
     assert running_on(settings.home) == []
 
@@ -107,4 +108,4 @@ def test_a_base_model_that_cannot_be_one_leaves_no_job_behind(
     assert repr(model) in ended.stderr
     with open_database(settings.sql_url).read() as session:
         assert jobs.recent(session) == []
-    assert not settings.inputs.folder.exists()
+    assert not input_store(settings).folder.exists()

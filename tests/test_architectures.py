@@ -45,6 +45,7 @@ from training.job import run_next_job
 from training.model import build_model
 from training.text import encode, load_tokenizer
 from training.workshop import TrainingContext
+from worker.runtime import training_context
 from worker.settings import load_settings
 
 TEXTS = ["今日は最高の一日でした", "電車が遅れて最悪", "[SEP]という文字", "猫が好き！"]
@@ -134,7 +135,7 @@ def shape_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def here(home: Path, *roots: Path) -> TrainingContext:
     """A trainer's workshop in `home`, which may read below `roots`."""
-    return load_settings(home=home, device="cpu", lease_seconds=30, read_roots=roots).workshop()
+    return training_context(load_settings(home=home, device="cpu", lease_seconds=30, read_roots=roots))
 
 
 def fine_tuned(database: Database, home: Path, base: Path, dataset: Path, **settings: Any) -> ModelVersion:

@@ -21,6 +21,7 @@ from worker.champion import Champion
 from worker.overlap import WINDOWS_IN_FLIGHT
 from worker.pause import Pause
 from worker.pipeline import Pipeline
+from worker.runtime import model_store
 from worker.scoring_model import ScoringModel, Serving, load_model
 from worker.window import Window
 
@@ -149,7 +150,7 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
 
 @on_sqlite
 def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_is_mended(world: World) -> None:
-    sums = world.settings.models.folder / "tiny" / SUMS
+    sums = model_store(world.settings).folder / "tiny" / SUMS
     whole = sums.rename(sums.with_name("aside"))
     sums.symlink_to("/proc/self/mem")
     world.stream.publish([wire("waits")])

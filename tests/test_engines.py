@@ -23,9 +23,9 @@ from training.batches import pad, pad_arrays
 from training.config import make_config
 from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadArtifact
-from training.evaluate import predict
 from training.model import Classifier, build_model
 from training.paths import file_sha256
+from training.predict import predict
 from training.sealed import SUMS
 from training.text import load_tokenizer
 from worker.engine_choice import Choice, read_choice, saved_choices

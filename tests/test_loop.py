@@ -16,9 +16,9 @@ from training import fit as loop
 from training.batches import cut
 from training.config import make_config
 from training.errors import BadConfig, StopRequested
-from training.evaluate import loss_function
 from training.fit import Hooks, build_optimizer, build_scheduler, out_of_patience
 from training.model import half_precision
+from training.predict import loss_function
 
 EXACT = {"pooling": "mean", "dropout": 0.0, "precision": "float32", "schedule": "constant"}
 Make = Callable[..., Bench]

@@ -32,6 +32,7 @@ from worker.errors import StreamError
 from worker.export import SCHEMA, export
 from worker.file_report import check_file
 from worker.redis_client import connect
+from worker.runtime import model_store
 from worker.settings import Settings
 from worker.stream import Stream
 
@@ -242,8 +243,8 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     """Search every file in the home for the scored, waiting and dead-lettered texts, as UTF-8 and as JSON escapes."""
     database = open_database(settings.sql_url)
     migrate.upgrade(database)
-    settings.models.folder.mkdir(parents=True)
-    promote(database, settings.models.folder)
+    model_store(settings).folder.mkdir(parents=True)
+    promote(database, model_store(settings).folder)
     tweets = [{"id": str(i), "text": f"普通の話{i}", "author_id": "b"} for i in range(50)]
     tweets += [{"id": f"9{i}", "text": f"{SECRET}{i}", "author_id": "a"} for i in range(50)]
     with embedded.owned(settings.home, 64) as server:

@@ -28,7 +28,7 @@ from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from worker import backfill, show
 from worker.backfill import rescore
 from worker.errors import StreamError
-from worker.runtime import open_sql
+from worker.runtime import model_store, open_sql
 from worker.settings import Settings, load_settings
 from worker.stream import Depth
 
@@ -150,7 +150,7 @@ NOBODY: Callable[[], Depth | None] = lambda: None  # noqa: E731
 def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
     database: Database, settings: Settings, promote: Promote
 ) -> None:
-    version = promote(database, settings.models.folder)
+    version = promote(database, model_store(settings).folder)
     keep(database, 300)
     with database.begin() as session:
         predictions.add_predictions(session, [said(f"{i:04}", version) for i in range(10)])  # the stream's
@@ -175,7 +175,7 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
 def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
     database: Database, settings: Settings, promote: Promote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = promote(database, settings.models.folder)
+    version = promote(database, model_store(settings).folder)
     keep(database, 5)
     rows_of = backfill.prediction_rows
 
@@ -193,7 +193,7 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
 def test_since_takes_tweets_by_when_they_were_written_or_came(
     database: Database, settings: Settings, promote: Promote
 ) -> None:
-    version = promote(database, settings.models.folder)
+    version = promote(database, model_store(settings).folder)
     new, old = datetime(2026, 5, 2, tzinfo=UTC), datetime(2026, 4, 1, tzinfo=UTC)
     keep(database, 2, first=0, tweet_created_at=old, received_at=new)
     keep(database, 3, first=10, tweet_created_at=new, received_at=new)
@@ -208,7 +208,7 @@ def test_since_takes_tweets_by_when_they_were_written_or_came(
 def test_new_tweets_come_first_and_a_stream_that_is_never_empty_only_slows(
     sqlite: Database, settings: Settings, promote: Promote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = promote(sqlite, settings.models.folder)
+    version = promote(sqlite, model_store(settings).folder)
     keep(sqlite, 4)
     looks = iter([Depth(9, 9, 0), Depth(3, 0, 3)])
     waited: list[bool] = []
@@ -238,7 +238,7 @@ def home(tmp_path: Path, promote: Promote, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("TWEETSCORE_ENGINE", "torch-float32")
     settings = load_settings()
     database = open_sql(settings)
-    version = promote(database, settings.models.folder)
+    version = promote(database, model_store(settings).folder)
     keep(database, 30)
     yield SimpleNamespace(settings=settings, database=database, version=version)
     database.close()
@@ -254,7 +254,9 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
 
     with home.database.begin() as session:
         old = registry.get(session, first)
-        folder = shutil.copytree(home.settings.models.folder / "tiny", home.settings.models.folder / "second")
+        folder = shutil.copytree(
+            model_store(home.settings).folder / "tiny", model_store(home.settings).folder / "second"
+        )
         second = registry.add_version(
             session,
             ModelVersion(base_model="tiny", artifact_url=folder.as_uri(), sha256=old.sha256, labels=LABELS,
@@ -273,7 +275,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
     assert (refused.returncode, "is the champion" in refused.stderr) == (2, True)
     assert tweetscore("models", "delete", str(second)).returncode == 0
     assert not folder.exists()
-    assert (home.settings.models.folder / "tiny").is_dir()
+    assert (model_store(home.settings).folder / "tiny").is_dir()
     assert f"model {second} was deleted" in tweetscore("rescore", "--model", str(second)).stderr
     listed = json.loads(tweetscore("models", "list", "--deleted", "--json").stdout)
     assert [(row["id"], row["deleted_at"] is not None) for row in listed] == [(second, True), (first, False)]
@@ -285,9 +287,9 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
 def test_a_model_at_the_store_itself_does_not_take_the_store_with_it(home: SimpleNamespace, tweetscore: Run) -> None:
     version = version_of(home.database)
     with home.database.begin() as session:
-        registry.get(session, version).artifact_url = home.settings.models.folder.as_uri()
+        registry.get(session, version).artifact_url = model_store(home.settings).folder.as_uri()
     assert tweetscore("models", "delete", str(version)).returncode == 2
-    assert (home.settings.models.folder / "tiny").is_dir()
+    assert (model_store(home.settings).folder / "tiny").is_dir()
 
 
 def test_tensorboard_opens_on_the_folder_of_the_runs(home: SimpleNamespace, tweetscore: Run) -> None:

@@ -20,6 +20,7 @@ from training.inputs import fetched_dataset
 from training.table_file import TableFile, guess_encoding, open_table
 from worker.errors import BadRecord
 from worker.intake import submit_training
+from worker.runtime import input_store, training_context
 from worker.settings import Settings
 from worker.tweet_file import read_tweets
 from worker.tweet_record import Tweet
@@ -235,14 +236,14 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
     packed = labelled_csv.with_name("labelled.csv.gz")
     packed.write_bytes(gzip.compress(labelled_csv.read_bytes()))
     job = submit_training(settings, sqlite, f"file://{packed}")
-    assert Path(job.dataset).parent == settings.inputs.folder
+    assert Path(job.dataset).parent == input_store(settings).folder
     assert Path(job.dataset).name.endswith(".csv.gz")
     assert len(read_rows(Path(job.dataset)).texts) == 60
     with pytest.raises(BadSource, match="is it there"):
         submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
     with (
         pytest.raises(BadDataset, match="outside the folders"),  # a name that came in a message
-        fetched_dataset(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
+        fetched_dataset(f"file://{packed}", None, input_store(settings), training_context(settings).read_roots),
     ):
         pass
 

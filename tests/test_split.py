@@ -26,6 +26,7 @@ from training.job import run_next_job
 from worker import show
 from worker.inbox import TRAIN, Request
 from worker.intake import accept_request, submit_training
+from worker.runtime import training_context
 from worker.settings import Settings
 
 # As they stand in the guide.
@@ -209,7 +210,7 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     path.write_text(csv_of(rows, "label,tweet", "{},{}".format), encoding="utf-8")
     wanted = {"base_model": str(tiny_encoder), "epochs": 2, "split": "guide"}
     job_id = submit_training(settings, sqlite, path, "fast", **wanted).id
-    run_next_job(sqlite, settings.workshop(), "here", threading.Event())
+    run_next_job(sqlite, training_context(settings), "here", threading.Event())
     with sqlite.read() as session:
         job, version = jobs.get(session, job_id), registry.of_job(session, job_id)
         assert (job.state, job.error) == ("succeeded", None)

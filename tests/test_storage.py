@@ -29,6 +29,7 @@ from training.sealed import SUMS, seal, verify
 from training.storage import Store
 from worker.champion import Champion
 from worker.intake import submit_training
+from worker.runtime import input_store, model_store, training_context
 from worker.scoring_model import Serving, load_model, serving_from
 from worker.settings import Settings, load_settings
 
@@ -85,7 +86,7 @@ def test_one_machine_submits_another_trains_a_third_scores(
     job = submit_training(asks, database, labelled_csv, "fast", base_model=str(tiny_encoder), epochs=1)
     assert job.dataset.startswith("s3://")
     assert job.config["base_model"].startswith("s3://")
-    assert run_next_job(database, trains.workshop(), "there", NEVER) == job.id
+    assert run_next_job(database, training_context(trains), "there", NEVER) == job.id
     assert (job_of(database, job.id).state, job_of(database, job.id).error) == ("succeeded", None)
     with database.begin() as session:
         version = registry.of_job(session, job.id)
@@ -97,7 +98,7 @@ def test_one_machine_submits_another_trains_a_third_scores(
     # Nothing of the run is left behind, and what a machine has it has in its cache.
     assert left_in(scores.home / "models") == left_in(trains.home / "jobs") == []
     assert not [name for name in s3.names() if f"{trains.checkpoint_store}".removeprefix("s3://tweetscore/") in name]
-    copy = scores.models.place(version.artifact_url, version.sha256)
+    copy = model_store(scores).place(version.artifact_url, version.sha256)
     verify(copy, version.sha256)
     assert copy == scores.home / "cache" / version.sha256
 
@@ -202,7 +203,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     here, there = machine("here"), machine("there")
     job = submit_training(here, sqlite, labelled_csv, "fast", base_model=str(tiny_encoder), epochs=1000)
     stopping = threading.Event()
-    with running(sqlite, here.workshop(), job.id, stopping):
+    with running(sqlite, training_context(here), job.id, stopping):
         wait_until(lambda: count(sqlite, EpochMetric) > 1)
         stopping.set()
     done = count(sqlite, EpochMetric)
@@ -210,7 +211,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     shorten(sqlite, job.id, done + 2)
     with sqlite.begin() as session:
         before = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
-    assert run_next_job(sqlite, there.workshop(), "there", NEVER) == job.id
+    assert run_next_job(sqlite, training_context(there), "there", NEVER) == job.id
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
     with sqlite.begin() as session:
         after = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
@@ -223,13 +224,13 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
 def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
     machine: Callable[[str], Settings], tiny_encoder: Path
 ) -> None:
-    inputs = machine("home").inputs
+    inputs = input_store(machine("home"))
     name = store_base_model(inputs, tiny_encoder)
     with pytest.raises(BadArtifact, match="a checkpoint"), fetched_base_model(name, None, inputs, []):
         raise BadArtifact("a checkpoint is damaged")
     with (
         pytest.raises(ModelUnavailable, match="is not in"),
-        fetched_base_model(name.replace("tiny-", "other-"), None, machine("another").inputs, []),
+        fetched_base_model(name.replace("tiny-", "other-"), None, input_store(machine("another")), []),
     ):
         pass
 
@@ -315,7 +316,7 @@ def test_a_trainer_goes_on_without_the_store_of_its_checkpoints(
     )
     job = submit_training(settings, sqlite, labelled_csv, "fast", base_model=str(tiny_encoder), epochs=2)
     fragile.kill()
-    assert run_next_job(sqlite, settings.workshop(), "here", NEVER) == job.id
+    assert run_next_job(sqlite, training_context(settings), "here", NEVER) == job.id
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
 
 
@@ -325,7 +326,7 @@ def test_a_job_whose_dataset_is_out_of_reach_is_given_back_with_the_reason(
     settings = load_settings(home=tmp_path / "home", dataset_store=fragile.url("data"), read_roots=(tmp_path,))
     job = submit_training(settings, sqlite, labelled_csv, "fast", base_model="starter", epochs=1)
     fragile.kill()
-    assert run_next_job(sqlite, settings.workshop(), "here", NEVER) == job.id
+    assert run_next_job(sqlite, training_context(settings), "here", NEVER) == job.id
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).attempts) == ("queued", 0)
     assert "s3://tweetscore/data does not answer" in job_of(sqlite, job.id).error
 
@@ -341,15 +342,15 @@ def test_deleting_a_model_takes_it_out_of_the_store(
 ) -> None:
     settings = machine("home")
     url = f"sqlite:///{tmp_path / 'models.db'}"
-    assert settings.models.remote is not None
-    settings.models.remote.upload(tiny_artifact.folder, "tiny")
+    assert model_store(settings).remote is not None
+    model_store(settings).remote.upload(tiny_artifact.folder, "tiny")
     from worker.runtime import open_sql
 
     with open_sql(settings.model_copy(update={"database_url": url})).begin() as session:
         registry.add_version(
             session,
             ModelVersion(
-                base_model="tiny", artifact_url=settings.models.url_of("tiny"), sha256=tiny_artifact.sha256,
+                base_model="tiny", artifact_url=model_store(settings).url_of("tiny"), sha256=tiny_artifact.sha256,
                 labels=LABELS, cleaner_version="1",
             ), [], [], [],
         )  # fmt: skip

@@ -24,9 +24,10 @@ from training.dataset import Dataset, Split, read_rows, split_rows
 from training.decide import to_probabilities
 from training.encoders import BaseModelFolder
 from training.errors import BadArtifact, BadConfig, StopRequested
-from training.evaluate import loss_function, metrics, predict
+from training.evaluate import metrics
 from training.fit import Epoch, FitInputs, Hooks, as_good, fit
 from training.model import Classifier, build_model
+from training.predict import loss_function, predict
 from training.text import encode, load_tokenizer
 
 CPU = torch.device("cpu")

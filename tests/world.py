@@ -25,6 +25,7 @@ from worker import embedded
 from worker.app import TRAINING, broker_url
 from worker.intake import submit_training
 from worker.redis_client import connect
+from worker.runtime import training_context
 from worker.settings import Settings, load_settings
 from worker.stream import Stream
 
@@ -169,7 +170,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> di
     settings = load_settings(home=folder / "home", base_model=str(tiny_encoder))
     world = World({"home": settings.home}, database, "", 0)
     job = submit_training(settings, database, write_labelled(folder / "labelled.csv"), "fast", epochs=3, **TWO_STEPS)
-    assert run_next_job(database, settings.workshop(), "here", threading.Event()) == job.id
+    assert run_next_job(database, training_context(settings), "here", threading.Event()) == job.id
     assert world.job(job.id).state == "succeeded"
     return world.epochs(job.id)
 

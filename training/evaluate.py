@@ -1,7 +1,4 @@
-"""From a model and rows to figures: predict, metrics with their intervals, confusion."""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+"""Compute test metrics with their confidence intervals, the confusion matrix and significance tests."""
 
 import numpy as np
 import torch
@@ -14,67 +11,15 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     roc_auc_score,
 )
-from torch import nn
 
-from training.batches import pad, plan_batches
 from training.calibrate import brier_score, calibration_error, log_loss
 from training.config import TrainConfig
 from training.decide import Choices, Floats, choose, to_probabilities
-from training.model import Classifier
 
 Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
 
 RESAMPLES = 1_000
 RESAMPLES_AT_ONCE = 50
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """`logits` and `probabilities` (N, K) float32 in the rows' order, and the mean loss over them."""
-
-    logits: Floats
-    probabilities: Floats
-    loss: float
-
-
-def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Module:
-    """Mean over rows; takes logits (B, K) and targets (B, K). The guide's is binary cross-entropy on every column.
-
-    With `class_weights: balanced`, and the targets (N, K) it is to train on, each label counts as much as any other:
-    cross-entropy weighs a row by N / (K * its label's rows), binary cross-entropy a label's rows against the others.
-    """
-    weights = None
-    if config.class_weights == "balanced" and targets is not None:
-        rows_of_label = targets.sum(axis=0).clip(min=1)
-        others = len(targets) / targets.shape[1] if config.loss == "cross_entropy" else len(targets) - rows_of_label
-        weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
-    return nn.BCEWithLogitsLoss(pos_weight=weights) if config.loss == "bce" else nn.CrossEntropyLoss(weight=weights)
-
-
-@torch.inference_mode()
-def predict(
-    model: Classifier,
-    rows: Sequence[Sequence[int]],
-    targets: Floats,
-    config: TrainConfig,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-    between_batches: Callable[[], None] = lambda: None,
-) -> Predictions:
-    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order."""
-    model.eval()
-    loss_of = loss_function(config)
-    gathered = torch.zeros(targets.shape)
-    loss = 0.0
-    for index in plan_batches([len(row) for row in rows], batch_size=batch_size):
-        ids, mask = pad([rows[i] for i in index], pad_id)
-        logits = model(ids.to(device), mask.to(device)).float()
-        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
-        gathered[index] = logits.cpu()
-        between_batches()
-    probabilities = to_probabilities(gathered, config.task).numpy()
-    return Predictions(gathered.numpy(), probabilities, loss / len(rows))
 
 
 def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:

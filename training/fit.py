@@ -21,8 +21,9 @@ from training.dataset import Split
 from training.decide import Floats
 from training.epoch import Epoch
 from training.errors import StopRequested
-from training.evaluate import loss_function, metrics, predict
+from training.evaluate import metrics
 from training.model import Classifier, half_precision
+from training.predict import loss_function, predict
 
 # Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}

@@ -29,7 +29,7 @@ from training.devices import pick_device
 from training.encoders import current_hub_name
 from training.epoch import Epoch
 from training.errors import Cancelled, StopRequested, StoreUnavailable
-from training.evaluate import model_figures, predict
+from training.evaluate import model_figures
 from training.fit import FitInputs, Hooks, fit
 from training.inputs import fetched_base_model, fetched_dataset
 from training.lease import Lease, lease_losses
@@ -38,6 +38,7 @@ from training.orphans import remove_unregistered_artifacts
 from training.outcome import TrainingResult
 from training.paths import file_sha256
 from training.patience import driver_message, retry_while_database_away
+from training.predict import predict
 from training.register import register_model
 from training.text import TextEncoder, load_tokenizer
 from training.workshop import TrainingContext

@@ -18,9 +18,9 @@ def submit_training(dataset: str, preset: str | None = None, **options: Any) -> 
     `options` are fields of `training.config.TrainConfig`. The nudge is optional: without a broker the job waits in SQL
     for the next worker. Raises `TweetscoreError` when the job cannot succeed.
     """
-    from worker import doors  # imported here to keep `import worker` fast
+    from worker.intake import submit_and_nudge  # imported here to keep `import worker` fast
 
-    return doors.submit_training(dataset, preset, **options)
+    return submit_and_nudge(dataset, preset, **options)
 
 
 def publish(tweets: Iterable[Mapping[str, Any]]) -> int:

@@ -1,18 +1,25 @@
 """The Celery application and its configuration: JSON messages, and one queue each for training and scoring."""
 
+import logging
 import ssl
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
+from kombu.exceptions import KombuError
+from redis import RedisError
 
 from worker.errors import BadSettings
 from worker.redis_client import CLIENT_TIMEOUT_SECONDS
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
 
+log = logging.getLogger(__name__)
+
 TRAINING = "training"
 SCORING = "scoring"
+# The task whose message, without data, starts work on a queue.
+NUDGES = {SCORING: "worker.tasks.score", TRAINING: "worker.tasks.train"}
 # How long the result backend keeps the result of a job. The job's row in SQL is not deleted.
 RESULT_SECONDS = 7 * 86_400
 
@@ -89,6 +96,16 @@ def broker_ssl(url: str) -> dict[str, Any] | None:
     if "ssl_check_hostname" in options:
         options["ssl_check_hostname"] = options["ssl_check_hostname"].lower() in ("1", "true", "yes")
     return {"ssl_cert_reqs": needs[wanted], **options}
+
+
+def nudge(app: Celery, queue: str) -> bool:
+    """Send a Celery message that starts work. Returns whether the broker accepted it; workers also poll for work."""
+    try:
+        app.send_task(NUDGES[queue], queue=queue, ignore_result=True)
+    except (KombuError, RedisError, OSError) as error:  # kombu does not wrap errors that the server returns
+        log.info("no nudge was sent, the broker does not accept it: %s", type(error).__name__)
+        return False
+    return True
 
 
 app = make_app(load_settings())

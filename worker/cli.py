@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, show
+from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, cli_tweets, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
 from worker.show import Json
@@ -59,8 +59,7 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_dead.app, name="dead")
 app.add_typer(cli_db.app, name="db")
 app.add_typer(cli_data.app, name="data")
-app.command("rescore")(cli_models.rescore)
-for command in (cli_data.export, cli_data.delete):
+for command in (cli_tweets.push, cli_tweets.score, cli_tweets.rescore, cli_data.export, cli_data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
@@ -109,7 +108,7 @@ def up(
     With REDIS_URL set, the server is that one, and only the workers are started.
     """
     from worker.processes import supervise
-    from worker.runtime import open_sql
+    from worker.runtime import model_store, open_sql
     from worker.settings import load_settings
 
     settings = load_settings()
@@ -131,7 +130,7 @@ def up(
         supervise(settings, [] if told else roles, show.line) as running,
     ):
         started.append(running)
-        show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
+        show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {model_store(settings)}")
         show.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
         while not told:
             running.watch()
@@ -194,8 +193,7 @@ def train(
     With --wait, a worker is started for it if none runs here.
     """
     from worker import embedded
-    from worker.app import TRAINING, make_app
-    from worker.doors import nudge
+    from worker.app import TRAINING, make_app, nudge
     from worker.intake import submit_training
     from worker.options import label_map, numbers, pairs
     from worker.processes import supervise
@@ -230,71 +228,18 @@ def train(
 
 
 @app.command()
-def push(
-    file: Annotated[
-        str, typer.Argument(help="X API pages, JSONL, CSV, TSV or Parquet; a file, .gz or URL; - reads standard input.")
-    ],
-    topic: Annotated[str | None, typer.Option(help="Topic of tweets that have none.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first invalid line.")] = False,
-    json: Json = False,
-) -> None:
-    """Publish tweets to the stream.
-
-    Invalid lines are reported and skipped.
-    """
-    from worker.publish_file import publish_file
-    from worker.runtime import broker
-    from worker.settings import load_settings
-
-    settings = load_settings()
-    with broker(settings, show.aside) as url:
-        pushed = publish_file(settings, url, file, quiet=json, topic=topic, strict=strict)
-    if json:
-        show.as_json(
-            {
-                "published": pushed.published, "bad_lines": pushed.bad_count, "bad": pushed.bad,
-                "encoding": pushed.encoding, "seconds": pushed.seconds,
-            }
-        )  # fmt: skip
-    else:
-        rate = pushed.published / max(pushed.seconds, 1e-9)
-        read_as = "" if pushed.encoding == "UTF-8" else f", read as {pushed.encoding}"
-        show.console.print(
-            f"published {pushed.published} tweets in {pushed.seconds:.1f} s ({rate:,.0f} a second){read_as}"
-        )
-    for fault in pushed.bad:
-        show.errors.print(fault, style="red", markup=False, soft_wrap=True)
-    if pushed.bad_count:
-        show.errors.print(f"{pushed.bad_count} lines are no tweets and were left out", style="red")
-        raise typer.Exit(1)
-
-
-@app.command()
-def score(
-    file: Annotated[str, typer.Argument(help="As `push` takes it, with or without ids; - reads standard input.")],
-    model: Annotated[int | None, typer.Option(help="Model version; by default the champion.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
-) -> None:
-    """Score tweets in this process, without the queue, and store nothing."""
-    from worker.publish_file import score_file
-    from worker.runtime import open_sql
-    from worker.settings import load_settings
-
-    settings = load_settings()
-    if score_file(settings, open_sql(settings), file, model, json):
-        raise typer.Exit(1)
-
-
-@app.command()
 def tensorboard(
     job: Annotated[int | None, typer.Option(help="Show only this job's run.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 6006,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
     """Show training runs in TensorBoard, until Ctrl-C."""
+    from worker.runtime import prepare_home
     from worker.settings import load_settings
 
-    boards = load_settings().boards
+    settings = load_settings()
+    prepare_home(settings)
+    boards = settings.boards
     boards.mkdir(parents=True, exist_ok=True)  # TensorBoard finds what comes later
     folder = boards if job is None else boards / f"job-{job}"
     if not folder.is_dir():
@@ -400,7 +345,9 @@ def _own_broker(
         yield public_url(settings.redis_url)
         return
     from worker import embedded
+    from worker.runtime import prepare_home
 
+    prepare_home(settings)
     with embedded.owned(settings.home, settings.server_memory_mb, settings.server_sync, say, give_up) as server:
         yield server.url
 

@@ -1,9 +1,6 @@
-"""`tweetscore models` and `rescore`: list, compare, promote and delete models; score stored tweets with one."""
+"""`tweetscore models`: list, compare, promote and delete models."""
 
-import os
-import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from shutil import rmtree
 from typing import Annotated
 
@@ -19,7 +16,6 @@ Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the st
 Model = Annotated[int, typer.Argument(help="Model version.")]
 CHAMPION = "champion"  # `db.registry.CHAMPION`, without loading SQLAlchemy
 MOST_WRONG = 20
-NICENESS = 10
 
 
 @app.command("list")
@@ -53,7 +49,7 @@ def models_list(
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test figures and most confident errors."""
     from db import registry
-    from worker.runtime import open_sql
+    from worker.runtime import model_store, open_sql
     from worker.settings import load_settings
 
     settings = load_settings()
@@ -62,7 +58,7 @@ def models_show(model: Model, json: Json = False) -> None:
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         spells = [row for row in registry.history(session) if row.model_version_id == model]
-    engines = saved_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
+    engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
             "metrics": show.metric_rows(figures),
@@ -172,59 +168,19 @@ def models_delete(
     Its test figures stay in the database, and so do its predictions unless --predictions is given.
     """
     from db import registry
-    from worker.runtime import open_sql
+    from worker.runtime import model_store, open_sql
     from worker.settings import load_settings
 
     settings = load_settings()
     with open_sql(settings).begin() as session:
         version = registry.mark_deleted(session, model, predictions)
     # After the commit: an artifact without a row does no harm, a row without its artifact would.
-    settings.models.remove(version.artifact_url, version.sha256)
-    rmtree(fallback_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
+    model_store(settings).remove(version.artifact_url, version.sha256)
+    rmtree(fallback_folder(model_store(settings).place(version.artifact_url, version.sha256), settings.engines), True)
     if json:
         show.as_json(show.fields(version))
     else:
         show.console.print(f"model {model} is deleted" + (", its predictions too" if predictions else ""))
-
-
-def rescore(
-    model: Annotated[int, typer.Option(help="Model version.")],
-    since: Annotated[
-        datetime | None,
-        typer.Option(
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"], help="Only tweets from this time on, UTC."
-        ),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Score stored tweets with a model, newest first.
-
-    Tweets that the model has scored are left out, so an interrupted run can be started again.
-    """
-    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from worker.backfill import rescore as backfill
-    from worker.runtime import depth_reader, open_sql
-    from worker.settings import load_settings
-
-    settings = load_settings()
-    database = open_sql(settings)
-    os.nice(NICENESS)  # for whoever scores new tweets on this machine
-    began = time.monotonic()
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with show.long_work(f"model {model}", *columns) as tell:
-
-        def progress(done: int, total: int, waiting: bool) -> None:
-            tell(done, total, f"{done:,} of {total:,}, new tweets first" if waiting else "")
-
-        scored = backfill(
-            database, settings, model, since and since.replace(tzinfo=UTC), depth_reader(settings), progress
-        )
-    seconds = time.monotonic() - began
-    if json:
-        show.as_json({"model_version_id": model, "scored": scored, "seconds": seconds})
-    else:
-        show.console.print(f"scored {scored} stored tweets with model {model} in {seconds:.1f} s")
 
 
 def _difference(one: float | None, other: float | None) -> str:

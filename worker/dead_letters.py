@@ -7,8 +7,7 @@ from celery import Celery
 from db import predictions
 from db.models import DeadLetter
 from db.session import Database
-from worker.app import SCORING
-from worker.doors import nudge
+from worker.app import SCORING, nudge
 from worker.stream import Stream
 from worker.tweet_record import unpack_fields
 

@@ -9,13 +9,12 @@ from db.errors import TweetscoreError, public_url
 from db.readonly import ask
 from db.session import Database
 from worker import embedded, show
-from worker.app import SCORING, TRAINING, make_app
-from worker.doors import nudge
+from worker.app import SCORING, TRAINING, make_app, nudge
 from worker.errors import StreamAway
 from worker.intake import submit_training
 from worker.processes import Supervisor, supervise
 from worker.publish_file import publish_file
-from worker.runtime import broker, open_sql, open_stream, wait_for_broker
+from worker.runtime import broker, model_store, open_sql, open_stream, wait_for_broker
 from worker.settings import Settings
 from worker.stream import Stream
 
@@ -66,7 +65,7 @@ def run_demo(settings: Settings) -> None:
     write(
         f"done in {time.monotonic() - began:.0f} s; all processes are stopped\n",
         f"database     {public_url(settings.sql_url)}",
-        f"model        {settings.models}",
+        f"model        {model_store(settings)}",
         f"TensorBoard  {settings.boards}",
         "\nwhat next:",
         "  tweetscore up                                  keep server and workers running",

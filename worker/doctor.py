@@ -14,7 +14,7 @@ from db.compatibility import newest_revision
 from db.errors import TweetscoreError
 from db.session import open_database
 from worker import embedded
-from worker.runtime import open_sql, open_stream
+from worker.runtime import input_store, model_store, open_sql, open_stream, prepare_home, training_context
 from worker.settings import Settings
 
 PACKAGES = (
@@ -79,6 +79,7 @@ def _engines(settings: Settings) -> str:
 
 
 def _home(settings: Settings) -> str:
+    prepare_home(settings)
     if not os.access(settings.home, os.W_OK):
         raise TweetscoreError(
             f"{settings.home} cannot be written; set TWEETSCORE_HOME to a folder that you can write to"
@@ -134,7 +135,7 @@ def _device(settings: Settings) -> str:
 
 
 def _store(settings: Settings) -> str:
-    for store in (settings.models, settings.inputs):
+    for store in (model_store(settings), input_store(settings)):
         if store.remote is not None:
             store.remote.names()
             continue
@@ -144,7 +145,7 @@ def _store(settings: Settings) -> str:
                 f"{store} cannot be written; set TWEETSCORE_MODEL_STORE and TWEETSCORE_DATASET_STORE to folders or "
                 "URLs that you can write to"
             )
-    return f"models in {settings.models}, datasets in {settings.inputs}"
+    return f"models in {model_store(settings)}, datasets in {input_store(settings)}"
 
 
 def _base_model(settings: Settings) -> str:
@@ -155,9 +156,8 @@ def _base_model(settings: Settings) -> str:
         return f"{settings.base_model}, downloaded from the hub when a job needs it"
     if is_remote(settings.base_model):
         return f"{settings.base_model}, downloaded from its store when a job needs it"
-    return (
-        f"{settings.base_model}: {resolve_base_model(settings.base_model, None, settings.workshop().read_roots).folder}"
-    )
+    roots = training_context(settings).read_roots
+    return f"{settings.base_model}: {resolve_base_model(settings.base_model, None, roots).folder}"
 
 
 def _champion(settings: Settings) -> str:

@@ -25,8 +25,10 @@ from training.inputs import store_base_model, store_dataset
 from training.paths import file_sha256, is_file, is_folder, real_path
 from training.storage import is_remote
 from training.table_file import download
+from worker.app import TRAINING, make_app, nudge
 from worker.inbox import Request
-from worker.settings import Settings
+from worker.runtime import input_store, open_sql
+from worker.settings import Settings, load_settings
 
 
 def submit_training(
@@ -41,7 +43,7 @@ def submit_training(
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
         config = config.model_copy(update={"base_model": store_encoder(settings, config.base_model)})
-        dataset, sha256 = store_dataset(settings.inputs, path), file_sha256(path)
+        dataset, sha256 = store_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
                 session,
@@ -50,6 +52,18 @@ def submit_training(
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
             )
+
+
+def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) -> int:
+    """Queue a job with the settings of the environment, nudge a training worker and return the job's id."""
+    settings = load_settings()
+    database = open_sql(settings)
+    try:
+        job = submit_training(settings, database, dataset, preset, **options)
+    finally:
+        database.close()
+    nudge(make_app(settings), TRAINING)
+    return job.id
 
 
 @contextmanager
@@ -124,7 +138,7 @@ def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) 
 
 def store_encoder(settings: Settings, name: str) -> str:
     """Copy a local base model into the store under its digest and return its new name. Other names are unchanged."""
-    inputs, folder = settings.inputs, real_path(name)
+    inputs, folder = input_store(settings), real_path(name)
     if is_remote(name) and inputs.remote is not None:
         inputs.remote.name_of(name)
         return name

@@ -27,12 +27,13 @@ from worker.inbox import RequestQueue
 from worker.metrics_endpoint import WorkerCollector
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
-from worker.pulse import SLOW_STALL_FACTOR, Heartbeat, StallDetector, end_after, end_at_once
+from worker.pulse import Heartbeat
 from worker.redis_client import connect_briefly
-from worker.runtime import open_guarded, open_stream, stream_url
+from worker.runtime import open_guarded, open_stream, stream_url, training_context
 from worker.scoring_model import serving_from
 from worker.settings import Settings
 from worker.stream import Depth, Stream
+from worker.watchdog import SLOW_STALL_FACTOR, StallDetector, end_after, end_at_once
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ class TrainingWorker(WorkerProcess):
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        self.workshop = settings.workshop(self.claim())
+        self.workshop = training_context(settings, self.claim())
         self.requests = (
             RequestThread(
                 settings, self.database, self.gate, request_queue, make_app(settings), self.owner, self._nudge_or_run,

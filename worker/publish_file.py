@@ -15,8 +15,8 @@ from db.errors import NotFound
 from db.session import Database
 from training.table_file import TableFile, open_table
 from worker import show
-from worker.app import SCORING, make_app
-from worker.doors import FLUSH_TWEETS, nudge, send
+from worker.app import SCORING, make_app, nudge
+from worker.doors import FLUSH_TWEETS, send
 from worker.errors import BadRecord
 from worker.runtime import open_stream
 from worker.settings import Settings

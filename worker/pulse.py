@@ -1,4 +1,4 @@
-"""Heartbeat files for health checks, and a watchdog that ends a worker process that hangs.
+"""Heartbeat files for health checks, written by a thread that also ends a worker process that has failed.
 
 A healthy worker writes HOME/run/KIND-HOST-PID.json every few seconds. The file lies on local disk and not on the broker
 or in SQL, so an outage of either does not make workers look dead. The name contains the host because containers may
@@ -9,17 +9,14 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from worker.exit_codes import GRACE_EXIT, POLLER_DIED_EXIT
-from worker.stream import Depth
+from worker.exit_codes import POLLER_DIED_EXIT
+from worker.watchdog import end_at_once
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +25,6 @@ HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 20.0
 # Heartbeats of other hosts, such as removed containers, are deleted after this.
 REMOVE_AFTER_SECONDS = 86_400.0
-# Loading a model may take this many times `stall_seconds`, and so may a window while no more tweets arrive.
-SLOW_STALL_FACTOR = 10
 
 
 class Heartbeat:
@@ -82,27 +77,6 @@ class Heartbeat:
             log.warning("the heartbeat could not be written: %s", error)
 
 
-def end_at_once(code: int, reason: str) -> NoReturn:
-    """End this process without cleanup: records it read stay pending, and its job's lease expires."""
-    log.critical("ending at once: %s", reason)
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    os._exit(code)
-
-
-def end_after(stopping: threading.Event, grace_seconds: float) -> None:
-    """Wait for `stopping`, then end the process if it still runs after the grace period. Runs in a thread."""
-    stopping.wait()
-    time.sleep(grace_seconds)
-    end_at_once(GRACE_EXIT, f"the current work took longer than {grace_seconds:g} s to end")
-
-
-def end_at_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    # Not through logging: the interrupted thread may hold the lock of a log handler.
-    os.write(2, f"{signal.Signals(number).name}: ending at once\n".encode())
-    os._exit(128 + number)
-
-
 def find_heartbeat(folder: Path, kind: str) -> tuple[str, float] | None:
     """Return the process id and age in seconds of this host's newest heartbeat of a kind.
 
@@ -150,44 +124,3 @@ def _host_and_pid(path: Path) -> tuple[str, str]:
     """
     name, _, pid = path.stem.rpartition("-")
     return name.partition("-")[2], pid
-
-
-class StallDetector:
-    """Detects a pipeline that holds records and commits nothing for `seconds` while the backlog grows."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._alive_at: float | None = None
-        self._depth_before: Depth | None = None
-
-    def check(self, holding: bool, alive_at: float, depth: Callable[[], Depth | None]) -> str | None:
-        """Return why the pipeline counts as stalled, or None.
-
-        `alive_at` is the time of its last commit or other progress (`time.monotonic`). `depth` returns None while the
-        broker is away.
-        """
-        if not holding:
-            self._alive_at = None
-            return None
-        if alive_at != self._alive_at:
-            self._alive_at, self._depth_before = alive_at, None
-        if self._depth_before is None:
-            self._depth_before = depth()
-        silent = time.monotonic() - alive_at
-        if silent < self._seconds:
-            return None
-        reason = f"nothing was committed for {silent:.0f} s"
-        now = depth()
-        if now is not None and self._depth_before is not None and (more := _growth(self._depth_before, now)) > 0:
-            return f"{reason} while {more:,} more tweets arrived; another worker scores the records this one held"
-        # The worker renews its records, so no other worker can claim them. Without new tweets allow more time.
-        if silent > SLOW_STALL_FACTOR * self._seconds:
-            return f"{reason} of the records that this worker holds"
-        return None
-
-
-def _growth(before: Depth, now: Depth) -> int:
-    """How many more records are unread; by the stream's length when the server does not report the lag."""
-    if before.lag is None or now.lag is None:
-        return now.length - before.length
-    return now.lag - before.lag

@@ -1,20 +1,34 @@
-"""Build the database, the stream and the broker from the settings."""
+"""Build databases, stores, streams and the broker from the settings."""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from db import compatibility, migrate
-from db.errors import RightsMissing
+from db.errors import RightsMissing, shown
 from db.session import Database, open_database
+from training.cache import Cache
+from training.storage import Store
+from training.workshop import TrainingContext
 from worker import embedded
 from worker.answers import wait_until_ready
-from worker.errors import ServerFailed
+from worker.errors import BadSettings, ServerFailed
 from worker.redis_client import connect, connect_briefly
 from worker.settings import Settings
 from worker.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
+
+
+def prepare_home(settings: Settings) -> None:
+    """Create the home with access for its owner only, because it contains tweets. Raises `BadSettings`."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.chmod(0o700)
+    except OSError as error:
+        raise BadSettings(
+            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; choose a folder that you can write to"
+        ) from error
 
 
 def open_sql(settings: Settings) -> Database:
@@ -29,6 +43,7 @@ def open_guarded(settings: Settings) -> Database:
 
     A transaction that writes raises `SchemaMismatch` when the schema does not fit.
     """
+    prepare_home(settings)
     database = open_database(settings.sql_url)
     database.guard = compatibility.check
     return database
@@ -39,6 +54,7 @@ def open_for_queries(settings: Settings) -> Database:
 
     Without the right to read the schema's version, skip the check.
     """
+    prepare_home(settings)
     database = open_database(settings.query_url)
     with suppress(RightsMissing):
         migrate.prepare(database)
@@ -85,5 +101,38 @@ def broker(settings: Settings, notify: Callable[[str], None] = log.warning) -> I
     if settings.redis_url:
         yield settings.redis_url
         return
+    prepare_home(settings)
     with embedded.running(settings.home, settings.server_memory_mb, settings.server_sync, notify) as server:
         yield server.url
+
+
+def model_store(settings: Settings) -> Store:
+    """The store of trained models."""
+    return _store(settings, settings.model_store, "models")
+
+
+def input_store(settings: Settings) -> Store:
+    """The store of submitted datasets, and of local base models below `encoders`."""
+    return _store(settings, settings.dataset_store, "datasets")
+
+
+def training_context(settings: Settings, device: str | None = None) -> TrainingContext:
+    """`device` is the one that a worker has claimed; by default that of the settings, unclaimed."""
+    checkpoints, inputs = _store(settings, settings.checkpoint_store, "jobs"), input_store(settings)
+    return TrainingContext(
+        model_store=model_store(settings),
+        input_store=inputs,
+        # The trainer writes to a local folder, which is mirrored to a remote store.
+        jobs_folder=settings.home / "jobs" if checkpoints.remote else checkpoints.folder,
+        checkpoint_store=checkpoints if checkpoints.remote else None,
+        boards_folder=settings.boards,
+        read_roots=(*(() if inputs.remote else (inputs.folder,)), *settings.read_roots),
+        device=device or settings.device,
+        lease_seconds=settings.lease_seconds,
+        max_attempts=settings.max_attempts,
+    )
+
+
+def _store(settings: Settings, location: str | None, default_folder: str) -> Store:
+    cache = Cache(settings.home / "cache", settings.cache_mb * 1024 * 1024)
+    return Store(location or settings.home / default_folder, cache)

@@ -32,6 +32,7 @@ from worker.engine_selection import choice_folders, load_engine
 from worker.engine_trial import EngineTrial, TrialRequest
 from worker.engines import Engine, Logits
 from worker.errors import DeviceFull
+from worker.runtime import model_store
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class Serving:
 def serving_from(settings: Settings, device: str | None = None) -> Serving:
     """`device` is the device that a worker has claimed; by default the one in the settings."""
     return Serving(
-        settings.models,
+        model_store(settings),
         device or settings.device,
         settings.engine,
         settings.token_budget,

@@ -16,11 +16,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from db.errors import shown
 from training import failpoint
-from training.cache import Cache
 from training.config import PRESETS
 from training.errors import BadConfig
-from training.storage import Store, is_remote, local_path
-from training.workshop import TrainingContext
+from training.storage import is_remote, local_path
 from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
@@ -262,18 +260,6 @@ class Settings(BaseSettings):
         return self.reader_url or self.sql_url
 
     @property
-    def models(self) -> Store:
-        return self._store(self.model_store, "models")
-
-    @property
-    def inputs(self) -> Store:
-        """The store of submitted datasets, and of local base models below `encoders`."""
-        return self._store(self.dataset_store, "datasets")
-
-    def _store(self, location: str | None, default_folder: str) -> Store:
-        return Store(location or self.home / default_folder, Cache(self.home / "cache", self.cache_mb * 1024 * 1024))
-
-    @property
     def boards(self) -> Path:
         return self.home / "runs"
 
@@ -291,23 +277,6 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self, device: str | None = None) -> TrainingContext:
-        """`device` is the one a worker has claimed; by default that of the settings, unclaimed."""
-        checkpoints = self._store(self.checkpoint_store, "jobs")
-        inputs = self.inputs
-        return TrainingContext(
-            model_store=self.models,
-            input_store=inputs,
-            # The trainer writes to a local folder, which is mirrored to a remote store.
-            jobs_folder=self.home / "jobs" if checkpoints.remote else checkpoints.folder,
-            checkpoint_store=checkpoints if checkpoints.remote else None,
-            boards_folder=self.boards,
-            read_roots=(*(() if inputs.remote else (inputs.folder,)), *self.read_roots),
-            device=device or self.device,
-            lease_seconds=self.lease_seconds,
-            max_attempts=self.max_attempts,
-        )
-
 
 def _expanded(path: Path) -> Path:
     try:
@@ -317,21 +286,11 @@ def _expanded(path: Path) -> Path:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed.
-
-    Creates the home with access for its owner only, because it contains tweets.
-    """
+    """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed."""
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
-    try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-        settings.home.chmod(0o700)
-    except OSError as error:
-        raise BadSettings(
-            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; choose a folder that you can write to"
-        ) from error
     return settings.model_copy(update={f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD})
 
 

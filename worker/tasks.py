@@ -29,10 +29,10 @@ from worker.errors import JobFailed
 from worker.exit_codes import BAD_SETTINGS_EXIT
 from worker.inbox import RequestQueue
 from worker.lane import ScoringWorker, TrainingWorker, WorkerProcess
-from worker.pulse import end_at_once, end_at_signal
 from worker.redis_client import connect
 from worker.runtime import stream_url
 from worker.settings import load_settings
+from worker.watchdog import end_at_once, end_at_signal
 
 log = logging.getLogger(__name__)
 

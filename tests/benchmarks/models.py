@@ -16,8 +16,8 @@ from training.clean import clean
 from training.config import TrainConfig, make_config
 from training.dataset import Split, read_rows, split_rows
 from training.encoders import STARTER_FOLDER, BaseModelFolder
-from training.evaluate import predict
 from training.model import Classifier, build_model
+from training.predict import predict
 from training.text import TextEncoder, load_tokenizer
 
 SAMPLE_LABELLED = Path(__file__).parents[2] / "training" / "sample" / "labelled.csv"

@@ -163,8 +163,7 @@ class System:
     def _start(self, stack: ExitStack) -> None:
         settings = load_settings(**({"database_url": self.database_url} if self.database_url else {}))
         # These read the environment when they are imported, and make the home they find there.
-        from worker.app import SCORING, make_app
-        from worker.doors import nudge
+        from worker.app import SCORING, make_app, nudge
 
         self.server = stack.enter_context(embedded.owned(settings.home))
         self.database = open_database(settings.sql_url)

@@ -31,9 +31,10 @@ from training.clean import clean
 from training.config import TrainConfig, make_config
 from training.dataset import Rows, Split, read_rows, split_rows
 from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
-from training.evaluate import model_figures, predict
+from training.evaluate import model_figures
 from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
+from training.predict import predict
 from training.text import TextEncoder, load_tokenizer
 from worker.engines import hardware
 

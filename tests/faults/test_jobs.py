@@ -11,6 +11,7 @@ from db.models import ModelVersion, TestPrediction, utc_now
 from tests.conftest import wait_until
 from tests.faults.actors import wait_for_log
 from tests.world import World
+from worker.runtime import model_store
 
 Epochs = dict[int, float]
 
@@ -130,4 +131,4 @@ def test_28_a_stale_trainer_that_wakes_and_wants_to_register_is_refused(world: W
         sleeper.send(signal.SIGCONT)
         wait_for_log(sleeper, f"job {job_id} was taken over by another worker; this one stops")
     assert sorted(map(repr, world.rows(ModelVersion) + world.rows(TestPrediction))) == before
-    assert [path.name for path in world.settings.models.folder.glob("*job-*")] == [f"job-{job_id}-2"]
+    assert [path.name for path in model_store(world.settings).folder.glob("*job-*")] == [f"job-{job_id}-2"]

@@ -38,8 +38,7 @@ from training.model import build_model
 from training.paths import folder_from_url
 from training.text import load_tokenizer
 from worker import embedded
-from worker.app import SCORING, broker_url, make_app
-from worker.doors import nudge
+from worker.app import SCORING, broker_url, make_app, nudge
 from worker.errors import BadSettings, StreamDenied, StreamError
 from worker.redis_client import connect
 from worker.settings import load_settings

@@ -34,6 +34,7 @@ from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
 from worker.processes import child_environment
+from worker.runtime import model_store
 
 TWEETS = 10_000
 SCORERS = 3
@@ -108,7 +109,7 @@ def starter_world(own: World, tmp_path: Path) -> World:
         load_tokenizer(STARTER_FOLDER),
         ["bad", "good"],
     )
-    folder = own.settings.models.folder / "job-0-1"
+    folder = model_store(own.settings).folder / "job-0-1"
     model = build_model(encoder, 2, config)
     sha256 = save_artifact(folder, model, tokenizer, make_spec(labels, model.config, encoder, tokenizer))
     with own.database.begin() as session:

@@ -10,6 +10,7 @@ from tests.bench import DRAINED, Bench, wire
 from tests.conftest import LABELS, wait_until
 from tests.faults.actors import wait_for_log
 from tests.world import World
+from worker.runtime import model_store
 from worker.stream import Depth, Record, Stream
 
 POISON = "毒"
@@ -148,7 +149,7 @@ def test_16_trimming_loses_no_record_that_anybody_still_needs(world: World) -> N
 def test_29_a_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_and_is_seen(
     world: World, tiny_artifact: Record
 ) -> None:
-    broken = world.settings.models.folder / "job-77-1"
+    broken = model_store(world.settings).folder / "job-77-1"
     shutil.copytree(tiny_artifact.folder, broken)
     with (broken / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)

@@ -8,6 +8,7 @@ from db.models import ModelVersion, TestPrediction
 from tests.bench import wire
 from tests.world import World
 from training.failpoint import JOB_POINTS, TWEET_POINTS
+from worker.runtime import model_store
 
 TWEETS = 30
 
@@ -39,4 +40,4 @@ def test_a_trainer_killed_at_any_step_is_followed_by_one_that_ends_the_job_as_if
     assert [row["job_id"] for row in world.rows(ModelVersion) if row["job_id"]] == [job_id]
     assert world.count(TestPrediction) == 6
     # What a killed trainer left is cleared away after its successor's commit.
-    assert [path.name for path in world.settings.models.folder.glob("*job-*")] == [f"job-{job_id}-{job.attempts}"]
+    assert [path.name for path in model_store(world.settings).folder.glob("*job-*")] == [f"job-{job_id}-{job.attempts}"]
