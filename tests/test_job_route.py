@@ -232,7 +232,7 @@ def test_a_failed_job_is_recorded_on_every_database(
     run_next_job(database, workshop, "here", NEVER)
     job = job_of(database, job_id)
     assert job.state == "failed"
-    assert "row 2 of bytes.csv is not UTF-8" in (job.error or "")
+    assert "row 2 of bytes.csv: the row is not UTF-8" in (job.error or "")
     assert job.finished_at is not None
 
 
