@@ -1,4 +1,4 @@
-"""What the tests of the route share: a stream and a database with workers on the two, and looks at both."""
+"""Shared by the tests of the route: a stream, a database, workers on both, and queries of their state."""
 
 import json
 import threading
@@ -15,33 +15,34 @@ from tests.conftest import wait_until
 from training.artifact import load_artifact
 from training.cache import Cache
 from training.storage import Store
-from worker.choices import Choice
+from worker.champion import Champion
+from worker.engine_choice import Choice
 from worker.engines import TorchEngine
 from worker.pipeline import Limits, Pipeline
-from worker.scorer import Champion, Model, Serving
+from worker.scoring_model import ScoringModel, Serving
 from worker.stream import Depth, Stream
 
-CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the tests' models lie here and there
+CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the models of the tests lie in different folders
 DRAINED = Depth(length=0, lag=0, pending=0)
 
 
 class Killed(BaseException):
-    """Ends a worker where it stands, as a signal would: nothing on the way may handle it."""
+    """Ends a worker at this point, as a signal does: no code on the route may handle it."""
 
 
 class Holding(Champion):
-    """A champion that is the model it was given."""
+    """A champion that is always the given model."""
 
-    def __init__(self, database: Database, model: Model) -> None:
+    def __init__(self, database: Database, model: ScoringModel) -> None:
         super().__init__(database, CPU)
         self.model = model
 
-    def current(self) -> Model:
+    def current(self) -> ScoringModel:
         return self.model
 
 
 class Bench:
-    """The test's stream, its database, and workers on the two."""
+    """The stream and the database of a test, with workers on both."""
 
     def __init__(self, database: Database, stream: Stream, raw: "redis.Redis", tiny: Any, promote: Any) -> None:
         self.database, self.stream, self.raw, self.tiny = database, stream, raw, tiny
@@ -51,14 +52,14 @@ class Bench:
         self, champion: Champion | None = None, *, kind: type[Pipeline] = Pipeline, holds: type[Stream] = Stream,
         database: Database | None = None, **limits: float,
     ) -> Pipeline:  # fmt: skip
-        """A new consumer with its own route."""
+        """A new consumer with its own pipeline."""
         database = database or self.database
         chosen: dict[str, Any] = {"window_tweets": 100, "min_idle_seconds": 60, **limits}
         stream = holds(self.raw, self.stream.key, self.stream.group)
         champion = champion or Champion(database, CPU)
         return kind(stream, database, champion, Limits(**chosen, linger_seconds=0.05), threading.Event())
 
-    def holding(self, kind: type[Model]) -> Holding:
+    def holding(self, kind: type[ScoringModel]) -> Holding:
         """The tiny model as `kind`, registered and champion of its own workers."""
         artifact = load_artifact(self.tiny.folder, self.tiny.sha256)
         engine = TorchEngine(artifact.model, torch.device("cpu"), torch.float32)
@@ -76,12 +77,12 @@ class Bench:
         return self.rows(DeadLetter)
 
     def deliveries(self) -> list[int]:
-        """How often each pending record was delivered, in their order."""
+        """The number of deliveries of each pending record, in order."""
         rows = self.raw.xpending_range(self.stream.key, self.stream.group, "-", "+", 1000)
         return [row["times_delivered"] for row in rows]
 
     def recovers(self) -> None:
-        """Healthy workers drain what others left behind."""
+        """Healthy workers score the records that others left."""
         wait_until(lambda: self.worker(min_idle_seconds=0.02).drain() >= 0 and self.stream.depth() == DRAINED)
 
 

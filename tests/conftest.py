@@ -29,11 +29,11 @@ from db.models import ModelVersion
 from db.session import Database, open_database
 from training.artifact import make_spec, save_artifact
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, Encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
-from worker.processes import let_waiting_threads_sleep
+from worker.processes import limit_spin_waiting
 from worker.redis_client import connect
 from worker.settings import Settings, load_settings
 from worker.stream import Stream
@@ -49,7 +49,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # of the speed of one. Here torch is loaded; the processes started from here read the variables.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-let_waiting_threads_sleep()
+limit_spin_waiting()
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
@@ -183,7 +183,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """An untrained three-label model as a registered artifact would lie there: `folder` and `sha256`."""
     config = make_config("fast", base_model=str(tiny_encoder))
-    encoder = Encoder(str(tiny_encoder), tiny_encoder)
+    encoder = BaseModelFolder(str(tiny_encoder), tiny_encoder)
     tokenizer = load_tokenizer(tiny_encoder)
     torch.manual_seed(2)
     model = build_model(encoder, len(LABELS), config)

@@ -39,12 +39,12 @@ from training.artifact import load_artifact
 from training.batches import pad
 from training.clean import clean
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, Encoder, resolve_encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder, resolve_base_model
 from training.errors import ModelUnavailable
 from training.job import run_next_job
 from training.model import build_model
 from training.text import encode, load_tokenizer
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 from worker.settings import load_settings
 
 TEXTS = ["今日は最高の一日でした", "電車が遅れて最悪", "[SEP]という文字", "猫が好き！"]
@@ -132,7 +132,7 @@ def shape_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return shape
 
 
-def here(home: Path, *roots: Path) -> Workshop:
+def here(home: Path, *roots: Path) -> TrainingContext:
     """A trainer's workshop in `home`, which may read below `roots`."""
     return load_settings(home=home, device="cpu", lease_seconds=30, read_roots=roots).workshop()
 
@@ -189,7 +189,7 @@ def test_a_classifier_of_other_labels_is_a_base_model_too(tmp_path: Path, shape_
     base = shape_of("luke")
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
     plain.save_pretrained(tmp_path / "five")
-    model = build_model(Encoder("five", tmp_path / "five"), 2, make_config("fast"))
+    model = build_model(BaseModelFolder("five", tmp_path / "five"), 2, make_config("fast"))
     wanted = plain.luke.encoder.layer[0].output.dense.weight
     assert torch.equal(model.network.luke.encoder.layer[0].output.dense.weight, wanted)
     assert model.network.classifier.out_features == 2
@@ -199,7 +199,7 @@ def test_a_classifier_of_other_labels_is_a_base_model_too(tmp_path: Path, shape_
 def test_the_guides_head_takes_the_pooler_where_there_is_one_and_the_masked_mean_elsewhere(
     shape_of: Callable[[str], Path], name: str
 ) -> None:
-    model = build_model(Encoder(name, shape_of(name)), 2, make_config("guide", max_length=64))
+    model = build_model(BaseModelFolder(name, shape_of(name)), 2, make_config("guide", max_length=64))
     assert model.config.pooling == ("pooler" if name == "luke" else "mean")
     with torch.inference_mode():
         assert model.eval()(*pad([[2, 7, 8, 3], [2, 9, 3]], 0)).shape == (2, 2)
@@ -251,15 +251,15 @@ def test_a_package_the_tokenizer_lacks_is_named_with_its_pip_line(
 def test_hub_names_resolve_to_a_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def fetch(name: str, revision: str | None) -> Encoder:
+    def fetch(name: str, revision: str | None) -> BaseModelFolder:
         asked.append((name, revision))
-        return Encoder(name, STARTER_FOLDER, revision)
+        return BaseModelFolder(name, STARTER_FOLDER, revision)
 
     monkeypatch.setattr(encoders, "_fetch", fetch)
     pinned = "65243d6e5629b969c77309f217bd7b1a79d43c7e"
-    resolve_encoder("cl-tohoku/bert-base-japanese-v3", None, [])
-    resolve_encoder("tohoku-nlp/bert-base-japanese-v3", "0" * 40, [])
-    resolve_encoder("tohoku-nlp/bert-base-japanese", None, [])
+    resolve_base_model("cl-tohoku/bert-base-japanese-v3", None, [])
+    resolve_base_model("tohoku-nlp/bert-base-japanese-v3", "0" * 40, [])
+    resolve_base_model("tohoku-nlp/bert-base-japanese", None, [])
     assert asked == [
         ("tohoku-nlp/bert-base-japanese-v3", pinned),
         ("tohoku-nlp/bert-base-japanese-v3", "0" * 40),
@@ -272,9 +272,9 @@ def test_the_first_model_of_a_hub_name_pins_its_revision_for_all_that_follow(
 ) -> None:
     asked: list[str | None] = []
 
-    def fetch(name: str, revision: str | None) -> Encoder:
+    def fetch(name: str, revision: str | None) -> BaseModelFolder:
         asked.append(revision)
-        return Encoder(name, tiny_encoder, revision or f"{len(asked)}" * 40)
+        return BaseModelFolder(name, tiny_encoder, revision or f"{len(asked)}" * 40)
 
     monkeypatch.setattr(encoders, "_fetch", fetch)
     for name in ("cl-tohoku/bert-base-japanese", "tohoku-nlp/bert-base-japanese"):

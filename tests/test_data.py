@@ -1,4 +1,4 @@
-"""Labelled files -> splits, the cleaner, and the configuration: what is read, what is refused and in which words."""
+"""Labelled files, splits, the cleaner, and the configuration: valid input, and the messages for invalid input."""
 
 import json
 import unicodedata
@@ -10,8 +10,8 @@ import pytest
 from training.artifact import find_polarity, make_spec
 from training.clean import clean, same_text_key
 from training.config import TrainConfig, make_config
-from training.data import Dataset, Rows, read_rows, split_rows
-from training.encoders import STARTER_FOLDER, Encoder
+from training.dataset import Dataset, Rows, read_rows, split_rows
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadConfig, BadDataset
 from training.text import load_tokenizer
 
@@ -58,7 +58,7 @@ def test_every_documented_form_of_a_dataset_is_read(
 
 
 def test_row_numbers_lead_back_to_the_file(tmp_path: Path) -> None:
-    """A CSV counts its header as row 1; JSONL counts lines, blank ones too."""
+    """The header of a CSV is row 1; JSONL counts lines, including blank ones."""
     (tmp_path / "a.csv").write_text("label,text\npos,a\nneg,b\n")
     (tmp_path / "a.jsonl").write_text('{"label": "pos", "text": "a"}\n\n{"label": "neg", "text": "b"}\n')
     assert read_rows(tmp_path / "a.csv").row_numbers == [2, 3]
@@ -172,15 +172,15 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
     "onlybom.csv": (b"\xef\xbb\xbf", ["onlybom.csv", "header"]),
     "header.csv": (b"label,text\n", ["header.csv holds no rows"]),
     "columns.csv": (b"mood,words\ngood,hello\n", ["mood, words", "name one of them label", "text"]),
-    "bytes.csv": (b"label,text\npositive,\x82\n", ["row 2 of bytes.csv is not UTF-8", "mend it or convert"]),
+    "bytes.csv": (b"label,text\npositive,\x82\n", ["row 2 of bytes.csv: the row is not UTF-8", "convert"]),
     "bytes.jsonl": (b'{"label": "p", "text": "\x82"}\n', ["not UTF-8"]),
-    "no.parquet": (b"PAR1 no", ["no.parquet is no Parquet", "write it again"]),
+    "no.parquet": (b"PAR1 no", ["no.parquet: the file is not readable Parquet", "write it again"]),
     "no.csv.gz": (b"label,text\n", ["no.csv.gz cannot be unpacked", "fetch it again"]),
-    "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["line 2 of torn.jsonl", "mend it"]),
-    "array.jsonl": (b'["p", "a"]\n', ["line 1 of array.jsonl", '{"label"']),
-    "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten it"]),
-    "commas.csv": (b"label,text\n1,hello, world\n0,good, bye\n", ["commas.csv"]),
-    "quote.csv": (b'label,text\np,"open\nn,b\n', ["quote.csv", "mend"]),
+    "torn.jsonl": (b'{"label": "p", "text": "a"}\n{"label": "n", "te\n', ["row 2 of torn.jsonl", "not JSON; correct"]),
+    "array.jsonl": (b'["p", "a"]\n', ["row 1 of array.jsonl is not a JSON object", '{"label"']),
+    "long.csv": (b"label,text\np,a\np," + b"x" * 100_001 + b"\n", ["row 3", "100,001", "shorten or remove it"]),
+    "commas.csv": (b"label,text\n1,hello, world\n0,good, bye\n", ["row 2 of commas.csv", "3 columns"]),
+    "quote.csv": (b'label,text\np,"open\nn,b\n', ["row 2 of quote.csv: the row cannot be read", "correct it"]),
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_rows_that_cannot_be_split_are_refused_with_the_value_and_the_remedy(
 
 
 @pytest.mark.parametrize("unstorable", ["a\\u0000b", "a\\ud800b"])
-def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, unstorable: str) -> None:
+def test_a_text_that_no_database_can_store_is_refused_before_training(tmp_path: Path, unstorable: str) -> None:
     lines = [f'{{"label": "{label}", "text": "{text}"}}' for label, text in [*many("p", 20), *many("n", 20)]]
     lines[2] = f'{{"label": "p", "text": "{unstorable}"}}'
     (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -241,7 +241,7 @@ def test_a_text_no_database_can_hold_is_refused_before_training(tmp_path: Path, 
         ("これ→https://t.co/abc最高だった", "これ→ 最高だった"),
     ],
 )
-def test_cleaning_drops_what_names_and_keeps_what_feels(tweet: str, cleaned: str) -> None:
+def test_cleaning_removes_mentions_and_links_and_keeps_emotion(tweet: str, cleaned: str) -> None:
     assert [clean(tweet, version) for version in ("1", "2")] == [cleaned, cleaned]
 
 
@@ -268,7 +268,7 @@ def test_neologdn_makes_widths_one() -> None:
 
 
 def test_tokenizers_take_kaomoji_apart_where_a_cleaner_keeps_them() -> None:
-    """What happens, said in `training/clean.py`: NFKC of the tokenizer, as the encoder was pretrained."""
+    """The tokenizer normalises to NFKC, as in pretraining; `training/clean.py` explains it."""
     tokens = load_tokenizer(STARTER_FOLDER).tokenize(clean("(´▽｀)"))
     assert "".join(tokens).replace("##", "") == "(\u0301▽`)"
     assert unicodedata.normalize("NFKC", "(ﾟДﾟ)") == "(\u309aД\u309a)"
@@ -279,7 +279,7 @@ def test_a_model_is_scored_with_the_cleaner_it_was_trained_with() -> None:
     for cleaner, cleaned in (("1", "#映画 ｗｗｗｗｗｗ"), ("2", "映画 ｗｗｗ")):
         data = split_rows(rows, make_config("fast", cleaner=cleaner))
         assert cleaned in [*data.train.texts, *data.valid.texts, *data.test.texts]
-        encoder, tokenizer = Encoder("starter", STARTER_FOLDER), load_tokenizer(STARTER_FOLDER)
+        encoder, tokenizer = BaseModelFolder("starter", STARTER_FOLDER), load_tokenizer(STARTER_FOLDER)
         spec = make_spec(["neg", "pos"], make_config("fast", cleaner=cleaner), encoder, tokenizer)
         assert clean("#映画 ｗｗｗｗｗｗ", spec.cleaner_version) == cleaned
     with pytest.raises(BadConfig, match="cleaner is '3'"):
@@ -311,7 +311,7 @@ def test_a_configuration_survives_the_database_and_cannot_be_changed() -> None:
         ("guide", {"train_batch_size": 1}, ["train_batch_size is 1", "greater than or equal to 2"]),
         ("guide", {"learning_rate": "fast"}, ["learning_rate is 'fast'", "number"]),
         ("guide", {"schedule": "cosin"}, ["schedule is 'cosin'", "cosine"]),
-        ("guide", {"lr": 1}, ["lr is no known setting", "learning_rate"]),
+        ("guide", {"lr": 1}, ["lr is not a setting", "learning_rate"]),
         ("guide", {"task": "multi_label", "loss": "cross_entropy"}, ["'cross_entropy'", "'bce'"]),
         ("guide", {"labels": {"0": "same", "1": "same"}}, ["['same']", "at least two"]),
         ("guide", {"polarity": {"good": 2}}, ["'good' is 2", "between -1 and 1"]),

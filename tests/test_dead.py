@@ -1,4 +1,4 @@
-"""Dead letters: listed, shown, put back whole, dropped."""
+"""List, show, retry and drop dead letters."""
 
 import json
 import subprocess
@@ -16,13 +16,13 @@ from db.models import DeadLetter, utc_now
 from tests.bench import DRAINED, Bench, wire
 from worker import embedded
 from worker.app import make_app
-from worker.dead import drop, retry
-from worker.records import pack_fields, unpack_fields
+from worker.dead_letters import drop, retry
 from worker.redis_client import connect
 from worker.runtime import open_sql
-from worker.scorer import Model, Scores
+from worker.scoring_model import Scores, ScoringModel
 from worker.settings import Settings
 from worker.stream import FIELD, Stream
+from worker.tweet_record import pack_fields, unpack_fields
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 POISON = "毒のある文"
@@ -57,14 +57,14 @@ def test_a_letter_is_put_back_with_every_field_and_leaves_the_table(bench: Bench
     )
 
 
-class Squeamish(Model):
+class Squeamish(ScoringModel):
     def forward(self, rows: Any) -> Scores:
         if self.tokenise([POISON])[0] in list(rows):
             raise RuntimeError("not this one")
         return super().forward(rows)
 
 
-def test_what_one_model_could_not_score_is_retried_with_another(bench: Bench, settings: Settings) -> None:
+def test_a_record_that_one_model_could_not_score_is_retried_with_another(bench: Bench, settings: Settings) -> None:
     bench.stream.publish([wire("hard", POISON), wire("easy")])
     bench.worker(bench.holding(Squeamish)).drain()
     (letter,) = bench.dead()
@@ -92,7 +92,7 @@ def test_a_crash_between_stream_and_table_leaves_one_prediction(bench: Bench, se
     assert (bench.dead(), bench.stream.depth()) == ([], DRAINED)
 
 
-def test_many_letters_go_in_portions_and_an_unknown_one_stops_all(bench: Bench, settings: Settings) -> None:
+def test_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench: Bench, settings: Settings) -> None:
     bench.promote()
     bench.stream.publish([b"no json"] * 600)
     bench.worker().drain()

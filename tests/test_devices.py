@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.actors import FORKS
-from training.devices import claim_devices, free_bytes, free_memory, gpus, pick_device
+from training.devices import claim_device, free_bytes, free_memory, gpus, pick_device
 from training.errors import BadConfig
 
 UUIDS = ("GPU-a", "GPU-b", "GPU-c")
@@ -17,16 +17,16 @@ FREE = (1, 3, 2)
 
 
 class Taker:
-    """A process that claims devices and holds them until it is ended; what it was refused for is its last word."""
+    """A process that claims a device and holds it until it is ended."""
 
-    def __init__(self, folder: Path, kind: str = "scoring", wanted: str = "auto", count: int = 1) -> None:
+    def __init__(self, folder: Path, kind: str = "scoring", wanted: str = "auto") -> None:
         self._here, there = FORKS.Pipe()
-        self._process = FORKS.Process(target=_take, args=(there, folder, kind, wanted, count), daemon=True)
+        self._process = FORKS.Process(target=_take, args=(there, folder, kind, wanted), daemon=True)
         self._process.start()
 
-    def has(self) -> list[str] | str:
+    def has(self) -> str:
         assert self._here.poll(60)
-        claimed: list[str] | str = self._here.recv()
+        claimed: str = self._here.recv()
         return claimed
 
     def end(self) -> None:
@@ -34,13 +34,9 @@ class Taker:
         self._process.join()
 
 
-def _take(there: Any, folder: Path, kind: str, wanted: str, count: int) -> None:
-    try:
-        there.send(claim_devices(wanted, count, folder, kind, lambda: UUIDS, lambda device: FREE[device.index]))
-        there.recv()
-    except BadConfig as error:
-        there.send(str(error))
-        there.recv()  # alive, as a process is that has yet to say why and to end
+def _take(there: Any, folder: Path, kind: str, wanted: str) -> None:
+    there.send(claim_device(wanted, folder, kind, lambda: UUIDS, lambda device: FREE[device.index]))
+    there.recv()
 
 
 @pytest.fixture
@@ -58,33 +54,27 @@ def taker(tmp_path: Path) -> Iterator[Callable[..., Taker]]:
 
 def test_each_process_of_a_kind_has_a_gpu_of_its_own_and_a_killed_one_has_none(taker: Callable[..., Taker]) -> None:
     first = taker()
-    assert first.has() == ["cuda:0"]
-    assert [taker().has(), taker(wanted="cuda").has()] == [["cuda:1"], ["cuda:2"]]
-    assert taker("training").has() == ["cuda:0"], "a trainer minds trainers alone"
-    assert taker().has() == ["cuda:1"], "the one with the most memory free, of those that all have somebody"
+    assert first.has() == "cuda:0"
+    assert [taker().has(), taker(wanted="cuda").has()] == ["cuda:1", "cuda:2"]
+    assert taker("training").has() == "cuda:0", "a trainer minds trainers alone"
+    assert taker().has() == "cuda:1", "the one with the most memory free, of those that all have somebody"
     first.end()
-    assert taker().has() == ["cuda:0"]
-
-
-def test_several_gpus_are_claimed_together_or_not_at_all(taker: Callable[..., Taker]) -> None:
-    assert taker("training", count=2).has() == ["cuda:0", "cuda:1"]
-    assert taker("training", count=2).has() == (
-        "2 processes train on 2 GPUs, and only 1 of the 3 here are without a training worker; set "
-        "TWEETSCORE_TRAIN_PROCESSES to what is left"
-    )
-    assert taker("training").has() == ["cuda:2"], "whoever was refused holds none"
+    assert taker().has() == "cuda:0"
 
 
 def test_a_device_that_was_named_is_taken_and_cpus_are_for_all(tmp_path: Path) -> None:
-    def claim(wanted: str, count: int = 1, uuids: tuple[str, ...] = ()) -> list[str]:
-        return claim_devices(wanted, count, tmp_path / "gpus", "scoring", lambda: uuids)
+    def claim(wanted: str, *uuids: str) -> str:
+        return claim_device(wanted, tmp_path / "gpus", "scoring", lambda: uuids)
 
-    assert claim("cuda:1", uuids=("GPU-a", "GPU-b")) == ["cuda:1"]
-    assert claim("cpu", 3, ("GPU-a",)) == ["cpu"] * 3
-    assert claim("auto", 2) == ["auto", "auto"]
+    assert claim("cuda:1", "GPU-a", "GPU-b") == "cuda:1"
+    assert claim("cpu", "GPU-a") == "cpu"
+    assert claim("auto") == "auto"
     assert not (tmp_path / "gpus").exists()
-    with pytest.raises(BadConfig, match=r"device 'cuda:1' cannot be used here|2 processes train on 2 GPUs"):
-        claim("cuda:1", 2)
+
+
+def test_a_device_that_is_not_there_is_refused_by_its_name() -> None:
+    with pytest.raises(BadConfig, match="device 'cuda:99' cannot be used here; use auto or cpu"):
+        pick_device("cuda:99")
 
 
 def test_free_memory_is_the_machines_or_the_containers_that_has_less(tmp_path: Path) -> None:

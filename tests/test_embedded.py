@@ -67,7 +67,7 @@ def test_socket_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
         input="", capture_output=True, text=True, timeout=PATIENCE_SECONDS, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert "ServerFailed" in refused.stderr
-    assert "belongs to somebody else; set TWEETSCORE_HOME" in refused.stderr
+    assert "belongs to another user or is a link; set TWEETSCORE_HOME" in refused.stderr
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

@@ -1,6 +1,9 @@
-"""Engines and the choice between them: the same answers as float32 torch, or somebody else serves."""
+"""Engines and their selection: an engine serves only if it agrees with float32 torch."""
 
+import importlib.metadata
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,47 +21,68 @@ from tests.conftest import LABELS
 from training.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
 from training.batches import pad, pad_arrays
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, Encoder
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadArtifact
 from training.evaluate import predict
 from training.model import Classifier, build_model
+from training.paths import file_sha256
+from training.sealed import SUMS
 from training.text import load_tokenizer
-from worker.choices import Choice, kept_choices, read_choice
-from worker.engines import Batch, Engine, Logits, TorchEngine, Workbench
+from worker.engine_choice import Choice, read_choice, saved_choices
+from worker.engine_names import FLOAT32_TORCH
+from worker.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
+from worker.engine_trial import TrialRequest, run_trial
+from worker.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine, hardware
 from worker.errors import DeviceFull
-from worker.lineup import MIN_AGREEMENT, PLAIN, loading_takes, pick_engine, place, try_out, trying_out_takes
-from worker.scorer import Model
+from worker.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
-SHA = "0" * 64
 
 
 def random_rows(n: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of 3 to 60 tokens, as a tokenizer would frame them."""
+    """Token ids of 3 to 60 tokens, framed as by a tokenizer."""
     generator = np.random.default_rng(seed)
     return [[2, *generator.integers(5, 3000, generator.integers(1, 59)).tolist(), 3] for _ in range(n)]
 
 
 def artifact_of(model: Classifier, folder: Path) -> Artifact:
-    """Saved and loaded again, with validation rows that a float32 forward has labelled."""
+    """The model saved and loaded again, with validation rows and their float32 logits."""
     tokenizer = load_tokenizer(STARTER_FOLDER)
     rows = random_rows(200)
     targets = np.zeros((len(rows), len(LABELS)), np.float32)
     logits = predict(model, rows, targets, model.config, 32, tokenizer.pad_token_id, CPU).logits
-    spec = make_spec(LABELS, model.config, Encoder("tiny", STARTER_FOLDER), tokenizer)
+    spec = make_spec(LABELS, model.config, BaseModelFolder("tiny", STARTER_FOLDER), tokenizer)
     save_artifact(folder, model, tokenizer, spec, make_reference(rows, logits))
     return load_artifact(folder)
 
 
 @pytest.fixture(scope="module")
 def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
-    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # sure of what it says, as a trained one is
+    model = build_model(
+        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
+    )
+    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
     return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
 
 
+def digest(artifact: Artifact) -> str:
+    return file_sha256(artifact.folder / SUMS)
+
+
+def load_after_trial(artifact: Artifact, wanted: str) -> tuple[Engine, Choice]:
+    """The engine that a worker serves with once the trial has ended."""
+    sha256 = digest(artifact)
+    folders = [choice_folder(artifact.folder, sha256, CPU, wanted)]
+    engine, choice, final = load_engine(artifact, CPU, wanted, folders)
+    if not final:
+        run_trial(TrialRequest(str(artifact.folder), sha256, "cpu", wanted, list(map(str, folders))))
+        engine, choice, final = load_engine(artifact, CPU, wanted, folders)
+    assert final
+    return engine, choice
+
+
 class Counting:
-    """An engine that remembers the rows it was given, and has room for so many tokens."""
+    """An engine that counts the rows it runs and has memory for `room` tokens."""
 
     def __init__(self, inner: Engine, room: int = 10**9) -> None:
         self.name, self.inner, self.room = inner.name, inner, room
@@ -71,9 +95,9 @@ class Counting:
         return self.inner.run(batches)
 
 
-def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512, repeats: int = 0) -> Model:
+def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512) -> ScoringModel:
     engine = Counting(TorchEngine(artifact.model, CPU, torch.float32), room)
-    return Model(1, artifact, engine, Choice(engine.name, budget, "", []), repeats)
+    return ScoringModel(1, artifact, engine, Choice(engine.name, budget, "", []))
 
 
 # --- engines
@@ -81,7 +105,7 @@ def model_on(artifact: Artifact, room: int = 10**9, budget: int = 512, repeats: 
 
 @pytest.mark.parametrize("name", ["openvino-float32", "torch-float32", "openvino-int8", "torch-bfloat16"])
 def test_engine_gives_what_float32_torch_gives_whatever_the_shape(artifact: Artifact, name: str) -> None:
-    engine = Workbench(artifact.model, CPU).build(name)
+    engine = EngineBuilder(artifact.model, CPU).build(name)
     assert engine.name == name
     rows = random_rows(40, seed=5)
     shapes = [rows[:1], rows[1:4], rows[4:40], [[2, 3]], [[2, *range(5, 203), 3]] * 2]
@@ -95,7 +119,7 @@ def test_engine_gives_what_float32_torch_gives_whatever_the_shape(artifact: Arti
 
 
 def test_engine_runs_nothing_and_runs_again(artifact: Artifact) -> None:
-    engine = Workbench(artifact.model, CPU).build("openvino-int8")
+    engine = EngineBuilder(artifact.model, CPU).build("openvino-int8")
     batch = pad_arrays(random_rows(3), 0)
     assert engine.run([]) == []
     first, again = engine.run([batch]), engine.run([batch, batch])
@@ -111,23 +135,55 @@ def test_no_room_is_said_in_one_way(artifact: Artifact) -> None:
 
 def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
     for name in ("torch-float32", "openvino-float32"):
-        engine = Workbench(artifact.model, CPU).build(name)
+        engine = EngineBuilder(artifact.model, CPU).build(name)
         ids = np.full((1, 4), 10**9, np.int64)
-        if name == "torch-float32":  # OpenVINO gives an id that is not there the zero vector
+        if name == "torch-float32":  # OpenVINO embeds an unknown id as the zero vector
             with pytest.raises(IndexError):
                 engine.run([(ids, np.ones_like(ids))])
         with pytest.raises((RuntimeError, ValueError)) as fault:
             engine.run([(ids[0], ids[0])])
         assert not isinstance(fault.value, DeviceFull)
-        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "it goes on"
+        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "the engine works after an error"
 
 
 def test_nothing_phones_home() -> None:
-    program = """import worker.engines, nncf, sys, openvino.tools.ovc.telemetry_utils as told
-print(told.tm.__name__, *sys.modules)"""
+    program = """import worker.engines; worker.engines.openvino()
+import nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
+print(telemetry.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == "openvino.tools.ovc.telemetry_stub"
     assert not [name for name in said if name.startswith("openvino_telemetry.")]
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_without_its_package_an_engine_is_passed_over_with_the_pip_line(
+    artifact: Artifact, missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    builder = EngineBuilder(artifact.model, CPU)
+    engine, choice = select_engine(builder, artifact, CPU, "auto")
+    assert engine.name in builder.names()
+    says = {trial.engine: trial.verdict for trial in choice.trials}
+    assert "`pip install openvino nncf`" in says["openvino-int8"]
+    assert caplog.text.count("`pip install openvino nncf`") == 1
+    if missing == "openvino":
+        assert (engine.name, set(says)) == (FLOAT32_TORCH, {"openvino-int8", FLOAT32_TORCH})
+        assert hardware(CPU).endswith("without OpenVINO")
+        _, wanted = select_engine(builder, artifact, CPU, "openvino-float32")
+        assert wanted.engine == FLOAT32_TORCH
+
+
+def test_a_choice_is_found_where_openvino_is_not_installed(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is a part of the key."""
+
+    def version(name: str) -> str:
+        if name in ("openvino", "nncf"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    before = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert choice_folder(artifact.folder, digest(artifact), CPU, "auto") != before
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
@@ -140,17 +196,17 @@ def test_models_of_other_shapes_are_served_and_agree(kind: str, tmp_path: Path) 
         "roberta": lambda: RobertaModel(RobertaConfig(**sizes, intermediate_size=64)),
     }[kind]()
     made = artifact_of(Classifier(encoder, len(LABELS), make_config("fast", pooling="mean")).eval(), tmp_path / "m")
-    _, choice = pick_engine(made, SHA, CPU, "openvino-float32")
+    _, choice = load_after_trial(made, "openvino-float32")
     assert choice.engine == "openvino-float32", choice.trials
     assert choice.trials[0].mean_difference < 1e-4
-    assert "the first that agrees; 100.00% of 200" in choice.why
+    assert "the first that agrees; 100.00% of 200" in choice.reason
 
 
 # --- the choice
 
 
-def test_the_fastest_that_agrees_serves_and_the_choice_is_kept(artifact: Artifact) -> None:
-    engine, choice = pick_engine(artifact, SHA, CPU, "auto")
+def test_the_fastest_that_agrees_serves_and_the_choice_is_saved(artifact: Artifact) -> None:
+    engine, choice = load_after_trial(artifact, "auto")
     assert engine.name == choice.engine
     assert {trial.engine for trial in choice.trials} >= {"openvino-int8", "openvino-float32", "torch-float32"}
     speeds = [trial.tweets_per_second for trial in choice.trials]
@@ -158,22 +214,22 @@ def test_the_fastest_that_agrees_serves_and_the_choice_is_kept(artifact: Artifac
     [serving] = [trial for trial in choice.trials if trial.serves]
     assert serving.engine == choice.engine
     assert serving.agreement >= MIN_AGREEMENT
-    assert serving.says == choice.why
-    assert "the first that agrees" in choice.why or choice.engine == PLAIN
-    kept = place(artifact.folder, SHA, CPU, "auto")
-    assert read_choice(kept) == choice
-    assert 800e6 < loading_takes(400_000_000) < trying_out_takes(400_000_000) / 2, "it holds several engines at once"
-    assert choice in kept_choices(artifact.folder, artifact.folder)
-    written = (kept / "choice.json").stat().st_mtime_ns
-    again, same = pick_engine(artifact, SHA, CPU, "auto")
+    assert serving.verdict == choice.reason
+    assert "the first that agrees" in choice.reason or choice.engine == FLOAT32_TORCH
+    folder = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
+    assert read_choice(folder) == choice
+    assert trial_memory(400_000_000) > 4 * 400_000_000, "a trial holds several engines at once"
+    assert choice in saved_choices(artifact.folder, artifact.folder)
+    written = (folder / "choice.json").stat().st_mtime_ns
+    again, same = load_after_trial(artifact, "auto")
     assert (again.name, same) == (engine.name, choice)
-    assert (kept / "choice.json").stat().st_mtime_ns == written
+    assert (folder / "choice.json").stat().st_mtime_ns == written
     assert list(artifact.folder.parent.glob("*/.*")) == [], "a draft was left"
 
 
 def test_another_wish_or_artifact_is_another_choice(artifact: Artifact) -> None:
-    places = {place(artifact.folder, sha, CPU, wanted) for sha in (SHA, "1" * 64) for wanted in ("auto", PLAIN)}
-    assert len(places) == 4
+    pairs = itertools.product(("0" * 64, "1" * 64), ("auto", FLOAT32_TORCH))
+    assert len({choice_folder(artifact.folder, sha, CPU, wanted) for sha, wanted in pairs}) == 4
 
 
 class Turned:
@@ -190,8 +246,8 @@ class Turned:
         return found
 
 
-class Dishonest(Workbench):
-    """Builds one engine wrong, and cannot build the others."""
+class Dishonest(EngineBuilder):
+    """Builds a wrong int8 engine and fails for the other OpenVINO engines."""
 
     def build(self, name: str) -> Engine:
         if name in ("openvino-bfloat16", "openvino-float32"):  # the first only where the CPU has it
@@ -204,12 +260,12 @@ def test_an_engine_that_disagrees_or_cannot_be_built_is_passed_over(
     artifact: Artifact, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    engine, choice = try_out(Dishonest(artifact.model, CPU), artifact, CPU, "auto")
-    assert engine.name == choice.engine == PLAIN
-    says = {trial.engine: trial.says for trial in choice.trials}
-    assert says["openvino-int8"].startswith("may not serve") or choice.trials[0].engine == PLAIN
-    assert [trial.engine for trial in choice.trials if trial.serves] == [PLAIN]
-    assert says["openvino-float32"] == "cannot run here: no operator for this"
+    engine, choice = select_engine(Dishonest(artifact.model, CPU), artifact, CPU, "auto")
+    assert engine.name == choice.engine == FLOAT32_TORCH
+    verdicts = {trial.engine: trial.verdict for trial in choice.trials}
+    assert verdicts["openvino-int8"].startswith("does not serve") or choice.trials[0].engine == FLOAT32_TORCH
+    assert [trial.engine for trial in choice.trials if trial.serves] == [FLOAT32_TORCH]
+    assert verdicts["openvino-float32"] == "cannot run here: no operator for this"
     assert "engine openvino-float32 cannot run this model" in caplog.text
 
 
@@ -218,56 +274,58 @@ def test_numbers_that_are_none_never_serve(artifact: Artifact) -> None:
         def run(self, batches: Sequence[Batch]) -> list[Logits]:
             return [np.full_like(logits, np.nan) for logits in self.inner.run(batches)]
 
-    class Broken(Workbench):
+    class Broken(EngineBuilder):
         def build(self, name: str) -> Engine:
             built = super().build(name)
-            return built if name == PLAIN else Nothing(built, 0)
+            return built if name == FLOAT32_TORCH else Nothing(built, 0)
 
-    assert try_out(Broken(artifact.model, CPU), artifact, CPU, "auto")[1].engine == PLAIN
+    assert select_engine(Broken(artifact.model, CPU), artifact, CPU, "auto")[1].engine == FLOAT32_TORCH
 
 
 def test_without_validation_rows_plain_torch_serves(tiny_artifact: Any) -> None:
     bare = load_artifact(tiny_artifact.folder, tiny_artifact.sha256)
     assert bare.reference is None
-    _, choice = try_out(Workbench(bare.model, CPU), bare, CPU, "auto")
-    assert choice.engine == PLAIN
-    assert "no validation rows" in choice.why
+    _, choice = select_engine(EngineBuilder(bare.model, CPU), bare, CPU, "auto")
+    assert choice.engine == FLOAT32_TORCH
+    assert "no validation rows" in choice.reason
 
 
 def test_when_nothing_can_run_it_is_said(artifact: Artifact) -> None:
-    class Nothing(Workbench):
+    class Nothing(EngineBuilder):
         def build(self, name: str) -> Engine:
             raise RuntimeError("the device is gone")
 
     with pytest.raises(BadArtifact, match=r"no engine can run .* the device is gone"):
-        try_out(Nothing(artifact.model, CPU), artifact, CPU, "auto")
+        select_engine(Nothing(artifact.model, CPU), artifact, CPU, "auto")
 
 
 @pytest.mark.parametrize("damage", ["choice", "graph", "weights"])
-def test_a_kept_engine_that_is_damaged_is_made_again(
-    artifact: Artifact, damage: str, caplog: pytest.LogCaptureFixture
+def test_a_saved_engine_that_is_damaged_is_made_again(
+    artifact: Artifact, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sha = damage.ljust(64, "0")
-    pick_engine(artifact, sha, CPU, "openvino-float32")
-    kept = place(artifact.folder, sha, CPU, "openvino-float32")
+    copied = load_artifact(shutil.copytree(artifact.folder, tmp_path / "tiny"))
+    load_after_trial(copied, "openvino-float32")
+    saved = choice_folder(copied.folder, digest(copied), CPU, "openvino-float32")
     if damage == "choice":
-        (kept / "choice.json").write_text("{", encoding="utf-8")
+        (saved / "choice.json").write_text("{", encoding="utf-8")
     elif damage == "graph":
-        (kept / "graph.xml").write_text("<net>", encoding="utf-8")
+        (saved / "graph.xml").write_text("<net>", encoding="utf-8")
     else:
-        weights = np.fromfile(kept / "graph.bin", np.uint8)
+        weights = np.fromfile(saved / "graph.bin", np.uint8)
         weights[:] = 60
-        weights.tofile(kept / "graph.bin")
-    _, choice = pick_engine(artifact, sha, CPU, "openvino-float32")
+        weights.tofile(saved / "graph.bin")
+    _, choice = load_after_trial(copied, "openvino-float32")
     assert choice.engine == "openvino-float32"
     assert ("cannot be used" in caplog.text) == (damage != "choice")
-    assert read_choice(kept) == choice
+    assert read_choice(saved) == choice
 
 
 def test_a_store_that_cannot_be_written_still_serves(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "tiny.engines").write_text("no folder", encoding="utf-8")
-    moved = Artifact(tmp_path / "tiny", artifact.model, artifact.tokenizer, artifact.spec, artifact.reference)
-    assert pick_engine(moved, SHA, CPU, PLAIN)[1].engine == PLAIN
+    folder = choice_folder(tmp_path / "tiny", digest(artifact), CPU, FLOAT32_TORCH)
+    _, choice, final = load_engine(artifact, CPU, FLOAT32_TORCH, [folder])
+    assert (choice.engine, final) == (FLOAT32_TORCH, True)
+    assert read_choice(folder) is None
 
 
 def test_the_reference_survives_saving(artifact: Artifact) -> None:
@@ -278,7 +336,7 @@ def test_the_reference_survives_saving(artifact: Artifact) -> None:
     assert "reference.safetensors" in listed
 
 
-# --- room, repeats, padding
+# --- memory, equal rows, padding
 
 
 def test_a_full_device_gets_smaller_batches_and_the_same_answers(
@@ -291,28 +349,24 @@ def test_a_full_device_gets_smaller_batches_and_the_same_answers(
     assert "tokens a forward" in caplog.text
     caplog.clear()
     tight.forward(rows)
-    assert caplog.text == "", "it has learned"
+    assert caplog.text == "", "the smaller budget is kept"
 
 
 def test_a_row_that_fits_no_device_is_said(artifact: Artifact) -> None:
     model = model_on(artifact, room=20)
     with pytest.raises(DeviceFull):
         model.forward([[2, *range(5, 60), 3], [2, 3]])
-    assert model.token_budget == 512, "others do not pay for it"
+    assert model.token_budget == 512, "the budget of other rows stays"
 
 
-def test_repeats_are_kept_within_a_bound_and_only_when_asked(artifact: Artifact) -> None:
-    rows = random_rows(20, seed=4)
-    without, within = model_on(artifact), model_on(artifact, repeats=20)
-    for model in (without, within):
-        first = model.forward(rows).probabilities
-        second = model.forward(rows + rows[:5])
-        assert second.probabilities == pytest.approx(np.concatenate([first, first[:5]]), abs=1e-6)
-    assert (without.engine.rows, within.engine.rows) == (40, 20)  # type: ignore[attr-defined]
-    assert model_on(artifact, repeats=20).forward([]).probabilities.shape == (0, len(LABELS))
-    within.forward(random_rows(15, seed=6))
-    within.forward(rows)
-    assert within.engine.rows > 40, "the oldest have gone"  # type: ignore[attr-defined]
+def test_equal_rows_of_one_forward_are_scored_once(artifact: Artifact) -> None:
+    rows, model = random_rows(20, seed=4), model_on(artifact)
+    first = model.forward(rows).probabilities
+    second = model.forward(rows + rows[:5])
+    assert second.probabilities == pytest.approx(np.concatenate([first, first[:5]]), abs=1e-6)
+    assert second.tokens == sum(map(len, rows))
+    assert model.engine.rows == 40  # type: ignore[attr-defined]
+    assert model.forward([]).probabilities.shape == (0, len(LABELS))
 
 
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=20))
@@ -326,6 +380,7 @@ def test_padding_keeps_every_token_in_its_place(rows: list[list[int]]) -> None:
 
 
 def test_the_listing_of_a_choice_is_plain_json(artifact: Artifact) -> None:
-    pick_engine(artifact, SHA, CPU, "auto")
-    written = json.loads((place(artifact.folder, SHA, CPU, "auto") / "choice.json").read_text(encoding="utf-8"))
+    load_after_trial(artifact, "auto")
+    folder = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
+    written = json.loads((folder / "choice.json").read_text(encoding="utf-8"))
     assert set(written) == {"engine", "token_budget", "hardware", "trials"}

@@ -1,4 +1,4 @@
-"""Inputs nobody would think of: each ends scored, buried or refused with a sentence, none in a traceback.
+"""Random inputs: each is scored, dead-lettered or refused with one sentence, and none raises a traceback.
 
 The ordinary run takes some hundreds, `pytest -m nightly` over 20,000; the count is shown at the end.
 """
@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from db.errors import TweetscoreError
 from tests.bench import DRAINED, Bench, wire
 from training.config import TrainConfig, make_config
-from training.data import read_rows, split_rows
-from training.sources import Source, open_source
+from training.dataset import read_rows, split_rows
+from training.table_file import TableFile, open_table
 from worker.options import label_map, numbers, pairs
-from worker.records import Tweet, parse_payload
 from worker.settings import Settings, environment_name, load_settings
-from worker.tweetfiles import read_tweets
+from worker.tweet_file import read_tweets
+from worker.tweet_record import Tweet, parse_payload
 
 # How many examples a kind gets, and that all kinds together are enough.
 FEW, MANY = 150, 4_200
@@ -66,13 +66,13 @@ HEADERS = [
 
 
 def broken(value: dict[str, Any], at: int, junk: bytes) -> bytes:
-    """A good record, more or less, with bytes put into it somewhere."""
+    """A valid record with bytes overwritten at a random place."""
     whole = wire("1", "雨が降る", **{key: value[key] for key in value if key not in ("v", "id", "text")})
     return whole[:at] + junk + whole[at + len(junk) :]
 
 
 def ended(call: Callable[[], Any]) -> tuple[Any, TweetscoreError | None]:
-    """What it gave, or how it was refused; anything else passes through, and is what these tests look for."""
+    """The result, or the `TweetscoreError`; any other exception fails the test."""
     try:
         return call(), None
     except TweetscoreError as error:
@@ -97,7 +97,7 @@ def file_of(content: bytes, ending: str) -> Iterator[Path]:
 
 @pytest.fixture
 def fuzzed(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
-    """Note how many inputs there were; too few are a fault."""
+    """Record the number of inputs; fails when there are too few."""
 
     def note(count: int, wanted: int) -> None:
         assert count >= wanted
@@ -161,19 +161,19 @@ def test_any_file_of_tweets_gives_a_tweet_or_a_sentence_for_each_line(
 
 
 @contextmanager
-def opened_or_none(path: Path) -> Iterator[Source | None]:
-    """The source of a file; None when it is empty, which a sentence says."""
+def opened_or_none(path: Path) -> Iterator[TableFile | None]:
+    """The open table; None when the file is empty, which raises an error with one sentence."""
     if path.stat().st_size:
-        with open_source(path) as source:
+        with open_table(path) as source:
             yield source
     else:
-        _, error = ended(lambda: open_source(path).__enter__())
+        _, error = ended(lambda: open_table(path).__enter__())
         assert is_sentence(error)
         yield None
 
 
 def tables(ending: str) -> st.SearchStrategy[bytes]:
-    """Files of one kind: rows that make sense, rows that do not, in encodings that fit or do not."""
+    """Files of one format with valid and random rows, in encodings with and without errors."""
     if ending == ".jsonl":
         lines = st.lists(
             objects.map(lambda value: json.dumps(value, ensure_ascii=False)) | st.text(max_size=20), max_size=8

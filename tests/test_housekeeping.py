@@ -25,11 +25,11 @@ from tests.test_store import answer, letter_row, make_version, prediction_row, t
 from tests.test_views import assert_counted, run, some
 from tests.world import World, on_postgresql, on_sqlite
 from training.cache import Cache
-from training.leftovers import remove_leftovers
+from training.leftovers import remove_expired_checkpoints
 from training.storage import Store
 from worker import embedded, housekeeping
-from worker.forget import Gone
-from worker.housekeeping import Housekeeper, alone, apply_retention, forget_windows, tidy_sums
+from worker.deletion import DeletedCounts
+from worker.housekeeping import MaintenanceThread, apply_retention, compact_rollup, delete_old_windows, maintenance_lock
 from worker.settings import Settings
 
 NEVER = threading.Event()
@@ -49,8 +49,8 @@ def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
     )
     with database.begin() as session:
         predictions.bury(session, [letter_row("1-0", buried_at=old), letter_row("2-0", buried_at=new)])
-    assert apply_retention(database.begin, 30, NEVER) == Gone(0, 1, 1)
-    assert apply_retention(database.begin, 30, NEVER) == Gone(0, 0, 0)
+    assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 1, 1)
+    assert apply_retention(database.begin, 30, NEVER) == DeletedCounts(0, 0, 0)
     assert_counted(database)
 
 
@@ -139,8 +139,8 @@ def old_windows(database: Database, count: int, **more: Any) -> None:
 def test_windows_are_forgotten_after_their_days(database: Database) -> None:
     old_windows(database, 1_200)
     old_windows(database, 3, started_at=utc_now() - timedelta(days=29))
-    assert forget_windows(database.begin, 30, NEVER) == 1_200
-    assert forget_windows(database.begin, 30, NEVER) == 0
+    assert delete_old_windows(database.begin, 30, NEVER) == 1_200
+    assert delete_old_windows(database.begin, 30, NEVER) == 0
     assert answer(database, "SELECT count(*) FROM scoring_windows") == [(3,)]
 
 
@@ -161,11 +161,11 @@ def test_sums_of_every_connection_are_folded_into_one_row_a_key(database: Databa
     if database.engine.dialect.name == "postgresql":
         assert len(sums(database)) > len(keys)
     for _ in range(2):
-        tidy_sums(database.begin, NEVER)
+        compact_rollup(database.begin, NEVER)
         assert [row.shard for row in sums(database)] == [0] * len(keys)
         assert_counted(database)
     run(database, "DELETE FROM tweets")
-    tidy_sums(database.begin, NEVER)
+    compact_rollup(database.begin, NEVER)
     assert sums(database) == []
 
 
@@ -180,10 +180,10 @@ def test_a_sum_of_nothing_is_kept_while_a_connection_has_the_other_half(database
     write(database, [], [prediction_row("2", version, probability=0.6)])
     with database.begin() as holding:
         holding.execute(text(f"SELECT 1 FROM sentiment_rollup WHERE shard = {first.shard} FOR UPDATE"))
-        tidy_sums(database.begin, NEVER)
+        compact_rollup(database.begin, NEVER)
     assert {row.shard: row.tweets for row in sums(database)} == {0: 0, first.shard: 1}
     assert_counted(database)
-    tidy_sums(database.begin, NEVER)
+    compact_rollup(database.begin, NEVER)
     assert {row.shard: row.tweets for row in sums(database)} == {0: 1}
     assert_counted(database)
 
@@ -211,7 +211,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
         assert counted == there
 
     def tidy() -> None:
-        tidy_sums(database.begin, NEVER)
+        compact_rollup(database.begin, NEVER)
 
     with ThreadPoolExecutor(6) as pool:
         others = [pool.submit(keep, task) for task in (look, tidy, tidy)]  # two that do not know of each other
@@ -222,7 +222,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
         for other in others:
             other.result()
     assert_counted(database)
-    tidy_sums(database.begin, NEVER)
+    compact_rollup(database.begin, NEVER)
     assert {row.shard for row in sums(database)} == {0}
     assert_counted(database)
 
@@ -233,7 +233,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
 def test_a_chore_that_fails_is_said_and_tried_again_and_others_are_done(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(housekeeping, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(housekeeping, "RETRY_SECONDS", 0.05)
     stopping, done = threading.Event(), []
 
     def failing() -> bool:
@@ -246,7 +246,7 @@ def test_a_chore_that_fails_is_said_and_tried_again_and_others_are_done(
         done.append("fine")
         return True
 
-    keeper = Housekeeper([failing, fine], stopping)
+    keeper = MaintenanceThread([failing, fine], stopping)
     keeper.start()
     wait_until(lambda: done.count("failing") == 3)
     assert done.count("fine") == 1
@@ -259,14 +259,14 @@ def test_a_chore_that_fails_is_said_and_tried_again_and_others_are_done(
 
 def test_one_worker_keeps_house_at_a_time(database: Database, tmp_path: Path) -> None:
     other = open_database(url_of(database))
-    with suppress(ZeroDivisionError), alone(database, tmp_path) as mine:
+    with suppress(ZeroDivisionError), maintenance_lock(database, tmp_path) as mine:
         assert mine is not None
         with mine() as session:
             session.execute(text("DELETE FROM tweets"))
-        with alone(other, tmp_path) as theirs:
+        with maintenance_lock(other, tmp_path) as theirs:
             assert theirs is None
         raise ZeroDivisionError
-    with alone(other, tmp_path) as theirs:
+    with maintenance_lock(other, tmp_path) as theirs:
         assert theirs is not None
     other.close()
 
@@ -302,19 +302,19 @@ def test_checkpoints_go_when_no_job_goes_on_from_them(database: Database, tmp_pa
             store.remote.upload(tmp_path / "jobs" / str(job_id) / step, f"{job_id}/{step}")
     (tmp_path / "jobs" / ".7.gone" / "step-00000001-0001").mkdir(parents=True)  # of one that was cut off
     for _ in range(2):
-        remove_leftovers(database, tmp_path / "jobs", store, 7, NEVER)
+        remove_expired_checkpoints(database, tmp_path / "jobs", store, 7, NEVER)
         assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == sorted(map(str, [*needed, 99]))
         if store is not None:
             assert store.names("") == sorted(map(str, [*needed, 99]))
     with database.begin() as session:
         jobs.retry(session, needed[2])
         session.get_one(TrainingJob, needed[2]).finished_at = utc_now() - timedelta(days=9)
-    remove_leftovers(database, tmp_path / "jobs", store, 7, NEVER)
+    remove_expired_checkpoints(database, tmp_path / "jobs", store, 7, NEVER)
     assert (tmp_path / "jobs" / str(needed[2])).exists(), "it is to be tried again"
 
 
 def test_nothing_is_looked_for_where_no_job_ever_ran(sqlite: Database, tmp_path: Path) -> None:
-    remove_leftovers(sqlite, tmp_path / "none", None, 7, NEVER)
+    remove_expired_checkpoints(sqlite, tmp_path / "none", None, 7, NEVER)
     assert not (tmp_path / "none").exists()
 
 

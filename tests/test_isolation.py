@@ -1,4 +1,4 @@
-"""Who is to blame when a window fails: one text is buried alone, a broken device or database buries nobody."""
+"""A window fails: a text that causes it is buried alone; a broken device or database buries no record."""
 
 import contextlib
 import threading
@@ -14,12 +14,12 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.world import on_postgresql
 from training.artifact import Artifact
 from worker.errors import DeviceFull
-from worker.scorer import Model, Scores
+from worker.scoring_model import Scores, ScoringModel
 
 POISON = "この文は計算を壊す"
 
 
-class Fragile(Model):
+class Fragile(ScoringModel):
     """Fails on one text."""
 
     fault: type[BaseException] = RuntimeError
@@ -34,13 +34,13 @@ class Deadly(Fragile):
     fault = Killed
 
 
-class BrokenDevice(Model):
+class BrokenDevice(ScoringModel):
     def forward(self, rows: Any) -> Scores:
         raise RuntimeError("the device is broken")
 
 
-class Diverged(Model):
-    """Weights that are no numbers any more: the device complains of nothing."""
+class Diverged(ScoringModel):
+    """NaN weights: the device raises no error."""
 
     def __init__(self, version_id: int, artifact: Artifact, *given: Any) -> None:
         super().__init__(version_id, artifact, *given)
@@ -48,7 +48,7 @@ class Diverged(Model):
             torch.nn.init.constant_(weights, float("nan"))
 
 
-# --- a text that is to blame
+# --- a text causes the failure
 
 
 def test_text_that_fails_is_buried_alone(bench: Bench) -> None:
@@ -75,7 +75,7 @@ def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time
         return lite.stream.depth().idle
 
     wait_until(drained)
-    # Twice with its mates; then alone, after the mate before it and ahead of those behind it.
+    # Twice within the window; then alone, after the record before it and ahead of those behind it.
     assert deaths == [[1] * 4, [2] * 4, [3] * 3, [4] * 3, [5] * 3]
     assert set(lite.scored()) == {"0", "1", "2"}
     (letter,) = lite.rows(DeadLetter)
@@ -86,7 +86,7 @@ def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time
 
 
 def test_a_text_that_fits_no_memory_is_buried_and_the_others_are_scored_in_smaller_batches(lite: Bench) -> None:
-    class Cramped(Model):
+    class Cramped(ScoringModel):
         """Its device has room for 40 tokens."""
 
         def __init__(self, *given: Any) -> None:
@@ -111,18 +111,18 @@ def test_a_text_that_fits_no_memory_is_buried_and_the_others_are_scored_in_small
     [letter] = lite.rows(DeadLetter)
     assert letter["payload"] == long
     assert "failed (DeviceFull) 3 times" in letter["reason"]
-    assert champion.model.token_budget == 512, "the others do not pay for it"
+    assert champion.model.token_budget == 512, "the budget of the others stays"
     lite.stream.publish([wire(i, f"今日も嬉しい{i}") for i in range(30, 60)])
     assert lite.worker(champion).drain() == 30
     assert champion.model.token_budget <= 40
     assert lite.stream.depth().idle
 
 
-# --- a device or a database that is to blame
+# --- a device or a database causes the failure
 
 
 @pytest.mark.parametrize("kind", [BrokenDevice, Diverged])
-def test_broken_device_buries_nobody(bench: Bench, kind: type[Model]) -> None:
+def test_broken_device_buries_nobody(bench: Bench, kind: type[ScoringModel]) -> None:
     broken = bench.holding(kind)
     bench.stream.publish([wire(i) for i in range(3)])
 

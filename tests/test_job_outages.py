@@ -26,12 +26,12 @@ from tests.test_job_route import base, count, job_of, left_in, running, shorten,
 from tests.test_jobs import claim, lapse
 from training.artifact import load_artifact
 from training.cache import Cache
-from training.inputs import keep_dataset
+from training.inputs import store_dataset
 from training.job import run_next_job
-from training.orphans import clear_orphans
+from training.orphans import remove_unregistered_artifacts
 from training.paths import file_sha256
 from training.storage import Store
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 
 NEVER = threading.Event()
 MODEL = b"INSERT INTO model_versions"
@@ -56,11 +56,11 @@ def through(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) -
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
-def artifacts(workshop: Workshop) -> list[str]:
+def artifacts(workshop: TrainingContext) -> list[str]:
     return left_in(workshop.model_store.folder)
 
 
-def is_whole(database: Database, workshop: Workshop, job_id: int) -> bool:
+def is_whole(database: Database, workshop: TrainingContext, job_id: int) -> bool:
     """Whether the job succeeded and its model, of which there is one, can be loaded from the only artifact there is."""
     job = job_of(database, job_id)
     with database.read() as session:
@@ -96,7 +96,7 @@ def outage(
 
 def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrupt_it(
     outage: Any,
-    workshop: Workshop,
+    workshop: TrainingContext,
     labelled_csv: Path,
     base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
@@ -128,7 +128,7 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
 @pytest.mark.parametrize("outage", ["postgresql"], indirect=True)
 def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_next_gives_the_job_back(
     outage: Any,
-    workshop: Workshop,
+    workshop: TrainingContext,
     labelled_csv: Path,
     base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
@@ -157,7 +157,7 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
 
 @on_postgresql
 def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_off_the_count(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any],
+    through: SimpleNamespace, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Three times, of two that are allowed; the taker gives it back in order each time."""
@@ -216,7 +216,7 @@ def test_a_start_is_not_excused_from_a_count_that_began_anew(database: Database)
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_artifact(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
+    through: SimpleNamespace, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
@@ -234,7 +234,7 @@ def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_art
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
+    through: SimpleNamespace, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
     through.door.lose(MODEL, answer, then_shut=True)
@@ -256,7 +256,7 @@ def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
 @on_postgresql
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_claim_without_an_answer_is_one_start_or_none(
-    through: SimpleNamespace, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], answer: bool,
+    through: SimpleNamespace, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip
     job_id = submit(through.near, labelled_csv, **base)
     through.door.lose(CLAIM, answer)
@@ -272,7 +272,7 @@ def test_a_claim_without_an_answer_is_one_start_or_none(
 @pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
 def test_a_failure_without_an_answer_is_written_once(
     through: SimpleNamespace,
-    workshop: Workshop,
+    workshop: TrainingContext,
     tmp_path: Path,
     answer: bool,
     caplog: pytest.LogCaptureFixture,
@@ -294,7 +294,7 @@ def test_a_failure_without_an_answer_is_written_once(
 
 def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
     sqlite: Database,
-    workshop: Workshop,
+    workshop: TrainingContext,
     labelled_csv: Path,
     base: dict[str, Any],
 ) -> None:
@@ -311,9 +311,9 @@ def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
     go = [f"job-{registered}-0", f"job-{cancelled}-1", f".job-{cancelled}-1.draft", f"job-{cancelled}-1.engines"]
     for name in stay + go:
         (store.folder / name).mkdir(exist_ok=True)
-    clear_orphans(sqlite, store, runs)
+    remove_unregistered_artifacts(sqlite, store, runs)
     assert artifacts(workshop) == sorted(stay + go)
-    clear_orphans(sqlite, store)
+    remove_unregistered_artifacts(sqlite, store)
     assert artifacts(workshop) == sorted(stay)
     assert job_of(sqlite, cancelled).state == "cancelled"
 
@@ -329,7 +329,7 @@ def fragile() -> Iterator[S3]:
 
 def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_jobs_go_on(
     fragile: S3,
-    workshop: Workshop,
+    workshop: TrainingContext,
     tmp_path: Path,
     sqlite: Database,
     labelled_csv: Path,
@@ -339,7 +339,7 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
     workshop = replace(workshop, input_store=inputs, max_attempts=2)
     waits = submit(sqlite, Path("x"), file_sha256(labelled_csv), **base)
     with sqlite.begin() as session:
-        jobs.get(session, waits).dataset = keep_dataset(inputs, labelled_csv)
+        jobs.get(session, waits).dataset = store_dataset(inputs, labelled_csv)
     other = submit(sqlite, labelled_csv, **base)
     fragile.kill()
     pauses = []
@@ -357,7 +357,7 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
     assert job_of(sqlite, other).state == "succeeded"
     assert 35 < pauses[-1] <= 40, "twice as long each time: 5, 10, 20, 40 s"
     fragile.start()
-    keep_dataset(inputs, labelled_csv)
+    store_dataset(inputs, labelled_csv)
     assert run_next_job(sqlite, workshop, "here", NEVER) == waits
     job = job_of(sqlite, waits)
     assert (job.state, job.error, job.attempts) == ("succeeded", None, 1)

@@ -24,32 +24,32 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
 from training.artifact import load_artifact, make_reference
 from training.cache import Cache
-from training.checkpoint import Epoch
 from training.config import make_config
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split
+from training.epoch import Epoch
 from training.evaluate import model_figures
 from training.job import run_next_job
-from training.outcome import Outcome
+from training.outcome import TrainingResult
 from training.paths import file_sha256
 from training.register import register_model
 from training.storage import Store
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 from worker import show
 
 NEVER = threading.Event()
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, tiny_encoder: Path) -> Workshop:
+def workshop(tmp_path: Path, tiny_encoder: Path) -> TrainingContext:
     cache = Cache(tmp_path / "cache", 1_000_000_000)
-    return Workshop(
+    return TrainingContext(
         model_store=Store(tmp_path / "models", cache),
         input_store=Store(tmp_path, cache),
         jobs_folder=tmp_path / "jobs",
         checkpoint_store=None,
         boards_folder=tmp_path / "boards",
         read_roots=(tmp_path, tiny_encoder.parent),
-        devices=["cpu"],
+        device="cpu",
         lease_seconds=30,
         max_attempts=3,
     )
@@ -86,7 +86,7 @@ def left_in(folder: Path) -> list[str]:
 
 
 @contextmanager
-def running(database: Database, workshop: Workshop, job_id: int, stopping: threading.Event) -> Iterator[None]:
+def running(database: Database, workshop: TrainingContext, job_id: int, stopping: threading.Event) -> Iterator[None]:
     """A worker in a thread of its own, well into the job; it must have ended by itself when the block does."""
     thread = threading.Thread(target=run_next_job, args=(database, workshop, "here", stopping), daemon=True)
     thread.start()
@@ -101,7 +101,7 @@ def running(database: Database, workshop: Workshop, job_id: int, stopping: threa
 
 
 def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
-    database: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    database: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     job_id = submit(database, labelled_csv, file_sha256(labelled_csv), **base)
     assert run_next_job(database, workshop, "here", NEVER) == job_id
@@ -134,7 +134,11 @@ def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
 
 
 def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
-    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    sqlite: Database,
+    workshop: TrainingContext,
+    labelled_csv: Path,
+    base: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(show, "console", Console(file=screen, width=200))
@@ -145,7 +149,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
     finally:
         failpoint.arm("")
     job = job_of(sqlite, job_id)
-    note = "the tfidf baseline failed (MemoryError); the model has no such figures beside it"
+    note = "the tfidf baseline failed (MemoryError); its figures are missing"
     assert (job.state, job.data_report["notes"]) == ("succeeded", [note])
     show.job_summary(sqlite, job)
     assert f"note: {note}" in screen.getvalue()
@@ -154,7 +158,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
 
 
 def test_a_job_of_several_labels_a_row_is_trained_and_registered(
-    sqlite: Database, workshop: Workshop, tmp_path: Path, base: dict[str, Any]
+    sqlite: Database, workshop: TrainingContext, tmp_path: Path, base: dict[str, Any]
 ) -> None:
     path = tmp_path / "several.csv"
     written = ["joy", "anger", "joy|anger", ""]
@@ -173,7 +177,7 @@ def test_a_job_of_several_labels_a_row_is_trained_and_registered(
 
 
 def test_the_same_job_twice_has_the_same_validation_losses(
-    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    sqlite: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     losses = []
     for _ in range(2):
@@ -191,14 +195,14 @@ BAD_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "dataset gone": ({"dataset": "gone.csv"}, ["gone.csv", "there is no file"]),
     "dataset changed": ({"sha256": "0" * 64}, ["changed after", "submit it again"]),
     "encoder outside the roots": ({"base_model": "/etc"}, ["'/etc'", "TWEETSCORE_READ_ROOTS"]),
-    "unknown setting": ({"config": {"epocs": 3}}, ["epocs is no known setting"]),
+    "unknown setting": ({"config": {"epocs": 3}}, ["epocs is not a setting"]),
     "too long for the encoder": ({"max_length": 600}, ["max_length is 600", "512"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_JOBS)
 def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
-    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any], case: str
+    sqlite: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any], case: str
 ) -> None:
     change, fragments = BAD_JOBS[case]
     change = dict(change)
@@ -220,7 +224,9 @@ def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
     assert run_next_job(sqlite, workshop, "here", NEVER) is None
 
 
-def test_a_failed_job_is_recorded_on_every_database(database: Database, workshop: Workshop, tmp_path: Path) -> None:
+def test_a_failed_job_is_recorded_on_every_database(
+    database: Database, workshop: TrainingContext, tmp_path: Path
+) -> None:
     (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
     job_id = submit(database, tmp_path / "bytes.csv")
     run_next_job(database, workshop, "here", NEVER)
@@ -231,7 +237,7 @@ def test_a_failed_job_is_recorded_on_every_database(database: Database, workshop
 
 
 def test_cancelling_a_running_job_ends_it_and_leaves_no_model(
-    database: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    database: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     job_id = submit(database, labelled_csv, **{**base, "epochs": 1000})
     with running(database, workshop, job_id, threading.Event()), database.begin() as session:
@@ -245,7 +251,7 @@ def test_cancelling_a_running_job_ends_it_and_leaves_no_model(
 
 
 def test_a_worker_that_must_end_gives_the_job_back_and_the_next_goes_on(
-    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    sqlite: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     job_id = submit(sqlite, labelled_csv, **{**base, "epochs": 1000})
     stopping = threading.Event()
@@ -283,7 +289,7 @@ def claim_again(database: Database, job_id: int) -> None:
 
 
 def test_a_trainer_whose_job_was_taken_over_stops_and_leaves_everything_to_the_other(
-    database: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    database: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     job_id = submit(database, labelled_csv, **{**base, "epochs": 1000})
     with running(database, workshop, job_id, threading.Event()):
@@ -295,7 +301,7 @@ def test_a_trainer_whose_job_was_taken_over_stops_and_leaves_everything_to_the_o
 
 
 def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
-    database: Database, workshop: Workshop, labelled_csv: Path, tiny_artifact: Any
+    database: Database, workshop: TrainingContext, labelled_csv: Path, tiny_artifact: Any
 ) -> None:
     job_id = submit(database, labelled_csv)
     with database.begin() as session:
@@ -306,7 +312,7 @@ def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
     loaded = load_artifact(tiny_artifact.folder)
     split = Split(["嬉しい"], np.array([[0, 0, 1]], dtype=np.float32), [2])
     figures = model_figures(split.targets, split.targets, 1.0, loaded.spec.labels, loaded.spec.config)
-    outcome = Outcome(
+    outcome = TrainingResult(
         job_id, token, loaded.spec, "labelled.csv", "0" * 64, Dataset(loaded.spec.labels, split, split, split),
         [Epoch(1, 0.1, 1e-3, 0.1, 1.0, 1.0, 0.1)], figures, split.targets,
     )  # fmt: skip
@@ -324,7 +330,7 @@ def test_a_stale_token_registers_nothing_and_leaves_no_artifact(
 
 
 def test_a_job_whose_checkpoints_are_gone_starts_over_and_shows_no_epoch_twice(
-    sqlite: Database, workshop: Workshop, labelled_csv: Path, base: dict[str, Any]
+    sqlite: Database, workshop: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
     job_id = submit(sqlite, labelled_csv, **{**base, "epochs": 1000})
     stopping = threading.Event()

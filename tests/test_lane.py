@@ -1,14 +1,14 @@
-"""One route at a time in a process, and no nudge lost on the way."""
+"""A worker process runs one pipeline at a time and loses no nudge."""
 
 import threading
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from worker.lane import Lane
+from worker.lane import WorkerProcess
 from worker.settings import Settings
 
 
-class Counting(Lane):
-    """Work that can be held up, and is counted."""
+class Counting(WorkerProcess):
+    """Work that waits for the test, and is counted."""
 
     kind = "counting"
 
@@ -28,18 +28,18 @@ class Counting(Lane):
 
 
 def test_a_nudge_while_the_work_is_ending_is_worked_for(settings: Settings) -> None:
-    lane = Counting(settings)
-    thread = threading.Thread(target=lane.run)
+    worker = Counting(settings)
+    thread = threading.Thread(target=worker.run)
     thread.start()
-    assert lane.begun.wait(PATIENCE_SECONDS)
-    assert [lane.run(), lane.run()] == [0, 0], "one works, the others only leave word"
-    lane.go.set()
+    assert worker.begun.wait(PATIENCE_SECONDS)
+    assert [worker.run(), worker.run()] == [0, 0], "one run is active, the other nudges are only recorded"
+    worker.go.set()
     thread.join(PATIENCE_SECONDS)
-    assert lane.calls == 2, "two nudges meanwhile are one more look"
-    assert lane.run() == 1
+    assert worker.calls == 2, "two nudges during a run cause one more run"
+    assert worker.run() == 1
 
 
-def test_a_stopped_lane_is_closed_once_and_works_no_more(settings: Settings) -> None:
+def test_a_stopped_worker_is_closed_once_and_works_no_more(settings: Settings) -> None:
     idle = Counting(settings)
     idle.stop()
     assert (idle.run(), idle.calls, idle.closed) == (0, 0, 1)
@@ -50,7 +50,7 @@ def test_a_stopped_lane_is_closed_once_and_works_no_more(settings: Settings) -> 
     assert busy.begun.wait(PATIENCE_SECONDS)
     busy.run()
     busy.stop()
-    assert busy.closed == 0, "its work is not done"
+    assert busy.closed == 0, "its work is not finished"
     busy.go.set()
     wait_until(lambda: not thread.is_alive())
     assert (busy.run(), busy.calls, busy.closed) == (0, 1, 1)

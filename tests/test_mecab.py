@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
 from training.encoders import STARTER_FOLDER
-from training.mecab import FastJapanese, fast_encoder
+from training.mecab import FastJapaneseEncoder, fast_encoder
 from training.text import TextEncoder, encode, load_tokenizer
 from worker.demo import SAMPLE
 
@@ -42,7 +42,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def fast(tokenizer: PreTrainedTokenizerBase) -> FastJapanese:
+def fast(tokenizer: PreTrainedTokenizerBase) -> FastJapaneseEncoder:
     found = fast_encoder(tokenizer)
     assert found is not None
     return found
@@ -51,25 +51,27 @@ def fast(tokenizer: PreTrainedTokenizerBase) -> FastJapanese:
 @hypothesis_settings(max_examples=500)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5), max_length=st.sampled_from([8, 200]))
 def test_any_text_gets_the_same_ids(
-    tokenizer: PreTrainedTokenizerBase, fast: FastJapanese, texts: list[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase, fast: FastJapaneseEncoder, texts: list[str], max_length: int
 ) -> None:
     assert fast.encode(texts, max_length) == encode(tokenizer, texts, max_length)
 
 
-def test_every_sample_tweet_gets_the_same_ids(tokenizer: PreTrainedTokenizerBase, fast: FastJapanese) -> None:
+def test_every_sample_tweet_gets_the_same_ids(tokenizer: PreTrainedTokenizerBase, fast: FastJapaneseEncoder) -> None:
     texts = (SAMPLE / "labelled.csv").read_text(encoding="utf-8").splitlines()
     assert fast.encode(texts, 200) == encode(tokenizer, texts, 200)
     assert fast.encode(["", " "], 200) == encode(tokenizer, ["", " "], 200)
 
 
 def test_every_character_of_the_basic_plane_gets_the_same_ids(
-    tokenizer: PreTrainedTokenizerBase, fast: FastJapanese
+    tokenizer: PreTrainedTokenizerBase, fast: FastJapaneseEncoder
 ) -> None:
     texts = [f"あ{chr(code)}い" for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
     assert fast.encode(texts, 64) == encode(tokenizer, texts, 64)
 
 
-def test_words_are_forgotten_before_they_fill_the_memory(fast: FastJapanese, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_forgotten_before_they_fill_the_memory(
+    fast: FastJapaneseEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("training.mecab.WORDS_REMEMBERED", 5)
     before = fast.encode(["今日はとても良い天気ですね。散歩に行きたい"], 200)
     assert len(fast._pieces) == 0

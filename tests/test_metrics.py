@@ -1,4 +1,4 @@
-"""What a worker tells Prometheus and its log, read as Prometheus and a log collector would."""
+"""Metrics and logs of a worker, read as Prometheus and a log collector read them."""
 
 import io
 import json
@@ -21,8 +21,8 @@ from tests.bench import Bench, wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import worker
 from tests.world import World
-from worker import logs, metrics
-from worker.metrics import Looks
+from worker import logs, metrics_endpoint
+from worker.metrics_endpoint import WorkerCollector
 from worker.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
 from worker.stream import Stream
 
@@ -45,9 +45,9 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def looked(looks: Looks) -> dict[tuple[str, str], float]:
+def looked(collector: WorkerCollector) -> dict[tuple[str, str], float]:
     registry = CollectorRegistry()
-    registry.register(looks)
+    registry.register(collector)
     return parsed(generate_latest(registry).decode())
 
 
@@ -92,7 +92,7 @@ def test_a_trainer_names_its_job_in_every_line_about_it(world: World, labelled_c
         found = scraped(port)
         said = lines(trainer.said())
     assert found["jobs", "succeeded"] == 1
-    assert ("model_version", "") not in found  # it scores with none
+    assert ("model_version", "") not in found  # a trainer has no model
     about = [line for line in said if f"job {job}:" in line["event"]]
     assert len(about) > 2
     assert {line["job"] for line in about} == {job}
@@ -112,8 +112,8 @@ def test_the_oldest_record_is_the_first_unread_or_the_first_not_acknowledged(ben
     stream.ack([records[0].id])
     assert stream.oldest() == at + timedelta(seconds=1)
     stream.ack([records[1].id])
-    assert stream.oldest() == at + timedelta(seconds=2)  # the first that nobody has read
-    found = looked(Looks("scoring", lambda: "idle", lambda: None, stream, bench.database))
+    assert stream.oldest() == at + timedelta(seconds=2)  # the first unread record
+    found = looked(WorkerCollector("scoring", lambda: "idle", lambda: None, stream, bench.database))
     assert found["oldest_unscored_seconds", ""] == pytest.approx(3598, abs=PATIENCE_SECONDS)
     assert (found["stream_lag", ""], found["stream_pending", ""], found["model_version", ""]) == (2, 0, 0)
     stream.ack([record.id for record in stream.read(5, None)])
@@ -123,10 +123,12 @@ def test_the_oldest_record_is_the_first_unread_or_the_first_not_acknowledged(ben
 def test_a_broker_that_is_silent_keeps_nobody_waiting_and_is_said_to_be_away(bench: Bench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        looks = Looks("scoring", lambda: "idle", lambda: 7, Stream(connect_briefly(url), "tweets", "g"), bench.database)
+        collector = WorkerCollector(
+            "scoring", lambda: "idle", lambda: 7, Stream(connect_briefly(url), "tweets", "g"), bench.database
+        )
         for _ in range(2):
             began = time.monotonic()
-            found = looked(looks)
+            found = looked(collector)
             assert time.monotonic() - began < CLIENT_TIMEOUT_SECONDS
             assert (found["broker_up", ""], found["database_up", ""]) == (0, 1)
             assert ("stream_lag", "") not in found
@@ -134,9 +136,9 @@ def test_a_broker_that_is_silent_keeps_nobody_waiting_and_is_said_to_be_away(ben
 
 
 def test_workers_of_one_machine_take_one_port_after_the_other() -> None:
-    first = metrics.serve("127.0.0.1", 0, [])
-    second = metrics.serve("127.0.0.1", first, [])
-    assert first < second < first + metrics.PORTS_TRIED
+    first = metrics_endpoint.serve("127.0.0.1", 0, [])
+    second = metrics_endpoint.serve("127.0.0.1", first, [])
+    assert first < second < first + metrics_endpoint.PORTS_TRIED
     assert scraped(first)["lease_losses_total", ""] == scraped(second)["lease_losses_total", ""]
 
 
@@ -149,7 +151,7 @@ class Terminal(io.StringIO):
 def test_a_line_holds_what_is_bound_and_no_words_of_a_tweet(output: type[io.StringIO]) -> None:
     text, words = output(), "最高の一日"
     logger, handler = logging.Logger("worker.test"), logs.handler(text)
-    handler.addFilter(logs.discreet)
+    handler.addFilter(logs.redact)
     logger.addHandler(handler)
     with bound_contextvars(window="5-0", model_version=3):
         try:

@@ -73,10 +73,10 @@ def test_every_image_of_others_has_its_version_and_no_password_stands_in_the_fil
     )
 
 
-def test_the_users_of_redis_are_those_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_users_of_redis_are_those_of_the_documentation() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     for user in ("producer", "worker"):
-        said = re.search(rf"ACL SETUSER {user} on >PASSWORD (.+)$", readme, re.MULTILINE)[1]  # type: ignore[index]
+        said = re.search(rf"ACL SETUSER {user} on >PASSWORD (.+)$", page, re.MULTILINE)[1]  # type: ignore[index]
         script = (OPS / "redis.sh").read_text()
         made = re.search(rf"user {user} on #\$\(digest redis_{user}\) (.+)$", script, re.MULTILINE)[1]  # type: ignore[index]
         assert said == made

@@ -1,4 +1,4 @@
-"""Exports, pictures, a look at a file beforehand; and that what is deleted is gone."""
+"""Exports, a look at a file beforehand; and that what is deleted is gone."""
 
 import codecs
 import csv
@@ -7,33 +7,30 @@ import subprocess
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.image as mpimg
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from db import migrate, predictions, registry
+from db import migrate, predictions
 from db.errors import NotFound
-from db.models import DeadLetter, Prediction, TestPrediction, Tweet
+from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database, open_database
 from tests.bench import Bench, wire
 from tests.conftest import PATIENCE_SECONDS
 from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
-from worker import embedded, pictures, show
-from worker.check import check_file
+from worker import embedded, show
+from worker.deletion import DeletedCounts, TweetFilter, delete_tweets
 from worker.errors import StreamError
 from worker.export import SCHEMA, export
-from worker.forget import Gone, Wish, forget
+from worker.file_report import check_file
 from worker.redis_client import connect
 from worker.settings import Settings
 from worker.stream import Stream
@@ -47,7 +44,7 @@ TEXTS = {"1": "=1+1", "2": '改行\nと"引用",', "3": "@someone 良い", "4": 
 
 @pytest.fixture
 def scored(database: Database) -> Database:
-    """Four tweets, an hour apart, two topics, under a champion; and one that another model alone scored."""
+    """Four tweets, an hour apart, with two topics, scored by the champion; a fifth is scored only by another model."""
     version, other = make_version(database), make_version(database)
     assign(database, version)
     hours = {id_: NOON + timedelta(hours=int(id_)) for id_ in [*TEXTS, "5"]}
@@ -136,76 +133,10 @@ def test_the_command_exports_to_standard_output_and_to_a_file(
     assert (refused.returncode, "--out" in refused.stderr) == (2, True)
 
 
-# --- pictures
-
-
-def labelled(database: Database, task: str) -> int:
-    labels = ["悲しい", "嬉しい"]
-    version = make_version(database)
-    assign(database, version)
-    rng = np.random.default_rng(1)
-    with database.begin() as session:
-        registry.get(session, version).labels = labels
-        for row in range(60):
-            sure = float(rng.uniform(0.5, 1))
-            actual = labels[row % 2] if task == "single_label" else "|".join(labels[: row % 3])
-            said = {labels[row % 2]: sure, labels[1 - row % 2]: 1 - sure if task == "single_label" else 0.9}
-            session.add(
-                TestPrediction(
-                    model_version_id=version, row_number=row, text="x", actual=actual, predicted=labels[row % 2],
-                    probability=sure, probabilities=said,
-                )
-            )  # fmt: skip
-    hours = [NOON + timedelta(hours=5 * i) for i in range(40)]
-    write(
-        database,
-        [tweet_row(str(i), tweet_created_at=when) for i, when in enumerate(hours)],
-        [prediction_row(str(i), version, label=labels[i % 2], score_signed=i % 2 - 0.5) for i in range(40)],
-    )
-    with database.begin() as session:
-        for i in range(10):
-            predictions.add_window(
-                session,
-                {
-                    "worker": "w", "model_version_id": version, "started_at": NOON + timedelta(seconds=20 * i),
-                    "tweets": 100, "buried": 0, "tokens": 2000, "padded_tokens": 2100, "read_ms": 1.0,
-                    "tokenise_ms": 2.0, "forward_ms": 50.0, "store_ms": 5.0,
-                },
-            )  # fmt: skip
-    return version
-
-
-@pytest.mark.parametrize("task", ["single_label", "multi_label"])
-@pytest.mark.parametrize("picture", pictures.PICTURES)
-def test_pictures_are_drawn_without_a_missing_glyph(
-    database: Database, picture: str, task: str, recwarn: pytest.WarningsRecorder
-) -> None:
-    labelled(database, task)
-    buffer = BytesIO()
-    pictures.draw(database, picture).savefig(buffer, format="png")
-    assert mpimg.imread(BytesIO(buffer.getvalue())).std() > 0.02  # something is on it
-    assert Image.open(buffer).size[0] > 300
-    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
-
-
-def test_sentiment_is_drawn_from_the_counts(database: Database) -> None:
-    labelled(database, "single_label")
-    counts, scores = pictures.draw(database, "sentiment").axes
-    assert sum(patch.get_height() for bars in counts.containers for patch in bars) == 40
-    assert [text.get_text() for text in counts.get_legend().get_texts()] == ["嬉しい", "悲しい"]
-    assert np.abs(scores.lines[0].get_ydata()).max() <= 0.5
-
-
-@pytest.mark.parametrize("picture", pictures.PICTURES)
-def test_nothing_to_draw_is_said(database: Database, picture: str) -> None:
-    with pytest.raises(NotFound):
-        pictures.draw(database, picture)
-
-
 # --- data check
 
 
-def test_a_file_is_looked_at_before_it_is_used(tmp_path: Path) -> None:
+def test_the_report_on_a_file_has_counts_lengths_and_advice(tmp_path: Path) -> None:
     rows = ["良い日,pos", "悪い日,neg", "良い日,pos", "良い日,neg", "https://t.co/a,pos", ",neg", f"{'長い' * 100},pos"]
     path = tmp_path / "a.csv"
     path.write_bytes(("id,text,label\n" + "".join(f"{i % 6},{row}\n" for i, row in enumerate(rows))).encode("cp932"))
@@ -216,17 +147,17 @@ def test_a_file_is_looked_at_before_it_is_used(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["labels"] == {"pos": 4, "neg": 2}
     assert (found["repeated_ids"], found["conflicting_at"], found["bad"]) == (
-        1, ["lines 2 and 5"], ["line 7: there is no text"]
+        1, ["lines 2 and 5"], ["line 7: the row has no text"]
     )  # fmt: skip
     tokens = found["tokens"]
     assert tokens["truncated"] == 1
     assert tokens["longest"] > 100
     assert sum(tokens["histogram"].values()) == 6
-    assert [word for word in ("two labels", "longer than 50", "less than 10", "cannot be read") if not any(
+    assert [word for word in ("two labels", "longer than 50", "fewer than 10", "cannot be read") if not any(
         word in advice for advice in found["advice"])] == []  # fmt: skip
 
 
-def test_labels_and_ids_that_read_like_nothing_are_labels_and_ids(tmp_path: Path) -> None:
+def test_labels_and_ids_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label\nNA,良い,NA\nnan,悪い,nan\nNA,null,None\n01,NA,nan\n,良い,\n", encoding="utf-8")
     found = check_file(str(path), "starter", 50)
@@ -239,7 +170,7 @@ def test_labels_and_ids_that_read_like_nothing_are_labels_and_ids(tmp_path: Path
 
 
 def test_copies_within_one_page_of_the_api_are_counted(tmp_path: Path) -> None:
-    """Its tweets share one line."""
+    """The tweets of a page share one line."""
     path = tmp_path / "page.json"
     path.write_text(json.dumps({"data": [{"id": str(i), "text": "同じ日"} for i in range(3)]}), encoding="utf-8")
     assert check_file(str(path), "starter", 50)["duplicates"] == 2
@@ -270,28 +201,30 @@ def test_a_deleted_tweet_is_gone_from_stream_tables_and_dead_letters(bench: Benc
         for i, payload in enumerate((b'{"id":"x","author_id":"a"}', b"\xff", b'{"id":"y","author_id":"b","text":""}')):
             letter = {"record_id": f"{i}-0", "payload": payload, "other_fields": None, "reason": "r", "attempts": 1}
             predictions.bury(session, [{**letter, "buried_at": NOON}])
-    gone = forget(bench.database, bench.stream, Wish(authors=("a",)))
-    assert gone == Gone(records=2, tweets=20, dead_letters=1)
+    gone = delete_tweets(bench.database, bench.stream, TweetFilter(authors=("a",)))
+    assert gone == DeletedCounts(records=2, tweets=20, dead_letters=1)
     assert {row["author_id"] for row in bench.rows(Tweet)} == {"b"}
     assert len(bench.rows(Prediction)) == 20
     bench.worker().drain()
     assert len(bench.rows(Prediction)) == 21
-    assert forget(bench.database, bench.stream, Wish(tweet_ids=("0", "101"))) == Gone(0, 2, 0)
-    assert forget(bench.database, bench.stream, Wish(before=datetime(2100, 1, 1, tzinfo=UTC))).tweets == 19
+    assert delete_tweets(bench.database, bench.stream, TweetFilter(tweet_ids=("0", "101"))) == DeletedCounts(0, 2, 0)
+    assert (
+        delete_tweets(bench.database, bench.stream, TweetFilter(before=datetime(2100, 1, 1, tzinfo=UTC))).tweets == 19
+    )
     assert bench.rows(Prediction) == bench.rows(Tweet) == bench.rows(DeadLetter) == []
 
 
-def test_a_window_under_way_is_waited_for(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deletion_waits_for_a_window_in_progress(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     champion = lite.holding(Slow)
     lite.stream.publish([wire(1, author_id="a")])
     with draining(lite.worker(champion)):
         champion.model.begun.wait(PATIENCE_SECONDS)
-        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 0.3)
         with pytest.raises(StreamError, match="still holds 1"):
-            forget(lite.database, lite.stream, Wish(authors=("a",)))
-        monkeypatch.setattr("worker.forget.WAIT_SECONDS", 60.0)
+            delete_tweets(lite.database, lite.stream, TweetFilter(authors=("a",)))
+        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 60.0)
         threading.Timer(0.5, champion.model.go.set).start()
-        forget(lite.database, lite.stream, Wish(authors=("a",)))
+        delete_tweets(lite.database, lite.stream, TweetFilter(authors=("a",)))
     assert lite.rows(Tweet) == []
 
 
@@ -306,7 +239,7 @@ SECRET = "誰にも言えない秘密の話"
 def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     tweetscore: Run, settings: Settings, tiny_artifact: SimpleNamespace, promote: Any
 ) -> None:
-    """Scored, waiting and buried: every file below the home is searched, as UTF-8 and as JSON escapes."""
+    """Search every file in the home for the scored, waiting and dead-lettered texts, as UTF-8 and as JSON escapes."""
     database = open_database(settings.sql_url)
     migrate.upgrade(database)
     settings.models.folder.mkdir(parents=True)
@@ -350,7 +283,7 @@ def test_long_work_is_told_in_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(show, "errors", Console(stderr=True, highlight=False, width=100))
-    monkeypatch.setattr(show, "SAID_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(show, "PROGRESS_SECONDS", 0.0)
     with show.long_work("exporting") as tell:
         print("a row")
         tell(1_000, 2_000)

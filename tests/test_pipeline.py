@@ -16,15 +16,16 @@ from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.bench import DRAINED, Bench, Killed, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
-from worker.batch import plan_batches
-from worker.pipeline import WINDOWS_UNDER_WAY, Pipeline
-from worker.scorer import Model, Scores
+from training.batches import plan_batches
+from worker.overlap import WINDOWS_IN_FLIGHT
+from worker.pipeline import Pipeline
+from worker.scoring_model import Scores, ScoringModel
 from worker.stream import Depth, Stream
 from worker.window import Window
 
 
-class Slow(Model):
-    """Says when it has begun, and takes until it is let go."""
+class Slow(ScoringModel):
+    """Sets `begun` when a forward starts, and waits for `go`."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -38,7 +39,7 @@ class Slow(Model):
 
 @contextlib.contextmanager
 def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
-    """A worker that drains beside the test, and has ended without a fault afterwards."""
+    """Drain in a thread; after the block it has ended without an error."""
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(pipeline.drain()))
     thread.start()
@@ -83,29 +84,6 @@ def test_window_leaves_a_row_with_its_stage_times(lite: Bench) -> None:
     assert all(row[name] > 0 for name in ("read_ms", "tokenise_ms", "forward_ms", "store_ms"))
 
 
-def test_malformed_records_are_buried_and_their_window_mates_scored(bench: Bench) -> None:
-    bench.promote()
-    bad = {
-        b"{": "not JSON", b"[" * 100_000: "not JSON", b"\xff\xfe": "not UTF-8", b"[1]": "not a list",
-        b'{"text": "a"}': "no id", b'{"id": "1"}': "no text", wire("1", "  "): "blank", wire(1.5): "id is a number",
-        wire("x" * 65): "65 characters", wire("1", "a\0"): "NUL", wire("1", "\ud800"): "surrogate",
-        wire("1", "あ" * 400_000): "400,000 characters", wire("1", v=2): "wire version '2'",
-        wire("1", created_at="soon"): "created_at", wire("1", author_id=[]): "author_id is a list",
-    }  # fmt: skip
-    bench.raw.xadd(bench.stream.key, {"twet": "misspelled"})
-    for i, payload in enumerate(bad):
-        bench.stream.publish([payload, wire(f"good-{i}")])
-    assert bench.worker().drain() == len(bad)
-    assert set(bench.scored()) == {f"good-{i}" for i in range(len(bad))}
-    letters = {row["payload"]: row for row in bench.rows(DeadLetter)}
-    assert set(letters) == {b"", *bad}
-    assert "no field 'tweet'" in letters[b""]["reason"]
-    for payload, reason in bad.items():
-        assert reason in letters[payload]["reason"]
-        assert letters[payload]["attempts"] == 1
-    assert bench.stream.depth() == DRAINED
-
-
 def test_the_same_tweet_twice_is_one_row(bench: Bench) -> None:
     bench.promote()
     bench.stream.publish([wire("1", "最初"), wire(1, "二度目"), wire("2")])
@@ -124,7 +102,7 @@ def test_a_text_that_many_post_is_scored_once_a_window_and_stored_for_each(lite:
     lite.stream.publish([wire(i, f"今日は嬉しい https://example.com/{i}") for i in range(50)] + [wire("x", "雨")])
     assert lite.worker().drain() == 51
     [window] = lite.rows(ScoringWindow)
-    alone = lite.holding(Model).model.tokenise(["今日は嬉しい", "雨"])
+    alone = lite.holding(ScoringModel).model.tokenise(["今日は嬉しい", "雨"])
     assert (window["tweets"], window["tokens"]) == (51, sum(map(len, alone)))
     rows = {row["tweet_id"]: row["probabilities"] for row in lite.rows(Prediction)}
     assert len(rows) == 51
@@ -133,7 +111,7 @@ def test_a_text_that_many_post_is_scored_once_a_window_and_stored_for_each(lite:
 
 
 def test_scores_do_not_depend_on_window_mates(lite: Bench) -> None:
-    model = lite.holding(Model).model
+    model = lite.holding(ScoringModel).model
     texts = ["嬉しい", "今日は雨が降って悲しい" * 8, "https://example.com", "[SEP]", "普通の一日だった"]
     model.token_budget = 64
     together = model.score(texts)
@@ -142,7 +120,7 @@ def test_scores_do_not_depend_on_window_mates(lite: Bench) -> None:
         assert said["probabilities"] == pytest.approx(model.score([text_])[0]["probabilities"], abs=1e-5)
 
 
-# --- when commit and acknowledgement part
+# --- failures between commit and acknowledgement
 
 
 def test_window_is_not_acked_when_commit_fails(bench: Bench) -> None:
@@ -154,7 +132,7 @@ def test_window_is_not_acked_when_commit_fails(bench: Bench) -> None:
         def begin(self) -> Iterator[Any]:
             with super().begin() as session:
                 yield session
-                worker.stopping.set()  # and nobody tries again
+                worker.stopping.set()  # prevents a retry
                 raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
 
     worker = bench.worker(database=FailsAtCommit(bench.database.engine))
@@ -189,15 +167,13 @@ def test_locked_database_is_waited_for_and_drained_afterwards(lite: Bench, caplo
     lite.database.close()
     with lite.database.engine.connect() as blocker:
         blocker.execute(text("PRAGMA user_version"))  # a writer's connection holds the lock from its first statement
-        locked_until = time.monotonic() + 2
         with draining(lite.worker(window_tweets=5)):
-            wait_until(lambda: time.monotonic() > locked_until)
-            assert lite.stream.depth() == Depth(length=20, lag=0, pending=20)
+            wait_until(lambda: lite.stream.depth() == Depth(length=20, lag=0, pending=20))
+            wait_until(lambda: "the database does not answer" in caplog.text)
             assert lite.scored() == {}
             blocker.rollback()
     assert len(lite.scored()) == 20
     assert lite.stream.depth() == DRAINED
-    assert "the database does not answer" in caplog.text
 
 
 # --- holding and stopping
@@ -225,14 +201,14 @@ def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench)
     lite.stream.publish([wire(i) for i in range(20)])
     worker = lite.worker(champion, window_tweets=4)
     with draining(worker):
-        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_UNDER_WAY)
+        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
         worker.stopping.set()
         model.go.set()
-    assert set(lite.scored()) == {str(i) for i in range(4 * WINDOWS_UNDER_WAY)}
+    assert set(lite.scored()) == {str(i) for i in range(4 * WINDOWS_IN_FLIGHT)}
     assert lite.stream.depth() == Depth(length=4, lag=4, pending=0)
 
 
-# --- stages side by side
+# --- overlapping stages
 
 
 def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: Bench) -> None:
@@ -240,7 +216,7 @@ def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: B
     lite.stream.publish([wire(i) for i in range(20)])
     with draining(lite.worker(champion, window_tweets=4)):
         assert champion.model.begun.wait(PATIENCE_SECONDS)
-        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_UNDER_WAY)
+        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
         assert lite.scored() == {}
         champion.model.go.set()
     assert len(lite.scored()) == 20
@@ -250,7 +226,7 @@ def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: B
 
 @pytest.mark.parametrize("stage", ["tokenise", "forward", "store"])
 def test_a_fault_in_any_stage_reaches_the_route_and_leaves_no_thread(lite: Bench, stage: str) -> None:
-    """A signal in the first window, the third, or the last: what was committed stays, the rest waits for another."""
+    """Killed in the first, third or last window: committed rows stay, the other records wait for another worker."""
     lite.promote()
     for at in (1, 3, 5):
         lite.stream.publish([wire(f"{stage}-{at}-{i}") for i in range(20)])
@@ -278,7 +254,7 @@ def test_a_fault_in_any_stage_reaches_the_route_and_leaves_no_thread(lite: Bench
 
 
 def test_one_bad_text_among_windows_under_way_is_buried_alone_and_none_is_scored_twice(lite: Bench) -> None:
-    class Fails(Model):
+    class Fails(ScoringModel):
         def forward(self, rows: Any) -> Scores:
             if len({tuple(row) for row in self.tokenise(["毒"])} & {tuple(row) for row in rows}):
                 raise RuntimeError("not this one")
@@ -328,7 +304,7 @@ def test_without_a_champion_nothing_is_read_and_it_is_said_once(bench: Bench, ca
 
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 2000))
 def test_batches_hold_every_row_once_within_the_budget_and_waste_no_forward(lengths: list[int], budget: int) -> None:
-    batches = plan_batches(lengths, budget)
+    batches = plan_batches(lengths, token_budget=budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     flat = [lengths[index] for batch in batches for index in batch]
     assert flat == sorted(flat, reverse=True)

@@ -21,14 +21,14 @@ from training import baselines as baselines_module
 from training import failpoint, plots
 from training.artifact import Spec
 from training.baselines import STRENGTHS, baselines, majority, tfidf
-from training.calibrate import brier, calibration_error, fit_temperature, log_loss, reliability
+from training.calibrate import brier_score, calibration_error, fit_temperature, log_loss, reliability_bins
 from training.card import write_card
-from training.checkpoint import Epoch
 from training.config import make_config
-from training.data import Dataset, Split
+from training.dataset import Dataset, Split
 from training.decide import choose, to_probabilities
+from training.epoch import Epoch
 from training.evaluate import mcnemar, model_figures
-from training.outcome import Outcome
+from training.outcome import TrainingResult
 
 JAPANESE = ["否定", "中立", "肯定"]
 SINGLE, SEVERAL = "single_label", "multi_label"
@@ -75,7 +75,7 @@ def test_log_loss_and_brier_are_scikit_learns() -> None:
         truth = targets.argmax(1)
         assert log_loss(targets, said, SINGLE) == pytest.approx(reference_log_loss(truth, said), abs=1e-5)
         wanted = brier_score_loss(truth, said if labels > 2 else said[:, 1])
-        assert brier(targets, said, SINGLE) == pytest.approx(wanted, abs=1e-5)
+        assert brier_score(targets, said, SINGLE) == pytest.approx(wanted, abs=1e-5)
     certain = np.eye(2, dtype=np.float32)
     assert np.isfinite(log_loss(certain, 1 - certain, SINGLE))  # sure and wrong is bad, not infinite
 
@@ -84,7 +84,7 @@ def test_calibration_error_is_the_distance_between_confidence_and_share_right_we
     # Three rows at 0.9 of which two are right, one at 0.6 that is wrong.
     said = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.6, 0.4]], np.float32)
     targets = np.eye(2, dtype=np.float32)[[0, 0, 0, 1]]
-    assert [(n, round(r, 4)) for n, _, r in reliability(targets, said, SINGLE)] == [(1, 0.0), (3, 0.6667)]
+    assert [(n, round(r, 4)) for n, _, r in reliability_bins(targets, said, SINGLE)] == [(1, 0.0), (3, 0.6667)]
     assert calibration_error(targets, said, SINGLE) == pytest.approx((3 * (0.9 - 2 / 3) + 0.6) / 4, abs=1e-6)
 
 
@@ -164,14 +164,14 @@ def test_the_figures_of_a_dataset_of_ordinary_size_are_those_of_plain_tfidf(task
 def test_a_large_dataset_is_fitted_on_a_part_drawn_by_the_seed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_splits(800)
     characters = sum(map(len, data.train.texts))
-    monkeypatch.setattr(baselines_module, "MOST_CHARACTERS", characters // 40)
-    monkeypatch.setattr(baselines_module, "MOST_WEIGHTS", 300)
+    monkeypatch.setattr(baselines_module, "MAX_CHARACTERS", characters // 40)
+    monkeypatch.setattr(baselines_module, "MAX_WEIGHTS", 300)
     figures, (note,) = baselines(data, SINGLE, seed=1)
     assert baselines(data, SINGLE, seed=1) == (figures, [note])
     assert figures["tfidf_accuracy", ""] > 0.9
     assert re.fullmatch(
-        r"the tfidf baseline was bounded to (19|20|21) of 800 training rows, drawn by the seed and the 100 most "
-        "frequent features, to spare memory", note,
+        r"the tfidf baseline was limited to (19|20|21) of 800 training rows, sampled with the job's seed and the 100 "
+        "most frequent features, to bound its memory", note,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_a_label_that_no_drawn_row_has_is_given_no_probability(monkeypatch: pyte
     data = random_splits(400)
     rare = np.eye(4, dtype=np.float32)[[*data.train.targets.argmax(axis=1)[:-1], 3]]
     train = replace(data.train, targets=rare)
-    monkeypatch.setattr(baselines_module, "MOST_CHARACTERS", 200)
+    monkeypatch.setattr(baselines_module, "MAX_CHARACTERS", 200)
     said, notes = tfidf(train, train, data.test, SINGLE)
     assert said.shape == (len(data.test), 4)
     assert (said[:, 3] == 0).all()
@@ -192,7 +192,7 @@ def test_a_baseline_without_memory_costs_a_note_and_no_other_figure() -> None:
         figures, notes = baselines(random_splits(80), SINGLE)
     finally:
         failpoint.arm("")
-    assert notes == ["the tfidf baseline failed (MemoryError); the model has no such figures beside it"]
+    assert notes == ["the tfidf baseline failed (MemoryError); its figures are missing"]
     assert {name.partition("_")[0] for name, _ in figures} == {"majority"}
 
 
@@ -201,7 +201,7 @@ def test_mcnemar_is_chance_for_equals_and_none_for_a_landslide() -> None:
     assert mcnemar(0, 10) == pytest.approx(2 / 2**10)
 
 
-def outcome_of(labels: list[str], task: str = SINGLE, base_model: str = "starter", **settings: Any) -> Outcome:
+def outcome_of(labels: list[str], task: str = SINGLE, base_model: str = "starter", **settings: Any) -> TrainingResult:
     generator = np.random.default_rng(0)
     targets = np.eye(len(labels), dtype=np.float32)[generator.integers(0, len(labels), 60)]
     if task == SEVERAL:
@@ -214,7 +214,7 @@ def outcome_of(labels: list[str], task: str = SINGLE, base_model: str = "starter
     history = [Epoch(n, 1 / n, 1e-4, 0.9 / n, 0.5 + n / 10, 0.5 + n / 10, 1.0) for n in (1, 2, 3)]
     figures = model_figures(targets, logits, 1.3, labels, config)
     spec = Spec(labels, None, config, base_model, None, "ipadic", temperature=1.3)
-    return Outcome(7, 1, spec, "tweets.csv", "ab" * 32, Dataset(labels, split, split, split, report), history,
+    return TrainingResult(7, 1, spec, "tweets.csv", "ab" * 32, Dataset(labels, split, split, split, report), history,
                    figures, logits)  # fmt: skip
 
 

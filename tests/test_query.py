@@ -211,9 +211,9 @@ def test_a_question_is_not_the_place_for_settings_that_make_no_sense(
             worker.query("SELECT 1")
 
 
-def test_the_notebook_of_the_readme_runs(scored: Database, tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    [written] = re.findall(r"```python\n(import worker\n.*?)```", readme, re.DOTALL)
+def test_the_notebook_of_the_documentation_runs(scored: Database, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "querying.md").read_text(encoding="utf-8")
+    [written] = re.findall(r"```python\n(import worker\n.*?)```", page, re.DOTALL)
     ended = subprocess.run([sys.executable, "-c", written], capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert len(pd.read_parquet(tmp_path / "part-0.parquet")) == 3

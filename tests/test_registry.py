@@ -25,10 +25,9 @@ from db.errors import InUse, NotFound
 from db.models import EpochMetric, ModelVersion, Prediction, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
-from worker import rescore as backfill
-from worker import show
+from worker import backfill, show
+from worker.backfill import rescore
 from worker.errors import StreamError
-from worker.rescore import rescore
 from worker.runtime import open_sql
 from worker.settings import Settings, load_settings
 from worker.stream import Depth
@@ -178,14 +177,14 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
 ) -> None:
     version = promote(database, settings.models.folder)
     keep(database, 5)
-    score = backfill._score
+    rows_of = backfill.prediction_rows
 
-    def score_and_delete(*given: Any) -> Any:
+    def rows_then_delete(*given: Any) -> Any:
         with database.begin() as session:
             predictions.delete_tweets(session, ["0002"], [], None, 10)
-        return score(*given)
+        return rows_of(*given)
 
-    monkeypatch.setattr(backfill, "_score", score_and_delete)
+    monkeypatch.setattr(backfill, "prediction_rows", rows_then_delete)
     rescore(database, settings, version, None, NOBODY)
     with database.read() as session:
         assert sorted(session.scalars(select(Prediction.tweet_id))) == ["0000", "0001", "0003", "0004"]
@@ -217,7 +216,7 @@ def test_new_tweets_come_first_and_a_stream_that_is_never_empty_only_slows(
             lambda done, total, waiting: waited.append(waiting))  # fmt: skip
     assert waited == [False, True, True, False]
     keep(sqlite, 4, first=100)
-    monkeypatch.setattr(backfill, "LONGEST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(backfill, "MAX_WAIT_SECONDS", 0.3)
     began = time.monotonic()
     assert rescore(sqlite, settings, version, None, lambda: Depth(9, 9, 0)) == 4
     assert time.monotonic() - began >= 0.6  # once before the chunk, once before it sees there is none

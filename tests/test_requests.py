@@ -29,7 +29,7 @@ from tests.faults.commands import worker
 from tests.world import World
 from worker import embedded
 from worker.app import TRAINING, broker_url
-from worker.inbox import Inbox, read_request
+from worker.inbox import RequestQueue, read_request
 from worker.intake import submit_training
 from worker.settings import load_settings
 
@@ -266,7 +266,7 @@ def test_tasks_of_other_programs_stay_in_the_default_queue(place: SimpleNamespac
     waiting = [json.loads(raw)["headers"]["id"] for raw in place.raw.lrange("celery", 0, -1)]
     assert {theirs.id, ours.id} <= set(waiting)
     # A worker that is told to takes ours out of it, and leaves theirs.
-    inbox = Inbox(redis.Redis.from_url(place.server.url), f"q{uuid.uuid4().hex}", "own", shared=True)
+    inbox = RequestQueue(redis.Redis.from_url(place.server.url), f"q{uuid.uuid4().hex}", "own", shared=True)
     assert [read_request(raw).id for raw in inbox.take(0.01)] == [ours.id]
     assert [json.loads(raw)["headers"]["id"] for raw in place.raw.lrange("celery", 0, -1)] == [theirs.id]
     place.raw.delete("celery")
@@ -290,7 +290,7 @@ def test_a_message_that_is_no_task_is_refused_and_the_next_is_worked(place: Simp
     with pytest.raises(Exception, match="outside the folders"):
         ask(place, dataset="/etc/passwd").get(timeout=PATIENCE_SECONDS)
     assert place.raw.llen(f"{TRAINING}:taken") == 0
-    assert place.trainer.said().count("is no message of Celery's") == 3
+    assert place.trainer.said().count("that are not a Celery message") == 3
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tests.test_store import tweet_row, url_of, write
 from tests.world import on_postgresql
 from worker import embedded
 from worker.cli import app
-from worker.forget import compact
+from worker.deletion import compact
 from worker.redis_client import connect
 from worker.settings import Settings
 from worker.stream import Stream

@@ -202,7 +202,7 @@ def test_a_plain_celery_client_submits_a_job_and_the_same_message_twice_is_one(
     ("options", "says"),
     [
         ({"epochs": 0}, "epochs is 0"),
-        ({"base_model": "a/../b"}, "'a/../b' is no hub name"),
+        ({"base_model": "a/../b"}, "'a/../b' is not a hub name"),
         ({"dataset": 7}, "outside"),
     ],
 )
@@ -308,7 +308,7 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     (engine,) = [choice["engine"] for choice in shown["engines"]]
     (champion,) = [check["says"] for check in checks if check["name"] == "champion"]
     assert engine in champion
-    assert "tokens a forward" in champion
+    assert "tokens per forward pass" in champion
 
 
 def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: SimpleNamespace) -> None:

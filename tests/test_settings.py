@@ -29,7 +29,7 @@ def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
         ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide, fast"),
         ("TWEETSCORE_SERVER_SYNC", "no", "TWEETSCORE_SERVER_SYNC is 'no'.*everysec or always"),
         ("TWEETSCORE_MODEL_STORE", "floppy://models", "TWEETSCORE_MODEL_STORE is 'floppy://models'.*folder"),
-        ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder of yours"),
+        ("TWEETSCORE_HOME", "/proc/nowhere", "TWEETSCORE_HOME is '/proc/nowhere'.*folder that you can write to"),
     ],
 )
 def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(
@@ -100,8 +100,8 @@ def test_only_the_settings_module_reads_the_environment() -> None:
         for path in (root / folder).rglob("*.py")
         if "os.environ" in path.read_text(encoding="utf-8")
     }
-    # Alembic's own command has no settings; a child is handed its parent's number, which GPUs to see, its rank.
-    children = {"worker/processes.py", "worker/lane.py", "training/launch.py", "training/together.py"}
+    # Alembic's own command has no settings; a child is handed its parent's number.
+    children = {"worker/processes.py", "worker/lane.py"}
     assert readers == {"db/migrations/env.py"} | children
 
 

@@ -1,4 +1,4 @@
-"""Files as people have them: encodings, packing, formats, and the X API's shapes. All content is invented."""
+"""Files in different encodings, compressions and formats, and responses of the X API. All content is invented."""
 
 import gzip
 import io
@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from db.session import Database
-from training.data import read_rows
+from training.dataset import read_rows
 from training.errors import BadDataset, BadSource
-from training.inputs import dataset_at_hand
-from training.sources import Source, guess_encoding, open_source
+from training.inputs import fetched_dataset
+from training.table_file import TableFile, guess_encoding, open_table
 from worker.errors import BadRecord
 from worker.intake import submit_training
-from worker.records import Tweet
 from worker.settings import Settings
-from worker.tweetfiles import read_tweets
+from worker.tweet_file import read_tweets
+from worker.tweet_record import Tweet
 
 LONG = "今日の展示はとても良かった。" * 20
 
@@ -88,7 +88,7 @@ def written(folder: Path, name: str, content: bytes | str) -> Path:
 
 
 def read(path: Path, **how: Any) -> list[tuple[int, Tweet | BadRecord]]:
-    with open_source(path) as source:
+    with open_table(path) as source:
         return list(read_tweets(source, **how))
 
 
@@ -123,9 +123,9 @@ def test_single_v2_tweets_with_and_without_their_envelope(tmp_path: Path) -> Non
     assert tweets(written(tmp_path, "a.jsonl", lines)) == [Tweet("1", "全文"), Tweet("2", "映画が好き", topic="映画")]
 
 
-def test_an_answer_of_nothing_but_errors_is_reported(tmp_path: Path) -> None:
+def test_a_response_with_only_errors_is_reported(tmp_path: Path) -> None:
     [(number, fault)] = read(written(tmp_path, "a.jsonl", json.dumps({"errors": [{"title": "Unauthorized"}]})))
-    assert (number, str(fault)) == (1, "the API's answer holds errors and no tweets")
+    assert (number, str(fault)) == (1, "the API response contains errors and no tweets; see its field `errors`")
 
 
 def test_v1_statuses_take_the_whole_text_and_the_id_that_is_not_rounded(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_v1_statuses_take_the_whole_text_and_the_id_that_is_not_rounded(tmp_path
     assert tweets(written(tmp_path, "v1.jsonl", one_a_line)) == [first, extended, retweet]
 
 
-def test_what_tweets_refer_to_travels_in_the_wire_format() -> None:
+def test_the_wire_format_contains_references_to_other_tweets() -> None:
     tweet = Tweet("4", "x", retweeted_id="2", quoted_id="3", replied_to_id="5")
     assert json.loads(tweet.payload()) == {
         "v": 1, "id": "4", "text": "x", "retweeted_id": "2", "quoted_id": "3", "replied_to_id": "5"
@@ -152,12 +152,12 @@ def test_what_tweets_refer_to_travels_in_the_wire_format() -> None:
 
 def test_jsonl_lines_are_numbered_and_a_bad_one_does_not_stop_the_rest() -> None:
     text = io.StringIO('\n{"id":"1","text":"一"}\n\n{broken\n{"id":"2","text":"二"}\n')
-    found = list(read_tweets(Source("tweets.jsonl", "json", text=text)))
+    found = list(read_tweets(TableFile("tweets.jsonl", "json", text=text)))
     assert [(number, type(value)) for number, value in found] == [(2, Tweet), (4, BadRecord), (5, Tweet)]
-    assert str(found[1][1]) == "the line is not JSON"
+    assert str(found[1][1]) == "the line is not JSON; correct or remove it"
 
 
-def test_a_document_that_is_none_is_read_as_lines(tmp_path: Path) -> None:
+def test_a_file_that_is_not_one_document_is_read_as_lines(tmp_path: Path) -> None:
     found = read(written(tmp_path, "a.json", '{broken\n{"id":"2","text":"二"}\n'))
     assert [(number, type(value)) for number, value in found] == [(1, BadRecord), (2, Tweet)]
 
@@ -175,12 +175,12 @@ def test_the_guides_form_is_read_by_position(tmp_path: Path) -> None:
     assert tweets(path, need_id=False) == [Tweet("2", "楽しい"), Tweet("3", "悲しい")]
 
 
-def test_without_need_of_ids_a_line_is_named_by_its_number_and_a_topic_fills_gaps(tmp_path: Path) -> None:
+def test_missing_ids_become_line_numbers_and_missing_topics_the_given_one(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"text":"a"}\n{"text":"b","id":"x","topic":"y"}\n')
     assert tweets(path, need_id=False, topic="t") == [Tweet("1", "a", topic="t"), Tweet("x", "b", topic="y")]
 
 
-def test_a_name_that_tells_no_format_is_json_of_tweets_and_csv_of_labelled_rows(tmp_path: Path) -> None:
+def test_a_name_without_a_known_ending_is_json_for_tweets_and_csv_for_datasets(tmp_path: Path) -> None:
     assert tweets(written(tmp_path, "a.txt", '{"id":"1","text":"良い"}\n')) == [Tweet("1", "良い")]
     assert read_rows(written(tmp_path, "b.txt", "label,text\np,良い\n")).texts == ["良い"]
 
@@ -194,7 +194,7 @@ def test_parquet_gives_rows_and_datasets(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "a.parquet")
     assert (rows.texts, rows.labels, rows.row_numbers) == (["良い", ""], ["pos", "neg"], [1, 2])
     [(_, broken)] = read(written(tmp_path, "b.parquet", b"PAR1 nothing"))
-    assert "no Parquet that can be read" in str(broken)
+    assert "not readable Parquet" in str(broken)
 
 
 # --- packing and places
@@ -221,17 +221,17 @@ def test_a_torn_gzip_is_refused_with_a_sentence(tmp_path: Path) -> None:
 
 def test_urls_are_opened_by_fsspec_and_never_shown_with_their_keys(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "id,text\n1,良い\n")
-    with open_source(f"file://{path}") as source:
+    with open_table(f"file://{path}") as source:
         assert [tweet for _, tweet in read_tweets(source)] == [Tweet("1", "良い")]
         assert source.size == source.position() == path.stat().st_size
     for url in ("memory://none/a.csv?sig=SECRET", "nosuch://me:SECRET@a/b.csv?sig=SECRET"):
-        with pytest.raises(BadSource) as refused, open_source(url):
+        with pytest.raises(BadSource) as refused, open_table(url):
             pass
         assert "SECRET" not in str(refused.value)
 
 
 def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, labelled_csv: Path) -> None:
-    """Packed, and named by a URL with a query: the copy in the home keeps the ending."""
+    """The copy in the home of a gzipped file from a URL keeps its ending."""
     packed = labelled_csv.with_name("labelled.csv.gz")
     packed.write_bytes(gzip.compress(labelled_csv.read_bytes()))
     job = submit_training(settings, sqlite, f"file://{packed}")
@@ -242,16 +242,16 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
         submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
     with (
         pytest.raises(BadDataset, match="outside the folders"),  # a name that came in a message
-        dataset_at_hand(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
+        fetched_dataset(f"file://{packed}", None, settings.inputs, settings.workshop().read_roots),
     ):
         pass
 
 
 def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:
-    """The first tweet is there before the writer has ended."""
+    """The first tweet is read before the writer ends."""
     code = (
-        "from training.sources import open_source\nfrom worker.tweetfiles import read_tweets\n"
-        "with open_source('-') as source:\n  for number, tweet in read_tweets(source): print(tweet.text, flush=True)\n"
+        "from training.table_file import open_table\nfrom worker.tweet_file import read_tweets\n"
+        "with open_table('-') as source:\n  for number, tweet in read_tweets(source): print(tweet.text, flush=True)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],
@@ -270,7 +270,7 @@ def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.csv", "a\x00b", "~nobody-here/a.csv"])
 def test_a_file_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(BadSource, match="there is no file"), open_source(name):
+    with pytest.raises(BadSource, match="there is no file"), open_table(name):
         pass
 
 
@@ -286,9 +286,9 @@ SAMPLE = "id,text\n1,とても良い①髙﨑\n2,ﾃﾞﾊﾟｰﾄで買物\n3,
         ("utf-16-be", "utf-16-be"), ("cp932", "cp932"),
     ],
 )  # fmt: skip
-def test_the_encoding_is_found_out(tmp_path: Path, encoding: str, expected: str) -> None:
+def test_the_encoding_is_detected(tmp_path: Path, encoding: str, expected: str) -> None:
     path = written(tmp_path, "a.csv", SAMPLE.encode(encoding))
-    with open_source(path) as source:
+    with open_table(path) as source:
         assert source.encoding == expected
         found = [tweet for _, tweet in read_tweets(source)]
     assert found == [Tweet("1", "とても良い①髙﨑"), Tweet("2", "ﾃﾞﾊﾟｰﾄで買物"), Tweet("3", "雨が降る")]
@@ -303,11 +303,11 @@ def test_euc_jp_is_not_taken_for_half_width_kana() -> None:
 def test_a_stray_nul_does_not_make_a_file_utf_16(tmp_path: Path) -> None:
     assert guess_encoding("1,《映画》\n2,《雨》《雪》\n".encode("utf-16-le")) == "utf-16-le"
     (_, first), (_, second) = read(written(tmp_path, "a.jsonl", b'{"id":"1","text":"a\x00"}\n{"id":"2","text":"b"}\n'))
-    assert str(first) == "the line is not JSON"
+    assert str(first) == "the line is not JSON; correct or remove it"
     assert second == Tweet("2", "b")
 
 
-def test_a_dataset_says_what_it_was_read_as(tmp_path: Path) -> None:
+def test_a_dataset_reports_its_encoding(tmp_path: Path) -> None:
     rows = read_rows(written(tmp_path, "a.csv", "ラベル,本文\n良,髙い山\n悪,低い山\n".encode("cp932")))
     assert (rows.texts, rows.labels, rows.encoding) == (["髙い山", "低い山"], ["良", "悪"], "cp932")
 
@@ -319,10 +319,10 @@ def test_a_line_of_another_encoding_is_named_and_the_others_are_read(tmp_path: P
     path = written(tmp_path, f"a.{ending}", head + lines[0].encode() + b"\n" + lines[1].encode("cp932") + b"\n")
     (_, first), (_, second) = read(path)
     assert first == Tweet("1", "良い")
-    assert str(second).endswith("is not UTF-8")
+    assert "is not UTF-8; correct it or convert" in str(second)
 
 
 def test_a_dataset_with_bytes_of_another_encoding_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "label,text\np,良い\nn,".encode() + "悪い\n".encode("cp932"))
-    with pytest.raises(BadDataset, match=r"row 3 of a\.csv is not UTF-8"):
+    with pytest.raises(BadDataset, match=r"row 3 of a\.csv: the row is not UTF-8"):
         read_rows(path)

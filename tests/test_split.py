@@ -20,7 +20,7 @@ from db.session import Database
 from tests.test_data import many, rows_of
 from training.artifact import load_artifact
 from training.config import TrainConfig, make_config
-from training.data import Dataset, read_rows, split_rows
+from training.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset
 from training.job import run_next_job
 from worker import show
@@ -228,10 +228,10 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     assert reference is not None
     assert len(reference.rows) == len(data.valid)  # what faster engines are held against
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "The split is the guide's: all 124 rows, drawn by pandas with seed 200" in card
-    assert f"{leaked['test']:,} test rows have a text that also stands among the training rows" in card
-    assert "no text stands in two parts" not in card
+    assert "The split is the guide's: all 124 rows, sampled by pandas with seed 200" in card
+    assert f"{leaked['test']:,} test rows have a text that is also a training row" in card
+    assert "no text is in two parts" not in card
     show.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
     assert "kept as the guide keeps them" in said
-    assert f"{leaked['test']} test rows have a text that was trained on" in said
+    assert f"{leaked['test']} test rows have a text that is also in the training rows" in said

@@ -1,22 +1,40 @@
 """What a process loads before it does anything: a look at the jobs does not wait for torch, nor scoring for plots or
-tables."""
+tables, and `--help` loads the command line alone."""
 
 import subprocess
 import sys
 
 import pytest
+import typer
+from typer.main import get_command
 
-COMMAND = {"torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "datasette"}
-CLIENT = COMMAND | {"sqlalchemy", "pydantic", "redis"}
-SCORER = {"pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "nncf", "alembic", "datasette", "botocore"}
+from worker.cli import PANELS, app
+
+COMMAND = {
+    "torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "datasette",
+    "sqlalchemy", "pydantic_settings", "redis", "valkey", "fsspec",
+}  # fmt: skip
+SCORER = {
+    "pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "openvino", "nncf", "alembic", "datasette", "botocore",
+}  # fmt: skip
+
+
+def commands(command: typer.core.TyperGroup, *names: str) -> list[tuple[list[str], typer.core.TyperCommand]]:
+    """Every command and group below one, with the words that name it."""
+    found = []
+    for name, child in command.commands.items():
+        found.append(([*names, name], child))
+        if isinstance(child, typer.core.TyperGroup):
+            found += commands(child, *names, name)
+    return found
 
 
 @pytest.mark.parametrize(
     ("modules", "needed", "unneeded"),
     [
-        ("worker", "worker", CLIENT),
+        ("worker", "worker", COMMAND | {"typer", "pydantic"}),
         ("worker.cli", "typer", COMMAND),
-        ("worker.app, worker.tasks, worker.scorer, worker.pipeline, training.data", "openvino", SCORER),
+        ("worker.app, worker.tasks, worker.champion, worker.pipeline, training.dataset", "torch", SCORER),
     ],
 )
 def test_a_process_loads_only_what_it_is_for(modules: str, needed: str, unneeded: set[str]) -> None:
@@ -25,3 +43,30 @@ def test_a_process_loads_only_what_it_is_for(modules: str, needed: str, unneeded
     loaded = set(ended.stdout.split())
     assert needed in loaded
     assert not loaded & unneeded
+
+
+def test_help_of_every_command_loads_the_command_line_alone() -> None:
+    asked = [[], *(words for words, _ in commands(get_command(app)))]
+    program = f"""import contextlib, io, sys
+from worker.cli import app
+for words in {asked!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        app([*words, "--help"], standalone_mode=False)
+    assert "Usage:" in shown.getvalue(), words
+print(*sys.modules)"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.split())
+    assert not loaded & (COMMAND | {"rich.progress"})
+    assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
+        "db.errors", "worker.choices", "worker.cli", "worker.cli_data", "worker.cli_db", "worker.cli_dead",
+        "worker.cli_jobs", "worker.cli_models", "worker.errors", "worker.show",
+    }  # fmt: skip
+
+
+def test_help_lists_every_command_in_a_group_and_explains_every_option() -> None:
+    group = get_command(app)
+    assert set(group.list_commands(None)) == set(group.commands)
+    assert list(PANELS) == ["Run", "Train", "Score", "Ask", "Operate"]
+    for words, command in commands(group):
+        assert command.help, words
+        assert [option.name for option in command.params if not option.help and option.name != "help"] == [], words

@@ -21,14 +21,15 @@ from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.s3 import S3, s3_server
 from tests.test_job_route import count, job_of, left_in, running, shorten
 from training.cache import Cache
-from training.errors import BadArtifact, ModelUnavailable, StoreAway
-from training.inputs import encoder_at_hand, keep_encoder
+from training.errors import BadArtifact, ModelUnavailable, StoreUnavailable
+from training.inputs import fetched_base_model, store_base_model
 from training.job import run_next_job
 from training.paths import file_sha256
 from training.sealed import SUMS, seal, verify
 from training.storage import Store
+from worker.champion import Champion
 from worker.intake import submit_training
-from worker.scorer import Champion, Serving, load_model, serving
+from worker.scoring_model import Serving, load_model, serving_from
 from worker.settings import Settings, load_settings
 
 NEVER = threading.Event()
@@ -90,7 +91,7 @@ def test_one_machine_submits_another_trains_a_third_scores(
         version = registry.of_job(session, job.id)
         assert version is not None
     assert version.artifact_url == f"{trains.model_store}/job-{job.id}-1"
-    model = load_model(version, serving(scores))
+    model = load_model(version, serving_from(scores))
     assert model.spec.labels == ["negative", "positive"]
     assert len(model.score(["嬉しい"])) == 1
     # Nothing of the run is left behind, and what a machine has it has in its cache.
@@ -223,12 +224,12 @@ def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
     machine: Callable[[str], Settings], tiny_encoder: Path
 ) -> None:
     inputs = machine("home").inputs
-    name = keep_encoder(inputs, tiny_encoder)
-    with pytest.raises(BadArtifact, match="a checkpoint"), encoder_at_hand(name, None, inputs, []):
+    name = store_base_model(inputs, tiny_encoder)
+    with pytest.raises(BadArtifact, match="a checkpoint"), fetched_base_model(name, None, inputs, []):
         raise BadArtifact("a checkpoint is damaged")
     with (
         pytest.raises(ModelUnavailable, match="is not in"),
-        encoder_at_hand(name.replace("tiny-", "other-"), None, machine("another").inputs, []),
+        fetched_base_model(name.replace("tiny-", "other-"), None, machine("another").inputs, []),
     ):
         pass
 
@@ -258,7 +259,7 @@ def test_a_server_killed_in_mid_fetch_leaves_no_copy_and_the_next_fetch_goes_on(
         with models().fetched(url, sha256) as folder:
             verify(folder, sha256)
 
-    with fragile.killed_after(10 * MIB), pytest.raises(StoreAway, match="does not answer"):
+    with fragile.killed_after(10 * MIB), pytest.raises(StoreUnavailable, match="does not answer"):
         fetch()
     assert 0 < (draft / "1.bin").stat().st_size < 20 * MIB  # it was in the middle
     assert not (tmp_path / "cache" / sha256).exists()

@@ -95,7 +95,7 @@ def test_blocked_reader_gets_a_record_as_soon_as_anybody_adds_one(stream: Stream
 
 def test_waiting_for_news_ends_with_a_record_and_takes_nothing(stream: Stream, raw: "redis.Redis") -> None:
     stream.ensure_group()
-    waiter = in_background(raw, lambda: stream.wait_for_news(10_000))
+    waiter = in_background(raw, lambda: stream.wait_for_record(10_000))
     began = time.monotonic()
     publish(stream, 1)
     waiter.join()

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.conftest import PATIENCE_SECONDS
 from training.artifact import load_artifact
 from training.config import make_config
-from training.encoders import STARTER, STARTER_FOLDER, Encoder, resolve_encoder
+from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder, resolve_base_model
 from training.errors import BadArtifact, ModelUnavailable
 from training.model import build_model
 from training.sealed import seal
@@ -100,7 +100,7 @@ def test_an_artifact_whose_tokenizer_changed_its_dictionary_is_refused(
     changed = json.loads(path.read_text(encoding="utf-8")) | {"mecab_kwargs": {"mecab_dic": "unidic_lite"}}
     path.write_text(json.dumps(changed), encoding="utf-8")
     sha256 = seal(draft, tmp_path / "resealed")
-    with pytest.raises(BadArtifact, match=r"words of ipadic.*unidic_lite; restore its tokenizer_config\.json"):
+    with pytest.raises(BadArtifact, match=r"dictionary ipadic.*unidic_lite; restore its tokenizer_config\.json"):
         load_artifact(tmp_path / "resealed", sha256)
 
 
@@ -143,12 +143,12 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, spoil: Calla
 
 
 def test_the_starter_needs_no_folder_and_no_network() -> None:
-    assert resolve_encoder(STARTER, None, []) == Encoder(STARTER, STARTER_FOLDER)
+    assert resolve_base_model(STARTER, None, []) == BaseModelFolder(STARTER, STARTER_FOLDER)
 
 
 def test_a_local_folder_inside_the_roots_is_taken(tiny_encoder: Path, tmp_path: Path) -> None:
-    found = resolve_encoder(str(tiny_encoder), "ignored", [tmp_path, tiny_encoder.parent])
-    assert found == Encoder(str(tiny_encoder), tiny_encoder.resolve(), None)
+    found = resolve_base_model(str(tiny_encoder), "ignored", [tmp_path, tiny_encoder.parent])
+    assert found == BaseModelFolder(str(tiny_encoder), tiny_encoder.resolve(), None)
 
 
 def escape_by_itself(root: Path, outside: Path) -> str:
@@ -183,27 +183,27 @@ def test_a_folder_outside_the_roots_is_refused_however_it_is_named(
     root.mkdir()
     name = escape(root, outside)
     with pytest.raises(ModelUnavailable) as refused:
-        resolve_encoder(name, None, [root])
+        resolve_base_model(name, None, [root])
     assert repr(name) in str(refused.value)
     assert "TWEETSCORE_READ_ROOTS" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["owner/../x", "owner/model/../../etc", "a b", "", "owner/model\n", "http://x/y"])
 def test_what_is_neither_a_path_nor_a_hub_name_is_refused(name: str) -> None:
-    with pytest.raises(ModelUnavailable, match="is no hub name; use owner/model, a folder, or 'starter'"):
-        resolve_encoder(name, None, [])
+    with pytest.raises(ModelUnavailable, match="is not a hub name; use owner/model, a folder, or 'starter'"):
+        resolve_base_model(name, None, [])
 
 
 def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match=r"has no config\.json; save a model there first"):
-        resolve_encoder(str(tmp_path), None, [tmp_path])
+        resolve_base_model(str(tmp_path), None, [tmp_path])
 
 
 def resolve_offline(name: str, revision: str | None, hub: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, since huggingface_hub reads its settings when it is imported."""
     code = (
-        "import sys; from training.encoders import resolve_encoder; from training.errors import ModelUnavailable\n"
-        f"try: print(*vars(resolve_encoder({name!r}, {revision!r}, [])).values(), sep='\\n')\n"
+        "import sys; from training.encoders import resolve_base_model; from training.errors import ModelUnavailable\n"
+        f"try: print(*vars(resolve_base_model({name!r}, {revision!r}, [])).values(), sep='\\n')\n"
         "except ModelUnavailable as error: sys.exit(str(error))"
     )
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -220,7 +220,7 @@ def resolve_offline(name: str, revision: str | None, hub: Path) -> subprocess.Co
 def test_a_hub_name_offline_names_the_model_and_the_way_out(tmp_path: Path) -> None:
     ended = resolve_offline("someone/some-bert", None, tmp_path)
     assert ended.returncode == 1
-    for fragment in ("'someone/some-bert'", "check the name and the network", "folder", "'starter'"):
+    for fragment in ("'someone/some-bert'", "check the name and the network", "local copy", "'starter'"):
         assert fragment in ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -265,6 +265,6 @@ def test_damaged_weights_are_refused_in_one_sentence(
     folder = shutil.copytree(tiny_encoder, tmp_path / "damaged")
     damage(folder / "model.safetensors")
     with pytest.raises(ModelUnavailable) as refused:
-        build_model(Encoder("damaged", folder), 2, make_config("fast", base_model="damaged"))
+        build_model(BaseModelFolder("damaged", folder), 2, make_config("fast", base_model="damaged"))
     assert "base model 'damaged' cannot be loaded" in str(refused.value)
     assert "\n" not in str(refused.value)

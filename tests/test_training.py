@@ -20,9 +20,9 @@ from training.artifact import load_artifact, make_spec, save_artifact
 from training.batches import pad, shuffled_batches
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.data import Dataset, Split, read_rows, split_rows
+from training.dataset import Dataset, Split, read_rows, split_rows
 from training.decide import to_probabilities
-from training.encoders import Encoder
+from training.encoders import BaseModelFolder
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluate import loss_function, metrics, predict
 from training.fit import Epoch, FitInputs, Hooks, as_good, fit
@@ -37,7 +37,7 @@ class Bench:
     """The easy rows, tokenised, ready to be trained on with these settings."""
 
     config: TrainConfig
-    encoder: Encoder
+    encoder: BaseModelFolder
     data: Dataset
     rows: dict[str, list[list[int]]]
     tokenizer: Any
@@ -51,7 +51,7 @@ class Bench:
         return fit(
             model, self.inputs(valid), device=CPU, board_folder=folder / "board",
             checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
-        ).history  # fmt: skip
+        )  # fmt: skip
 
     def inputs(self, valid: Split | None = None) -> FitInputs:
         return FitInputs(
@@ -72,7 +72,7 @@ def maker(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
         tokenizer = load_tokenizer(tiny_encoder)
         parts = {"train": data.train, "valid": data.valid, "test": data.test}
         rows = {part: encode(tokenizer, split.texts, config.max_length) for part, split in parts.items()}
-        return Bench(config, Encoder("tiny", tiny_encoder), data, rows, tokenizer)
+        return Bench(config, BaseModelFolder("tiny", tiny_encoder), data, rows, tokenizer)
 
     return make
 
@@ -122,7 +122,7 @@ def test_an_encoder_without_a_trained_pooler_is_pooled_by_its_mean_and_refused_i
     tmp_path: Path,
 ) -> None:
     small_bert(16, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
-    encoder = Encoder("bare", tmp_path / "bare")
+    encoder = BaseModelFolder("bare", tmp_path / "bare")
     with pytest.raises(BadConfig, match="'bare' has no trained pooler; use --pooling auto, mean or cls"):
         build_model(encoder, 2, make_config("fast", pooling="pooler"))
     for preset in ("fast", "guide"):
@@ -130,8 +130,8 @@ def test_an_encoder_without_a_trained_pooler_is_pooled_by_its_mean_and_refused_i
 
 
 def test_a_max_length_beyond_the_encoder_is_refused(tiny_encoder: Path) -> None:
-    with pytest.raises(BadConfig, match="max_length is 513; this base model takes at most 512"):
-        build_model(Encoder("tiny", tiny_encoder), 2, make_config("fast", max_length=513))
+    with pytest.raises(BadConfig, match="max_length is 513; this base model accepts at most 512"):
+        build_model(BaseModelFolder("tiny", tiny_encoder), 2, make_config("fast", max_length=513))
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8, 16])

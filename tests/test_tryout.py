@@ -1,4 +1,4 @@
-"""A model serves at once; its better engine is looked for beside it, by one process of a machine, and takes over."""
+"""A model serves at once; a trial in the background, one a machine, finds a faster engine, which takes over."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -19,32 +19,36 @@ from tests.test_engines import artifact_of
 from tests.world import World, on_sqlite
 from training.artifact import Artifact, load_artifact
 from training.config import make_config
-from training.encoders import Encoder
+from training.encoders import BaseModelFolder
 from training.model import build_model
 from training.paths import file_sha256
 from training.sealed import SUMS
-from worker import tryout
-from worker.choices import CHOICE, kept_choices
-from worker.lineup import ASKED_FOR, PLAIN, loading_takes, places, ready_engine, trying_out_takes
-from worker.scorer import Champion, Serving, load_model, served
-from worker.tryout import Order
+from worker import engine_trial
+from worker.champion import Champion
+from worker.engine_choice import CHOICE, saved_choices
+from worker.engine_names import FLOAT32_TORCH
+from worker.engine_selection import REQUESTED, choice_folders, load_engine, trial_memory
+from worker.engine_trial import TrialRequest
+from worker.scoring_model import Serving, load_model, open_model
 
 BETTER = "openvino-float32"
 TORCH = torch.device("cpu")
-# Workers told to end, each a little later in its trial than the one before.
+# Workers that get a SIGTERM, each a little later in its trial than the one before.
 MOMENTS, LATEST_SECONDS = 20, 6.0
 
 
 @pytest.fixture(scope="module")
 def verified(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tiny model with the validation rows that engines are compared on."""
-    model = build_model(Encoder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder)))
+    model = build_model(
+        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
+    )
     return artifact_of(model.eval(), tmp_path_factory.mktemp("verified") / "tiny")
 
 
 @pytest.fixture
 def place(verified: Artifact, tmp_path: Path) -> Path:
-    """The model where nobody has tried an engine."""
+    """The model without any trial of engines."""
     folder = tmp_path / "home" / "models" / "verified"
     folder.mkdir(parents=True)
     for path in verified.folder.iterdir():
@@ -54,7 +58,7 @@ def place(verified: Artifact, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serves(tmp_path: Path) -> Serving:
-    return replace(CPU, engine=BETTER, engines=tmp_path / "home" / "engines")
+    return replace(CPU, engine=BETTER, engines_folder=tmp_path / "home" / "engines")
 
 
 def register(bench: Bench | World, folder: Path) -> ModelVersion:
@@ -69,8 +73,8 @@ def register(bench: Bench | World, folder: Path) -> ModelVersion:
 
 
 def trials(of: int | None = None) -> list[psutil.Process]:
-    """Children of a process, this one by default, that try engines out."""
-    return [child for child in psutil.Process(of).children() if "worker.tryout" in _command(child)]
+    """Children of a process, this one by default, that run a trial of engines."""
+    return [child for child in psutil.Process(of).children() if "worker.engine_trial" in _command(child)]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -80,8 +84,8 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def order(folder: Path, kept: list[Path], sha256: str | None = None) -> Order:
-    return Order(str(folder), sha256 or file_sha256(folder / SUMS), "cpu", BETTER, list(map(str, kept)))
+def request(folder: Path, folders: list[Path], sha256: str | None = None) -> TrialRequest:
+    return TrialRequest(str(folder), sha256 or file_sha256(folder / SUMS), "cpu", BETTER, list(map(str, folders)))
 
 
 @pytest.fixture
@@ -108,14 +112,14 @@ def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_o
     assert route.drain() == 8
     plain = champion.current()
     assert plain is not None
-    assert (plain.engine.name, plain.token_budget, champion.loading_since) == (PLAIN, 1024, None)
-    assert kept_choices(place, place) == [], "nobody waited for a trial"
+    assert (plain.engine.name, plain.token_budget, champion.loading_since) == (FLOAT32_TORCH, 1024, None)
+    assert saved_choices(place, place) == [], "the first window did not wait for a trial"
 
     wait_until(lambda: champion.current() is not plain)
     better = champion.current()
     assert better is not None
     assert (better.engine.name, champion.engine, better.version_id) == (BETTER, BETTER, version.id)
-    assert better.token_budget == kept_choices(place, place)[0].token_budget
+    assert better.token_budget == saved_choices(place, place)[0].token_budget
     texts = ["今日は嬉しい", "雨が降って悲しい"]
     for one, other in zip(plain.score(texts), better.score(texts), strict=True):
         assert one["label"] == other["label"]
@@ -127,7 +131,7 @@ def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_o
 
     again = champions().current()
     assert again is not None
-    assert again.engine.name == BETTER, "what was kept serves from the first window on"
+    assert again.engine.name == BETTER, "the saved engine serves from the first window on"
 
 
 def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
@@ -142,12 +146,12 @@ def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
         nonlocal most
         most = max(most, len(trials()))
         for champion in four:
-            assert champion.current() is not None, "it serves meanwhile"
+            assert champion.current() is not None, "the model serves during the trial"
         return all(champion.engine == BETTER for champion in four)
 
     wait_until(all_better)
     assert most == 1
-    assert caplog.text.count("trying engines out beside it") == 1
+    assert caplog.text.count("trying engines in the background") == 1
 
 
 @on_sqlite
@@ -181,7 +185,7 @@ def test_a_worker_told_to_end_at_any_moment_of_a_trial_ends_in_order(
     amid = 0
     for number in range(MOMENTS):
         with worker(world.given, "score", engine=BETTER) as scorer:
-            scorer.says("trying engines out beside it")
+            scorer.says("trying engines in the background")
             wait_until(lambda: trials(scorer.process.pid))
             [child] = trials(scorer.process.pid)
             try:
@@ -194,88 +198,72 @@ def test_a_worker_told_to_end_at_any_moment_of_a_trial_ends_in_order(
             assert "Traceback" not in scorer.said()
         for kept in place.parent.glob("verified.engines/*"):
             (kept / CHOICE).unlink(missing_ok=True)
-    report(f"{MOMENTS} workers were told to end, {amid} of them in the midst of a trial")
-
-
-def test_a_trial_makes_room_with_the_model_it_is_for(
-    lite: Bench, place: Path, champions: Callable[..., Champion], caplog: pytest.LogCaptureFixture
-) -> None:
-    first = register(lite, place)
-    room = [10**12]
-    champion = champions(free=lambda device: room[0])
-    assert champion.current().version_id == first.id  # type: ignore[union-attr]
-    wait_until(trials)
-    second = lite.promote()
-    room[0] = 0
-    wait_until(lambda: (model := champion.current()) is not None and model.version_id == second)
-    assert trials() == []
-    assert f"model {first.id} makes room" in caplog.text
+    report(f"{MOMENTS} workers got a SIGTERM, {amid} of them during a trial")
 
 
 def test_engines_wait_for_memory_and_that_is_said_once(
     lite: Bench, place: Path, champions: Callable[..., Champion], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(tryout, "MEMORY_SECONDS", 0.02)
+    monkeypatch.setattr(engine_trial, "MEMORY_SECONDS", 0.02)
     caplog.set_level("INFO")
     register(lite, place)
     weights = (place / "model.safetensors").stat().st_size
-    asked, room = [], [int(trying_out_takes(weights)) - 1]
+    asked, room = [], [int(trial_memory(weights)) - 1]
 
     def free(device: torch.device) -> int:
         asked.append(device)
         return room[0]
 
-    champion = champions(free=free)
-    assert loading_takes(weights) < room[0]
+    champion = champions(free_bytes=free)
     assert champion.current() is not None
     wait_until(lambda: len(asked) > 5)
-    assert (champion.engine, trials()) == (PLAIN, [])
-    assert caplog.text.count("as long as memory is short") == 1
+    assert (champion.engine, trials()) == (FLOAT32_TORCH, [])
+    assert caplog.text.count("while memory is short") == 1
     room[0] += 1
-    wait_until(lambda: "trying engines out beside it" in caplog.text)
+    wait_until(lambda: "trying engines in the background" in caplog.text)
 
 
 def test_a_trial_that_fails_is_said_and_the_model_goes_on(
     lite: Bench, place: Path, serves: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load_model(register(lite, place), serves)
-    assert model.untried is not None
-    given = list(model.untried.args)  # type: ignore[attr-defined]
-    given[2] = order(place, [place.with_name("kept")], sha256="0" * 64)
-    search = tryout.Tryout(*given)
-    wait_until(lambda: "stays on the engine it has until it is loaded again" in caplog.text)
-    assert "TrialFailed: trying engines out failed: BadArtifact: " in caplog.text
+    assert model.start_trial is not None
+    given = list(model.start_trial.args)  # type: ignore[attr-defined]
+    given[2] = request(place, [place.with_name("kept")], sha256="0" * 64)
+    trial = engine_trial.EngineTrial(*given)
+    wait_until(lambda: "keeps its engine until it is loaded again" in caplog.text)
+    assert "TrialFailed: the trial of engines failed: BadArtifact: " in caplog.text
     assert "is not the artifact that was registered" in caplog.text
-    assert search.found() is None
+    assert trial.result() is None
     assert model.score(["嬉しい"])[0]["label"] in LABELS
 
 
 def test_where_the_store_cannot_be_written_the_choice_is_kept_in_the_home(place: Path, tmp_path: Path) -> None:
     place.with_name(f"{place.name}.engines").write_text("no folder")
     home, sha256 = tmp_path / "home" / "engines", file_sha256(place / SUMS)
-    kept = places(place, sha256, TORCH, BETTER, home)
-    tryout.run(order(place, kept))
-    engine, choice, settled = ready_engine(load_artifact(place, sha256), TORCH, BETTER, kept)
-    assert (engine.name, choice.engine, settled) == (BETTER, BETTER, True)
-    assert kept_choices(place, home) == [choice]
+    folders = choice_folders(place, sha256, TORCH, BETTER, home)
+    engine_trial.run_trial(request(place, folders))
+    engine, choice, final = load_engine(load_artifact(place, sha256), TORCH, BETTER, folders)
+    assert (engine.name, choice.engine, final) == (BETTER, BETTER, True)
+    assert saved_choices(place, home) == [choice]
 
 
 def test_plain_torch_by_name_is_served_without_any_trial(lite: Bench, place: Path, serves: Serving) -> None:
-    model = load_model(register(lite, place), replace(serves, engine=PLAIN))
-    assert model.untried is None
-    assert (model.engine.name, model.choice.why) == (PLAIN, ASKED_FOR)
-    assert [choice.engine for choice in kept_choices(place, place)] == [PLAIN], "`models show` names it"
+    model = load_model(register(lite, place), replace(serves, engine=FLOAT32_TORCH))
+    assert model.start_trial is None
+    assert (model.engine.name, model.choice.reason) == (FLOAT32_TORCH, REQUESTED)
+    assert [choice.engine for choice in saved_choices(place, place)] == [FLOAT32_TORCH], "`models show` names it"
 
 
 def test_a_short_command_tries_nothing_out_and_a_long_one_gets_the_better_engine(
     lite: Bench, place: Path, serves: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = register(lite, place)
-    with served(version, serves) as running:
-        assert running.current().engine.name == PLAIN
+    with open_model(version, serves) as opened:
+        assert opened.current().engine.name == FLOAT32_TORCH
         assert trials() == []
-    monkeypatch.setattr("worker.scorer.WORTH_TRYING_SECONDS", 0.0)
-    with served(version, serves) as running:
+    monkeypatch.setattr("worker.scoring_model.TRIAL_AFTER_SECONDS", 0.0)
+    with open_model(version, serves) as opened:
         wait_until(trials)
     assert trials() == [], "it ended with the command"

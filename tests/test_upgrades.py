@@ -31,7 +31,7 @@ from tests.test_views import assert_counted, run
 from tests.world import on_postgresql, on_sqlite
 from worker.cli import app
 from worker.doctor import examine
-from worker.health import ask_health
+from worker.health import check_health
 from worker.settings import Settings, load_settings
 
 NEWEST = newest_revision()
@@ -342,7 +342,7 @@ def assert_commands_refuse(labelled_csv: Path, words: str) -> None:
         assert isinstance(refused.exception, SchemaMismatch), (arguments, refused.output, refused.exception)
         assert words in str(refused.exception)
     with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
-        ask_health(load_settings(), "db")
+        check_health(load_settings(), "db")
     [found] = [check for check in examine(load_settings()) if check.name == "database"]
     assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
 
@@ -368,7 +368,7 @@ def test_a_worker_beside_an_empty_database_waits_takes_no_message_and_ends_when_
     given |= {"redis_url": server.url}
     with running(tmp_path / "train.log", given, "worker", "train") as trainer:
         trainer.says("waiting, and taking no work: the database is empty; let its owner run `tweetscore db upgrade`")
-        wait_until(lambda: "it waits: the database is empty" in ask_health(load_settings(**given), "training"))
+        wait_until(lambda: "it waits: the database is empty" in check_health(load_settings(**given), "training"))
         assert " ready." not in trainer.said()
         trainer.send(signal.SIGTERM)
         assert trainer.ended() == 0

@@ -22,7 +22,7 @@ from tests.servers import short_home
 from tests.test_metrics import looked
 from tests.world import World, on_sqlite
 from worker import embedded
-from worker.metrics import Looks
+from worker.metrics_endpoint import WorkerCollector
 from worker.redis_client import connect
 from worker.stream import Stream
 
@@ -74,7 +74,7 @@ def publish(stream: Stream, count: int) -> None:
 
 
 def ids(stream: Stream) -> set[str]:
-    return {record.id for portion in stream.every(1000) for record in portion}
+    return {record.id for portion in stream.scan(1000) for record in portion}
 
 
 def take(stream: Stream, count: int) -> list[str]:
@@ -100,7 +100,7 @@ def test_what_is_erased_unread_is_counted_exactly_and_once(
     held = take(first, given_before) if given_before else []
     ERASING[command](client, key)
     added = int(client.xinfo_stream(key)["entries-added"])
-    first.look_for_vanished()
+    first.detect_vanished()
     read = take(first, 1000)
     publish(first, 2)
     more = take(first, 1000)
@@ -110,9 +110,9 @@ def test_what_is_erased_unread_is_counted_exactly_and_once(
     lost = added - len(held) - len(read)
     assert lost > 0
     for _ in range(2):
-        first.look_for_vanished()
+        first.detect_vanished()
         assert first.vanished().records == lost
-    assert sum(f"{lost} records" in line and "before anybody read them" in line for line in caplog.messages) == 1
+    assert sum(f"{lost} records" in line and "before they were read" in line for line in caplog.messages) == 1
     now = int(client.time()[0])
     assert now - 60 < first.vanished().at <= now
 
@@ -122,7 +122,7 @@ def test_a_client_that_always_erases_is_noticed_though_there_is_never_anything_t
 ) -> None:
     def look(stream: Stream) -> None:
         for _ in range(50):
-            stream.look_for_vanished()
+            stream.detect_vanished()
             assert stream.read(10, None) == []
 
     threads = [threading.Thread(target=look, args=[stream]) for stream in (first, second)]
@@ -132,7 +132,7 @@ def test_a_client_that_always_erases_is_noticed_though_there_is_never_anything_t
         ERASING["XADD MAXLEN 0"](client, key)
     for thread in threads:
         thread.join()
-    second.look_for_vanished()
+    second.detect_vanished()
     assert first.vanished().records == second.vanished().records == 100
 
 
@@ -165,16 +165,16 @@ def test_what_was_deleted_on_request_has_not_vanished(
     first.ack(held[:2])
     first.remove([*held[1:5], *sorted(ids(first))[7:10]])
     first.renew(held[2:4])
-    second.look_for_vanished()
+    second.detect_vanished()
     first.ack(held[2:3])
     while second.claim_idle(0, 100) or take(second, 100) or take(other, 100):
         second.ack([record.id for record in second.claim_idle(0, 100)])
     for stream in (second, other):
-        stream.ack(list(stream.held()))
+        stream.ack(list(stream.pending_ids()))
         stream.claim_idle(0, 100)
-        stream.look_for_vanished()
+        stream.detect_vanished()
         stream.trim()
-        stream.look_for_vanished()
+        stream.detect_vanished()
         assert stream.vanished().records == 0
     assert client.exists(f"{key}:erased") == 0
 
@@ -185,17 +185,17 @@ def test_a_group_made_later_does_not_count_what_went_before_it(first: Stream, cl
     first.trim()
     later = Stream(client, key, "later")
     publish(first, 1)
-    later.look_for_vanished()
+    later.detect_vanished()
     assert len(take(later, 10)) == 1
-    later.look_for_vanished()
+    later.detect_vanished()
     assert later.vanished().records == 0
     client.delete(key)
     publish(first, 2)
     client.xtrim(key, maxlen=0, approximate=False)  # before anybody looked: nobody can tell it from what was scored
-    first.look_for_vanished()
+    first.detect_vanished()
     publish(first, 3)
     assert len(take(first, 10)) == 3
-    first.look_for_vanished()
+    first.detect_vanished()
     assert first.vanished().records == 0
 
 
@@ -207,15 +207,15 @@ def test_workers_of_an_earlier_release_beside_new_ones_cause_no_alarm(
     old = [client.xreadgroup("scorers", "old", {key: ">"}, count=3)[0][1] for _ in range(2)]
     new = take(second, 5)
     old.append(client.xreadgroup("scorers", "old", {key: ">"}, count=4)[0][1])
-    second.look_for_vanished()
+    second.detect_vanished()
     new += take(second, 5)
     client.xack(key, "scorers", *[id_ for part in old for id_, _ in part])
     second.ack(new)
     second.trim()
-    second.look_for_vanished()
+    second.detect_vanished()
     assert second.vanished().records == 0
     ERASING["XTRIM MAXLEN 0"](client, key)
-    second.look_for_vanished()
+    second.detect_vanished()
     assert second.vanished().records == 10
 
 
@@ -275,12 +275,12 @@ def test_whatever_happens_in_whatever_order_the_count_is_that_of_the_erased(
         elif what == "erase":
             client.xtrim(key, maxlen=count, approximate=False)
         else:
-            worker.look_for_vanished()
+            worker.detect_vanished()
     while taken := take(workers[0], 100):
         read |= set(taken)
     workers[0].ack(sorted(read))
     workers[0].trim()
-    workers[0].look_for_vanished()
+    workers[0].detect_vanished()
     assert workers[0].vanished().records == lost + len(published - read - unread_asked)
 
 
@@ -298,22 +298,22 @@ def test_the_count_outlives_the_server_and_starts_anew_when_everything_is_flushe
         with embedded.owned(home) as server, connect(server.url) as client:
             stream = Stream(client, "tweets", "scorers")
             for _ in range(2):
-                stream.look_for_vanished()
+                stream.detect_vanished()
                 assert stream.vanished().records == 6
             client.flushall()
             publish(stream, 3)
-            stream.look_for_vanished()
+            stream.detect_vanished()
             assert (len(take(stream, 10)), stream.vanished().records) == (3, 0)
 
 
 def test_prometheus_is_told_how_many_vanished_and_when(lite: Bench) -> None:
     lite.stream.ensure_group()
-    looks = Looks("scoring", lambda: "idle", lambda: None, lite.stream, lite.database)
+    looks = WorkerCollector("scoring", lambda: "idle", lambda: None, lite.stream, lite.database)
     found = looked(looks)
     assert (found["records_vanished_total", ""], found["records_vanished_at_seconds", ""]) == (0, 0)
     publish(lite.stream, 2)
     ERASING["XTRIM MAXLEN 0"](lite.raw, lite.stream.key)
-    lite.stream.look_for_vanished()
+    lite.stream.detect_vanished()
     found = looked(looks)
     assert found["records_vanished_total", ""] == 2
     assert found["records_vanished_at_seconds", ""] == lite.stream.vanished().at
@@ -327,7 +327,7 @@ def test_an_idle_worker_says_that_a_producer_erases_and_scores_what_is_left(worl
         for _ in range(3):
             ERASING["XADD MAXLEN 0"](world.raw, world.stream.key)
         wait_until(lambda: world.stream.vanished().records == 3)
-        wait_for_log(worker, "erased before anybody read them; XADD without MAXLEN")
+        wait_for_log(worker, "erased before they were read; call XADD without MAXLEN")
         world.stream.publish([wire("after")])
         wait_until(lambda: world.predictions() == 2)
     assert world.dead() == []

@@ -92,7 +92,7 @@ class World:
     def drained(self) -> None:
         """Nothing is left in the stream: lag 0, pending 0, trimmed; and nothing of it was taken for vanished."""
         wait_until(lambda: self.stream.depth() == DRAINED)
-        self.stream.look_for_vanished()
+        self.stream.detect_vanished()
         assert self.stream.vanished().records == 0
 
     def recovers(self) -> None:

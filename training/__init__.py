@@ -1,1 +1,1 @@
-"""Fine-tuning: labelled rows in, a registered model out. Knows db, and nothing of queues or Celery."""
+"""Fine-tuning: from labelled rows to a registered model. Imports `db`, and neither Celery nor the stream."""

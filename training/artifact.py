@@ -1,11 +1,11 @@
-"""A trained model as a folder: whole and proven by its digest, or not there at all.
+"""Save and load an artifact: a trained model as a sealed folder.
 
-config.json, model.safetensors   encoder and head; under a native head a plain Hugging Face sequence classifier
-tokenizer_config.json, ...       the tokenizer with its dictionary
-tweetscore.json                  labels, polarity, cleaner, temperature, and how it was trained
-README.md, *.png                 the model card and its pictures
-reference.safetensors            validation rows as token ids, with the logits float32 weights give them
-SHA256SUMS                       the digest of every file above; its own digest is the artifact's
+config.json, model.safetensors   encoder and head; with a native head, a plain Hugging Face sequence classifier
+tokenizer_config.json, ...       the tokenizer and the name of its MeCab dictionary
+tweetscore.json                  labels, polarity, cleaner, temperature, and the training configuration
+README.md, *.png                 the model card and its figures
+reference.safetensors            token ids of validation rows, with their float32 logits
+SHA256SUMS                       sha256 of every file above; the sha256 of this file identifies the artifact
 """
 
 import json
@@ -24,18 +24,18 @@ from transformers import PreTrainedTokenizerBase
 
 from training.clean import CLEANERS, NEWEST_CLEANER
 from training.config import TrainConfig
-from training.encoders import Encoder
+from training.encoders import BaseModelFolder
 from training.errors import BadArtifact
 from training.model import Classifier, empty_model, load_encoder_config
 from training.paths import file_sha256
-from training.sealed import SUMS, drafted, verify
+from training.sealed import SUMS, new_sealed_folder, verify
 from training.text import load_tokenizer, mecab_dictionary
 
 SPEC = "tweetscore.json"
 WEIGHTS = "model.safetensors"
 REFERENCE = "reference.safetensors"
 FORMAT_VERSION = 1
-# Enough to see one changed label in two hundred.
+# Validation rows kept to compare engines: enough to detect one changed label in 200.
 REFERENCE_ROWS = 2_000
 
 POSITIVE = {"positive", "pos", "ポジティブ", "肯定"}
@@ -45,7 +45,7 @@ NEUTRAL = {"neutral", "neu", "ニュートラル", "中立"}
 
 @dataclass(frozen=True)
 class Spec:
-    """What scoring has to know beside the weights."""
+    """What scoring needs besides the weights. `polarity` maps labels to -1..1, or is None when unknown."""
 
     labels: list[str]
     polarity: dict[str, float] | None
@@ -59,7 +59,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Reference:
-    """What any faster engine is measured by: token ids of N rows, and their logits (N, K) in float32."""
+    """Reference outputs that other engines are compared with: token ids of N rows, and logits (N, K) float32."""
 
     rows: list[list[int]]
     logits: NDArray[np.float32]
@@ -67,7 +67,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Artifact:
-    """`reference` is None in a model that was saved without one."""
+    """A loaded artifact. `reference` is None when the artifact was saved without one."""
 
     folder: Path
     model: Classifier
@@ -79,16 +79,17 @@ class Artifact:
 def make_spec(
     labels: list[str],
     config: TrainConfig,
-    encoder: Encoder,
+    base: BaseModelFolder,
     tokenizer: PreTrainedTokenizerBase,
     temperature: float = 1.0,
 ) -> Spec:
+    """Return the `Spec` of a model trained with `config` from a base model."""
     return Spec(
         labels,
         find_polarity(labels, config),
         config,
-        encoder.name,
-        encoder.revision,
+        base.name,
+        base.revision,
         mecab_dictionary(tokenizer),
         config.cleaner,
         temperature,
@@ -96,7 +97,7 @@ def make_spec(
 
 
 def find_polarity(labels: list[str], config: TrainConfig) -> dict[str, float] | None:
-    """Label -> -1..1, or None where nobody has said which label is good: which integer is positive is never guessed."""
+    """Return label -> -1..1, or None when `config` has no polarity and a label is not a known name of a sentiment."""
     if config.polarity is not None:
         return {label: config.polarity.get(label, 0.0) for label in labels}
     folded = {label: label.casefold() for label in labels}
@@ -113,13 +114,13 @@ def save_artifact(
     reference: Reference | None = None,
     describe: Callable[[Path], None] = lambda draft: None,
 ) -> str:
-    """Write the artifact beside its place, then rename it there. Returns its sha256; raises `CannotSave`.
+    """Write an artifact to a draft folder, seal it and rename it to `folder`. Returns its sha256.
 
-    `describe` may put files of its own into the folder before it is sealed.
+    `describe(draft)` can add files before the folder is sealed. Raises `CannotSave`.
     """
-    encoder_config = _described(model, spec)
+    encoder_config = _hub_config(model, spec)
     written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
-    with drafted(folder) as draft:
+    with new_sealed_folder(folder) as draft:
         encoder_config.save_pretrained(str(draft))
         tokenizer.save_pretrained(str(draft))
         save_weights(draft / WEIGHTS, model)
@@ -130,25 +131,25 @@ def save_artifact(
     return file_sha256(folder / SUMS)
 
 
-def _described(model: Classifier, spec: Spec) -> Any:
-    """The configuration by which plain transformers load the folder and name its labels."""
+def _hub_config(model: Classifier, spec: Spec) -> Any:
+    """Return the configuration with which plain transformers load the folder and name its labels."""
     encoder_config = model.encoder_config
     encoder_config.id2label = dict(enumerate(spec.labels))
     encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
-    several = spec.config.task == "multi_label"
-    encoder_config.problem_type = f"{'multi' if several else 'single'}_label_classification"
+    encoder_config.problem_type = f"{spec.config.task}_classification"
     if spec.config.pooling == "native":
         encoder_config.architectures = [type(model.network).__name__]
     return encoder_config
 
 
 def save_weights(path: Path, model: Classifier) -> None:
+    """Write a model's state dict to a safetensors file."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     save_file(state, str(path), metadata={"format": "pt"})
 
 
 def make_reference(rows: Sequence[Sequence[int]], logits: NDArray[np.float32]) -> Reference:
-    """The first `REFERENCE_ROWS` of the validation rows; their split has shuffled them."""
+    """Return the first `REFERENCE_ROWS` validation rows, a random sample because the split shuffles them."""
     return Reference([list(row) for row in rows[:REFERENCE_ROWS]], logits[:REFERENCE_ROWS])
 
 
@@ -169,19 +170,16 @@ def _load_reference(path: Path) -> Reference | None:
     return Reference(rows, arrays["logits"])
 
 
-def load_artifact(
-    folder: Path, sha256: str | None = None, verified: Callable[[int], None] = lambda size: None
-) -> Artifact:
-    """The model in evaluation mode with its tokenizer; raises `BadArtifact` when any part is not as registered.
+def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
+    """Verify an artifact, then load its model, in evaluation mode, and its tokenizer.
 
-    `verified` is called with the bytes of the weights when every file is proven and none is loaded.
+    Raises `BadArtifact` when the digest is not `sha256`, or a file is missing, damaged or from a newer version.
     """
     verify(folder, sha256)
     try:
-        verified((folder / WEIGHTS).stat().st_size)
         written: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         if written.pop("format_version") != FORMAT_VERSION:
-            raise BadArtifact(f"{folder} has an artifact format this version does not read; upgrade tweetscore")
+            raise BadArtifact(f"{folder} has an artifact format that this version cannot read; upgrade tweetscore")
         spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
         model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
         model.network.load_state_dict(load_file(str(folder / WEIGHTS)))
@@ -191,7 +189,7 @@ def load_artifact(
     tokenizer = load_tokenizer(folder)
     if mecab_dictionary(tokenizer) != spec.mecab_dictionary:
         raise BadArtifact(
-            f"{folder} was trained on words of {spec.mecab_dictionary} and its tokenizer uses "
+            f"{folder} was trained with the dictionary {spec.mecab_dictionary}, but its tokenizer uses "
             f"{mecab_dictionary(tokenizer)}; restore its tokenizer_config.json"
         )
     if spec.cleaner_version not in CLEANERS:

@@ -1,8 +1,12 @@
-"""Pure: which rows go together. Knows lengths and counts, no texts; tensors are made at the end."""
+"""Pure functions from rows of token ids to batches: shuffled for training, planned for prediction, padded for a model.
+
+Planning works on lengths and counts only; `pad` and `pad_arrays` build the tensors at the end.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
 from math import ceil
+from sys import maxsize
 
 import numpy as np
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 
-# So many batches are sorted together: enough to make lengths alike, few enough to keep the epoch shuffled.
+# Batches whose rows are sorted together: enough to make lengths alike, few enough to keep the epoch shuffled.
 BATCHES_SORTED_TOGETHER = 16
 
 
@@ -34,9 +38,29 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def plan_batches(
+    lengths: Sequence[int], *, token_budget: int | None = None, batch_size: int | None = None
+) -> list[list[int]]:
+    """Indices of the rows in batches of like length, longest first, each with longest x rows <= `token_budget` and at
+    most `batch_size` rows.
+
+    Sorting keeps padding low; the longest batch comes first, so that a device too small for it fails at once. A row
+    longer than the budget makes a batch of its own.
+    """
+    most_tokens, most_rows = token_budget or maxsize, batch_size or maxsize
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rows = len(batches[-1]) + 1 if batches else 0
+        if batches and rows <= most_rows and lengths[batches[-1][0]] * rows <= most_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def cut(batch: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """A batch in as few pieces of like count as hold at most `token_budget` tokens each, padding included; none has
-    less than two rows."""
+    """Split a batch into the fewest pieces of about equal count with at most `token_budget` tokens each, padding
+    included, and at least two rows each."""
     tokens = len(batch) * max(lengths[row] for row in batch)
     pieces = max(1, min(ceil(tokens / token_budget), len(batch) // 2))
     return [piece.tolist() for piece in np.array_split(np.array(batch), pieces)]
@@ -49,10 +73,10 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def pad_arrays(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids]:
-    """The same as arrays."""
+    """The same as NumPy arrays."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
     ids = np.full(mask.shape, pad_id, np.int64)
-    # One assignment for the whole batch: row-major order is the order in which the rows follow each other.
+    # One assignment for the whole batch: row-major order is the order of the rows.
     ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
     return ids, mask.astype(np.int64)

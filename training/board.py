@@ -1,4 +1,4 @@
-"""TensorBoard: a run's scalars, figures, hyper-parameters and graph, in one folder."""
+"""Write a training run to TensorBoard: scalars, figures, hyper-parameters and the model graph."""
 
 import logging
 import warnings
@@ -12,17 +12,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training import plots
 from training.batches import pad
-from training.checkpoint import Epoch
 from training.config import TrainConfig
-from training.data import Split
+from training.dataset import Split
 from training.decide import Floats
+from training.epoch import Epoch
 from training.model import Classifier
 
 log = logging.getLogger(__name__)
 
 
-class Board:
-    """One run's log folder. A resumed run goes on in the same folder; steps it repeats replace the earlier ones."""
+class TensorBoardWriter:
+    """The log folder of one run. A resumed run writes to the same folder; from `first_step` it replaces old steps."""
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
@@ -36,11 +36,12 @@ class Board:
         self._writer.close()
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
+        """Write the loss and the learning rate of an optimizer step."""
         self._writer.add_scalar("training loss", loss, step)
         self._writer.add_scalar("learning rate", learning_rate, step)
 
-    def epoch(self, step: int, epoch: Epoch, valid: Split, said: Floats, labels: list[str], task: str) -> None:
-        """An epoch's figures, and pictures of what was `said` (N, K) of the validation rows."""
+    def epoch(self, step: int, epoch: Epoch, valid: Split, probabilities: Floats, labels: list[str], task: str) -> None:
+        """Write an epoch's figures, and plots of the predicted `probabilities` (N, K) of the validation rows."""
         figures = {
             "epoch loss": epoch.train_loss,
             "validation loss": epoch.valid_loss,
@@ -49,15 +50,15 @@ class Board:
         }
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        pictures = {
-            "predictions vs. actuals": plots.predictions(valid.texts, valid.targets, said, labels, task),
-            "confusion": plots.confusion(valid.targets, said, labels, task),
+        drawn = {
+            "predictions vs. actuals": plots.predictions(valid.texts, valid.targets, probabilities, labels, task),
+            "confusion": plots.confusion(valid.targets, probabilities, labels, task),
         }
-        for name, figure in pictures.items():
+        for name, figure in drawn.items():
             self._writer.add_figure(name, figure, global_step=step)
 
     def hparams(self, config: TrainConfig, kept: Mapping[str, float]) -> None:
-        """The run's line in the table that compares runs."""
+        """Write the hyper-parameters and the figures of the kept epoch, for the table that compares runs."""
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in config.model_dump(mode="json").items()
@@ -67,12 +68,13 @@ class Board:
             self._writer.add_hparams(values, {f"kept/{name}": value for name, value in kept.items()}, run_name=".")
 
     def graph(self, model: Classifier, row: Sequence[int], pad_id: int, device: torch.device) -> None:
+        """Write the model graph, traced with one row of token ids. A model that cannot be traced gets none."""
         ids, mask = pad([row, row], pad_id)
         try:
             with warnings.catch_warnings():
-                # Tracing warns of every Python branch in the encoder; the picture is none the worse.
+                # Tracing warns about every Python branch in the encoder, which does not affect the graph.
                 warnings.simplefilter("ignore")
                 self._writer.add_graph(model, (ids.to(device), mask.to(device)))
         except RuntimeError as error:
-            # Tracing fails on some encoders; the run is no worse for lacking a picture of itself.
-            log.warning("the graph could not be drawn: %s", str(error).splitlines()[0])
+            # Some encoders cannot be traced. The graph is optional, so training continues.
+            log.warning("the model graph could not be written to TensorBoard: %s", str(error).splitlines()[0])

@@ -1,9 +1,9 @@
-"""Copies of what lies in a remote store: fetched once a machine, whole or not there, the least recently used go first.
+"""Local cache of folders from a remote store, shared by all processes of a machine, with LRU eviction.
 
-HOME/cache/KEY            a copy; its time of change is when it was last used
-HOME/cache/KEY.engines    the engines tried on it
-HOME/cache/.KEY.draft     what a fetch that was cut off left; the next goes on from there
-HOME/cache/locks/KEY      held shared by whoever uses a copy, alone by whoever fetches or removes it
+HOME/cache/KEY            a complete copy; its mtime is the time of last use
+HOME/cache/KEY.engines    engines built for that copy
+HOME/cache/.KEY.draft     an unfinished download; the next attempt resumes it
+HOME/cache/locks/KEY      lock file: shared while a copy is in use, exclusive while it is downloaded or removed
 """
 
 import fcntl
@@ -24,7 +24,10 @@ OWN = ("locks", "outgoing")
 
 
 class Cache:
-    """At most `max_bytes` of copies in `folder`, unless more are in use at once or a single one is larger."""
+    """Copies in `folder`, limited to `max_bytes` in total.
+
+    The limit is exceeded when the copies in use, or a single copy, need more.
+    """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
@@ -34,21 +37,21 @@ class Cache:
     def entry(
         self, key: str, size: Callable[[], int], fill: Callable[[Path], None], check: Callable[[Path], None]
     ) -> Iterator[Path]:
-        """The copy under `key`, which stays for as long as the block runs.
+        """Provide the copy under `key` and keep it from being evicted until the block ends.
 
-        `check` raises `BadArtifact` of a copy that is not whole; such a one is fetched again. `fill` writes into a
-        folder that may hold what an earlier try left.
+        `size` returns the bytes to download. `fill` downloads into a folder, which may contain files of an earlier
+        attempt. `check` raises `BadArtifact` for an incomplete or damaged copy, which is then downloaded again.
         """
         place, draft = self.folder / key, self.folder / f".{key}.draft"
-        proven = False  # by this call: hundreds of megabytes are not hashed twice
+        verified = False  # set once this call has hashed the copy, so that large models are hashed only once
         while True:
             with self._locked(key, fcntl.LOCK_SH):
-                if (proven and place.is_dir()) or _is_whole(place, check):
-                    now = time.time_ns()  # the file system's own clock ticks in milliseconds
+                if (verified and place.is_dir()) or _is_whole(place, check):
+                    now = time.time_ns()  # the clock of the file system is coarser, and LRU order needs distinct times
                     os.utime(place, ns=(now, now))
                     yield place
                     return
-            # Between the two locks another process may have fetched it: then this finds it whole.
+            # Another process may have downloaded the copy between the two locks, so check again.
             with self._locked(key, fcntl.LOCK_EX):
                 if not _is_whole(place, check):
                     shutil.rmtree(place, ignore_errors=True)
@@ -62,11 +65,11 @@ class Cache:
                         raise
                     sync_folder(draft)
                     os.rename(draft, place)
-                proven = True
+                verified = True
 
     @contextmanager
     def outgoing(self, name: str) -> Iterator[Path]:
-        """A place to make what is to go into the store; it is gone afterwards."""
+        """Provide a path for a folder that will be uploaded; remove it when the block ends."""
         folder = self.folder / "outgoing" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,14 +78,14 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, folder: Path, key: str) -> None:
-        """Make what was just made here the copy: its maker's machine need not fetch it."""
+        """Move a folder that was just uploaded into the cache, so that this machine need not download it."""
         with self._locked(key, fcntl.LOCK_EX):
             self._make_room(_size(folder), key)
             shutil.rmtree(self.folder / key, ignore_errors=True)
             os.rename(folder, self.folder / key)
 
     def _make_room(self, needed: int, wanted: str) -> None:
-        """Remove copies that nobody uses, the one that was used longest ago first, until so many bytes more fit."""
+        """Evict unused copies other than `wanted`, least recently used first, until `needed` bytes fit."""
         keys = {_key(path) for path in self.folder.iterdir() if path.name not in OWN}
         sizes = {key: sum(map(_size, self._parts(key))) for key in keys}
         for key in sorted(keys - {wanted}, key=self._used_at):
@@ -92,7 +95,7 @@ class Cache:
                 if free:
                     for part in self._parts(key):
                         shutil.rmtree(part, ignore_errors=True)
-                    log.info("removed the copy %s to make room", key[:16])
+                    log.info("evicted %s from the cache", key[:16])
                     del sizes[key]
 
     def _parts(self, key: str) -> list[Path]:
@@ -104,8 +107,10 @@ class Cache:
 
     @contextmanager
     def _locked(self, key: str, how: int) -> Iterator[bool]:
-        """Whether the lock was had, which only `LOCK_NB` leaves open. Of files, so that they hold between processes,
-        and between containers on one machine."""
+        """Hold a file lock; yield False only when `LOCK_NB` finds it taken.
+
+        File locks work between processes, and between containers that share the folder.
+        """
         path = self.folder / "locks" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
@@ -123,7 +128,7 @@ def _is_whole(place: Path, check: Callable[[Path], None]) -> bool:
     try:
         check(place)
     except BadArtifact as error:
-        log.warning("a copy in the cache is damaged, fetching it again: %s", error)
+        log.warning("a cached copy is damaged, downloading it again: %s", error)
         return False
     return True
 

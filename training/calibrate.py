@@ -1,6 +1,6 @@
-"""How far a model's probabilities can be taken at their word: temperature, calibration error, log loss, Brier score.
+"""Calibration of probabilities: temperature scaling, calibration error, log loss, Brier score.
 
-Knows logits and targets. A temperature changes how sure a model sounds, never which label it gives.
+A temperature changes the confidence of a single-label model, never its predicted label.
 """
 
 import numpy as np
@@ -10,22 +10,23 @@ from scipy.special import log_expit, log_softmax
 from training.decide import Floats
 
 BINS = 15
-# The search's bounds, as logarithms: from a twentieth to twenty.
+# Bounds of log T in the search: T between 1/20 and 20.
 LOG_TEMPERATURES = (-3.0, 3.0)
 
 
 def fit_temperature(logits: Floats, targets: Floats, task: str) -> float:
-    """The temperature under which validation rows, `logits` and `targets` (N, K), are least surprising.
+    """Return the temperature T that minimises the log loss of validation rows, `logits` and `targets` (N, K).
 
-    Temperature scaling by Guo et al., 2017. Weighed as one more row that says 1: of a few rows that are all right, the
-    likeliest temperature alone would be 0.
+    Temperature scaling after Guo et al. (2017), "On Calibration of Modern Neural Networks". Minimises
+    N * log_loss(logits / T) + (log T)^2 / 2. The second term is a unit Gaussian prior on log T; it keeps T positive
+    when every row is correct, where the log loss alone has its minimum at T = 0.
     """
 
-    def surprise(log_temperature: float) -> float:
+    def penalised_loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
         return len(logits) * _log_loss(scaled, targets, task) + log_temperature**2 / 2
 
-    return float(np.exp(minimize_scalar(surprise, bounds=LOG_TEMPERATURES, method="bounded").x))
+    return float(np.exp(minimize_scalar(penalised_loss, bounds=LOG_TEMPERATURES, method="bounded").x))
 
 
 def _log_loss(logits: Floats, targets: Floats, task: str) -> float:
@@ -36,16 +37,20 @@ def _log_loss(logits: Floats, targets: Floats, task: str) -> float:
 
 
 def log_loss(targets: Floats, probabilities: Floats, task: str) -> float:
-    """Mean -log of the truth's probability: of a row's label, or of each yes and no where a row may have several."""
-    given = np.where(targets == 1, probabilities, 1 - probabilities)
-    given = given if task == "multi_label" else probabilities[targets == 1]
-    return float(-np.log(np.clip(given, np.finfo(np.float32).tiny, 1)).mean())
+    """Return the mean of -log p, where p is the probability of the actual label; for multi_label, of each decision.
+
+    `targets` and `probabilities` (N, K).
+    """
+    actual = np.where(targets == 1, probabilities, 1 - probabilities)
+    actual = actual if task == "multi_label" else probabilities[targets == 1]
+    return float(-np.log(np.clip(actual, np.finfo(np.float32).tiny, 1)).mean())
 
 
-def brier(targets: Floats, probabilities: Floats, task: str) -> float:
-    """Mean squared distance of the probabilities from the truth: 0 to 1 with two labels and several, 0 to 2 with more.
+def brier_score(targets: Floats, probabilities: Floats, task: str) -> float:
+    """Return the Brier score (Brier, 1950): the mean squared error of `probabilities` against `targets`, both (N, K).
 
-    As scikit-learn has it: two probabilities that sum to 1 count once.
+    As in scikit-learn: from 0 to 1 for two labels (one of the two columns counts) and for multi_label (mean over
+    labels), else from 0 to 2 (sum over labels).
     """
     squares = (probabilities - targets) ** 2
     if task == "multi_label":
@@ -53,23 +58,24 @@ def brier(targets: Floats, probabilities: Floats, task: str) -> float:
     return float(squares.sum(axis=1).mean() / (2 if targets.shape[1] == 2 else 1))
 
 
-def reliability(targets: Floats, probabilities: Floats, task: str) -> list[tuple[int, float, float]]:
-    """(rows, mean confidence, share that was right) of each of `BINS` equal bins of confidence that has any.
+def reliability_bins(targets: Floats, probabilities: Floats, task: str) -> list[tuple[int, float, float]]:
+    """Return (rows, mean confidence, accuracy) for each non-empty one of `BINS` bins of equal width.
 
-    A row's confidence is the probability of the label it was given; with several labels a row, every label's
-    probability counts for itself, and right is that the row has it.
+    The confidence of a row is the probability of its predicted label. For multi_label each label's probability counts
+    separately, and is correct when the row has the label.
     """
     if task == "multi_label":
-        sure, right = probabilities.ravel(), targets.ravel() == 1
+        confidence, correct = probabilities.ravel(), targets.ravel() == 1
     else:
-        sure = probabilities.max(axis=1)
-        right = probabilities.argmax(axis=1) == targets.argmax(axis=1)
-    place = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
-    bins = [place == number for number in range(BINS)]
-    return [(int(b.sum()), float(sure[b].mean()), float(right[b].mean())) for b in bins if b.any()]
+        confidence = probabilities.max(axis=1)
+        correct = probabilities.argmax(axis=1) == targets.argmax(axis=1)
+    bin_of_row = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = [bin_of_row == number for number in range(BINS)]
+    return [(int(b.sum()), float(confidence[b].mean()), float(correct[b].mean())) for b in bins if b.any()]
 
 
 def calibration_error(targets: Floats, probabilities: Floats, task: str) -> float:
-    """Expected calibration error: the mean distance between confidence and share right, bins weighed by their rows."""
-    found = reliability(targets, probabilities, task)
-    return sum(rows * abs(sure - right) for rows, sure, right in found) / sum(rows for rows, _, _ in found)
+    """Return the expected calibration error (Guo et al., 2017): the mean over bins, weighted by rows, of
+    |confidence - accuracy|."""
+    bins = reliability_bins(targets, probabilities, task)
+    return sum(rows * abs(mean - accuracy) for rows, mean, accuracy in bins) / sum(rows for rows, _, _ in bins)

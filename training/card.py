@@ -1,6 +1,6 @@
-"""The model card: the README.md of an artifact by the hub's conventions, and the pictures it shows.
+"""The model card: README.md of an artifact, in the format of the Hugging Face hub, with its figures.
 
-All of it comes from the run itself. What that cannot know, who may use the data above all, it says it does not know.
+Everything in it comes from the training run. The licence of the data is unknown to the run, and the card states that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from training import plots
 from training.encoders import STARTER, looks_local
-from training.outcome import Outcome
+from training.outcome import TrainingResult
 
 CARD = "README.md"
 MEASURED = {
@@ -20,42 +20,46 @@ MEASURED = {
     "ece": "Calibration error (ECE), scaled", "ece_uncalibrated": "Calibration error (ECE), before scaling",
 }  # fmt: skip
 
-CLEANED = {"1": "HTML entities resolved, links and mentions dropped, white space folded"}
-CLEANED["2"] = f"{CLEANED['1']}, hashtags reduced to their word, emoji to one form, repeated characters to three"
+# What each cleaner does, see `clean.py`.
+CLEANED = {"1": "HTML entities resolved, links and mentions removed, white space collapsed"}
+CLEANED["2"] = (
+    f"{CLEANED['1']}, the mark of hashtags removed, emoji variants unified, repeated characters limited to three"
+)
 CLEANED["neologdn"] = f"{CLEANED['2']}, then normalised by neologdn"
 
 
-def write_card(folder: Path, outcome: Outcome) -> None:
-    """Write README.md and its PNGs into an artifact."""
-    pictures = _pictures(outcome)
+def write_card(folder: Path, result: TrainingResult) -> None:
+    """Write README.md and its PNG figures into an artifact's folder."""
+    pictures = _pictures(result)
     for name, (_, figure) in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
-    images = "\n\n".join(f"![{says}]({name}.png)" for name, (says, _) in pictures.items())
+    images = "\n\n".join(f"![{caption}]({name}.png)" for name, (caption, _) in pictures.items())
     parts = [
-        f"---\n{_metadata(outcome).to_yaml()}\n---", _summary(outcome), _use(outcome), _data(outcome),
-        _results(outcome), images, _limits(outcome), _hyper_parameters(outcome),
+        f"---\n{_metadata(result).to_yaml()}\n---", _summary(result), _use(result), _data(result),
+        _results(result), images, _limits(result), _hyper_parameters(result),
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _pictures(outcome: Outcome) -> dict[str, tuple[str, Any]]:
-    targets, labels, task = outcome.data.test.targets, outcome.spec.labels, outcome.spec.config.task
-    raw, calibrated = outcome.probabilities_at(1.0), outcome.probabilities
+def _pictures(result: TrainingResult) -> dict[str, tuple[str, Any]]:
+    """Return file name -> (caption, figure)."""
+    targets, labels, task = result.data.test.targets, result.spec.labels, result.spec.config.task
+    raw, calibrated = result.probabilities_at(1.0), result.probabilities
     return {
-        "epochs": ("Loss and validation figures per epoch", plots.epochs(outcome.history)),
+        "epochs": ("Loss and validation metrics per epoch", plots.epochs(result.history)),
         "confusion": ("Confusion matrix of the test rows", plots.confusion(targets, calibrated, labels, task)),
         "reliability": ("Reliability diagram", plots.reliability_diagram(targets, raw, calibrated, task)),
-        "scores": ("Histogram of scores", plots.scores(targets, calibrated, task)),
+        "scores": ("Histogram of confidence", plots.confidence_histogram(targets, calibrated, task)),
     }
 
 
-def _metadata(outcome: Outcome) -> ModelCardData:
-    spec, figures = outcome.spec, outcome.figures
+def _metadata(result: TrainingResult) -> ModelCardData:
+    spec, figures = result.spec, result.figures
     results = [
         EvalResult(
             task_type="text-classification",
             dataset_type="private",
-            dataset_name=outcome.dataset_name,
+            dataset_name=result.dataset_name,
             dataset_split="test",
             metric_type=metric,
             metric_name=name,
@@ -71,83 +75,84 @@ def _metadata(outcome: Outcome) -> ModelCardData:
         tags=["sentiment-analysis", "twitter", "tweetscore"],
         base_model=spec.base_model if on_the_hub else None,
         metrics=["accuracy", "f1"],
-        model_name=_name(outcome),
+        model_name=_name(result),
         eval_results=results,
     )
 
 
-def _name(outcome: Outcome) -> str:
-    return f"tweetscore-job-{outcome.job_id}"
+def _name(result: TrainingResult) -> str:
+    return f"tweetscore-job-{result.job_id}"
 
 
-def _base(outcome: Outcome) -> str:
-    """The base model without the folders of whoever trained it."""
-    name, revision = outcome.spec.base_model, outcome.spec.base_revision
+def _base(result: TrainingResult) -> str:
+    """Return the base model's name; of a path only its last part, because folder names can be private."""
+    name, revision = result.spec.base_model, result.spec.base_revision
     return f"`{Path(name).name if looks_local(name) else name}`" + (f" at revision `{revision}`" if revision else "")
 
 
-def _summary(outcome: Outcome) -> str:
-    config, labels = outcome.spec.config, outcome.spec.labels
+def _summary(result: TrainingResult) -> str:
+    config, labels = result.spec.config, result.spec.labels
     kind = "any number of" if config.task == "multi_label" else "one of"
     return (
-        f"# {_name(outcome)}\n\nGives a Japanese tweet {kind} {len(labels)} labels: "
-        f"{', '.join(map(_code, labels))}. {_base(outcome)} fine-tuned for {len(outcome.history)} epochs; "
-        "the weights are those of the last epoch that the validation rows cannot tell from the best."
+        f"# {_name(result)}\n\nAssigns {kind} {len(labels)} labels to a Japanese tweet: "
+        f"{', '.join(map(_code, labels))}. {_base(result)} fine-tuned for {len(result.history)} epochs; "
+        "the weights are those of the last epoch whose validation macro-F1 is within one standard error of the best."
     )
 
 
-def _use(outcome: Outcome) -> str:
-    spec = outcome.spec
+def _use(result: TrainingResult) -> str:
+    spec = result.spec
     if spec.config.pooling != "native":
-        return "## Use\n\nThe head is one of tweetscore's own: load the folder with tweetscore."
+        return "## Use\n\nThe model has a head that plain transformers cannot load; load this folder with tweetscore."
     return (
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
         'classifier = pipeline("text-classification", "path/of/this/folder", truncation=True, '
         f'max_length={spec.config.max_length})\nclassifier("最高の一日")\n```\n\n'
-        "The logits are tweetscore's. Its probabilities are those of the logits divided by the temperature, "
-        f"{spec.temperature:.3f}, and it cleans a text first (cleaner {spec.cleaner_version}: "
-        f"{CLEANED[spec.cleaner_version]})."
+        "The logits equal those of tweetscore when the text is cleaned first, with cleaner "
+        f"{spec.cleaner_version}: {CLEANED[spec.cleaner_version]}. For tweetscore's probabilities, divide the logits "
+        f"by the temperature, {spec.temperature:.3f}."
     )
 
 
-def _data(outcome: Outcome) -> str:
-    sizes = {part: len(getattr(outcome.data, part)) for part in ("train", "valid", "test")}
+def _data(result: TrainingResult) -> str:
+    sizes = {part: len(getattr(result.data, part)) for part in ("train", "valid", "test")}
     rows = [
-        (_code(label), *(int(getattr(outcome.data, part).targets[:, k].sum()) for part in sizes))
-        for k, label in enumerate(outcome.spec.labels)
+        (_code(label), *(int(getattr(result.data, part).targets[:, k].sum()) for part in sizes))
+        for k, label in enumerate(result.spec.labels)
     ]
     return (
-        f"## Training data\n\n`{outcome.dataset_name}`, sha256 `{outcome.dataset_sha256}`.{_split(outcome)}\n\n"
+        f"## Training data\n\n`{result.dataset_name}`, sha256 `{result.dataset_sha256}`.{_split(result)}\n\n"
         + _table(["rows", "training", "validation", "test"], [*rows, ("**all**", *sizes.values())])
     )
 
 
-def _split(outcome: Outcome) -> str:
-    report, config = outcome.data.report, outcome.spec.config
+def _split(result: TrainingResult) -> str:
+    report, config = result.data.report, result.spec.config
     if config.split == "guide":
         leaked = report["also_in_training"]
         return (
-            f" The split is the guide's: all {report['read']:,} rows, drawn by pandas with seed {config.seed}, among "
-            f"them {report['blank']:,} blank ones, {report['duplicates']:,} copies and {report['conflicting']:,} texts "
-            f"under two labels. {leaked['valid']:,} validation rows and {leaked['test']:,} test rows have a text that "
-            "also stands among the training rows, which makes figures better than new tweets would."
+            f" The split is the guide's: all {report['read']:,} rows, sampled by pandas with seed {config.seed}. They "
+            f"include {report['blank']:,} blank rows, {report['duplicates']:,} duplicates and "
+            f"{report['conflicting']:,} texts with more than one label. {leaked['valid']:,} validation rows and "
+            f"{leaked['test']:,} test rows have a text that is also a training row, so the results are better than on "
+            "new tweets."
         )
     left_out = (
-        f" Of {report['read']:,} rows read, {report['blank']:,} blank ones, {report['duplicates']:,} copies and "
-        f"{report['conflicting']:,} texts under two labels were left out."
+        f" Of {report['read']:,} rows read, {report['blank']:,} blank rows, {report['duplicates']:,} duplicates and "
+        f"{report['conflicting']:,} texts with more than one label were left out."
         if report
         else ""
     )
     stratified = " and stratified" if config.task == "single_label" else ""
-    return f"{left_out} The split is seeded{stratified}; no text stands in two parts."
+    return f"{left_out} The split is seeded{stratified}; no text is in two parts."
 
 
-def _results(outcome: Outcome) -> str:
-    figures, config = outcome.figures, outcome.spec.config
+def _results(result: TrainingResult) -> str:
+    figures, config = result.figures, result.spec.config
     rows = []
     for metric, name in MEASURED.items():
         if (metric, "") not in figures:
-            continue  # no label was there to be ranked
+            continue  # ranking metrics need rows with and without a label
         low, high = figures.get((f"{metric}_low", "")), figures.get((f"{metric}_high", ""))
         interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
         others = (_figure(figures.get((f"{baseline}_{metric}", ""))) for baseline in ("tfidf", "majority"))
@@ -155,35 +160,37 @@ def _results(outcome: Outcome) -> str:
     per_label = [
         (_code(label), *(_figure(figures[metric, label]) for metric in ("precision", "recall", "f1")),
          int(figures["support", label]))
-        for label in outcome.spec.labels
+        for label in result.spec.labels
     ]  # fmt: skip
-    same = "For one label a row micro-F1 is accuracy, by definition.\n\n" if config.task == "single_label" else ""
+    same = (
+        "With one label per row, micro-F1 equals accuracy by definition.\n\n" if config.task == "single_label" else ""
+    )
     return (
         f"## Results on the test rows\n\n{same}"
         + _table(["", "model", "95 % interval (bootstrap)", "TF-IDF + logistic regression", "majority"], rows)
         + "\n\n"
         + _table(["label", "precision", "recall", "F1", "test rows"], per_label)
-        + "".join(f"\n\nNote: {note}." for note in outcome.data.report.get("notes", ()))
-        + f"\n\nThe temperature, {outcome.spec.temperature:.3f}, was fitted on the {len(outcome.data.valid):,} "
+        + "".join(f"\n\nNote: {note}." for note in result.data.report.get("notes", ()))
+        + f"\n\nThe temperature, {result.spec.temperature:.3f}, was fitted on the {len(result.data.valid):,} "
         "validation rows."
     )
 
 
-def _limits(outcome: Outcome) -> str:
-    tested = len(outcome.data.test)
-    width = outcome.figures["f1_macro_high", ""] - outcome.figures["f1_macro_low", ""]
+def _limits(result: TrainingResult) -> str:
+    tested = len(result.data.test)
+    width = result.figures["f1_macro_high", ""] - result.figures["f1_macro_low", ""]
     return (
-        f"## Limits\n\n- Measured on {tested:,} rows of the same dataset: the interval of macro-F1 is "
-        f"{100 * width:.1f} points wide, and tweets of other times and topics may fare worse.\n"
-        f"- A text is cut after {outcome.spec.config.max_length} tokens.\n"
-        "- The validation rows chose both the epoch and the temperature.\n"
-        "- The labels are their annotators' judgement; irony and quotations are often misread.\n"
-        "- Nothing is known here of the licence of the data: ask whoever labelled it before passing the model on."
+        f"## Limits\n\n- Measured on {tested:,} rows of the same dataset: the 95 % interval of macro-F1 is "
+        f"{100 * width:.1f} points wide. Results on tweets of other times and topics can be lower.\n"
+        f"- Texts are truncated after {result.spec.config.max_length} tokens.\n"
+        "- The epoch and the temperature were both chosen on the validation rows.\n"
+        "- The labels are the judgement of their annotators. Irony and quotations are often misclassified.\n"
+        "- The licence of the training data is unknown; ask its owner before you distribute this model."
     )
 
 
-def _hyper_parameters(outcome: Outcome) -> str:
-    config = outcome.spec.config.model_dump(mode="json", exclude={"base_model", "base_revision", "labels", "polarity"})
+def _hyper_parameters(result: TrainingResult) -> str:
+    config = result.spec.config.model_dump(mode="json", exclude={"base_model", "base_revision", "labels", "polarity"})
     return "## Hyper-parameters\n\n" + _table(
         ["name", "value"], [(f"`{name}`", f"`{v}`") for name, v in config.items()]
     )
@@ -195,7 +202,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _code(label: str) -> str:
-    """A label inside a table, whatever it is made of."""
+    """Return a label as inline code, with the characters that break a table replaced."""
     return f"`{' '.join(label.replace('`', ' ').replace('|', ' ').split())}`"
 
 

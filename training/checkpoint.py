@@ -1,11 +1,11 @@
-"""The whole state of a training run in a folder, so that another process goes on as if nothing had happened.
+"""Checkpoints of a training run. A run that is resumed from one gives the same result as an uninterrupted run.
 
-step-STEP-WRITER     everything that decides the next step; names the best weights so far
-best-EPOCH-WRITER    weights of an epoch that was the best when it ended
+step-STEP-WRITER     the full training state after a step, with the name of the best weights so far
+best-EPOCH-WRITER    the weights of an epoch that was the best when it ended
 
-Both are sealed like an artifact: digested, synced, renamed. A torn one is passed over, aloud, for the one before it.
-With a remote store another machine can go on: what the folder holds follows there, from a thread of its own.
-WRITER keeps processes apart: one that was given up for dead and wakes writes beside its successor, never over it.
+Both are sealed folders (see `sealed.py`). A damaged one is skipped with a warning, and the one before it is used. With
+a remote store, checkpoints are also uploaded in a background thread, so another machine can resume the run. WRITER is
+the fencing token: a stale process that wakes up never overwrites the files of its successor.
 """
 
 import logging
@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from training.artifact import WEIGHTS, save_weights
 from training.errors import BadArtifact
-from training.mirror import Mirror
+from training.mirror import CheckpointMirror
 from training.model import Classifier
-from training.sealed import drafted, verify
+from training.sealed import new_sealed_folder, verify
 from training.storage import Store
 
 log = logging.getLogger(__name__)
@@ -29,26 +29,13 @@ log = logging.getLogger(__name__)
 NEWEST_KEPT = 2
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's figures; losses are means over rows, `learning_rate` is that of its last step.
-
-    `kept`: when it ended its weights took the place of those kept before. The last such epoch is the model.
-    """
-
-    epoch: int
-    train_loss: float
-    learning_rate: float
-    valid_loss: float
-    valid_accuracy: float
-    valid_f1_macro: float
-    seconds: float
-    kept: bool = True
-
-
 @dataclass
 class Progress:
-    """Where a run stands. `batch` counts the finished batches of `epoch` (from 1); the rest is of whole epochs."""
+    """Position and figures of a run.
+
+    `epoch` is the epoch in progress, from 1, and `batch` the number of its finished optimizer steps; `step` counts
+    steps over all epochs. `loss_sum` is the sum of the epoch's losses over rows. `best` names the best weights.
+    """
 
     epoch: int = 1
     batch: int = 0
@@ -62,7 +49,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """What a checkpoint holds: everything that decides the next step."""
+    """The state that a checkpoint stores, besides random generators: everything the next step depends on."""
 
     model: Classifier
     optimizer: torch.optim.Optimizer
@@ -75,44 +62,35 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; `writer` is a number no other process that writes there has.
+    """Checkpoints of one run in `folder`, optionally mirrored to a remote store.
 
-    As a context that an error ends it waits until the store, if there is one, has what the folder has.
+    `writer` must differ between processes that write to the folder: it is the job's fencing token. As a context
+    manager, leaving with an exception waits until pending checkpoints are uploaded, so that another machine can resume.
     """
 
     def __init__(self, folder: Path, writer: int = 0, store: Store | None = None) -> None:
         self.folder = folder
         self.writer = writer
-        self._mirror = None if store is None else Mirror(folder, writer, store)
+        self._mirror = None if store is None else CheckpointMirror(folder, writer, store)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._mirror is not None:
-            self._mirror.close(needed=kind is not None)
+            self._mirror.close(finish_uploads=kind is not None)
 
     def clear(self) -> None:
-        """The run has ended and needs none any more."""
+        """Remove all checkpoints, here and in the store. Called when the run has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._mirror is not None:
             self._mirror.clear()
 
-    def fetch(self) -> None:
-        """Bring what another machine left in the store, if there is one."""
-        if self._mirror is not None:
-            self._mirror.fetch()
-
-    def follow(self) -> None:
-        """Let the store, if there is one, have what the folder has, soon."""
-        if self._mirror is not None:
-            self._mirror.follow()
-
     def save(self, state: RunState) -> Path:
-        """Keep the state as it is now. Raises `CannotSave`, with the earlier ones as they were."""
+        """Write a checkpoint and return its folder. Raises `CannotSave`; earlier checkpoints then remain."""
         device = state.device
         place = self.folder / f"step-{state.progress.step:08d}-{self.writer:04d}"
-        with drafted(place) as draft:
+        with new_sealed_folder(place) as draft:
             save_weights(draft / WEIGHTS, state.model)
             torch.save(
                 {
@@ -120,25 +98,30 @@ class Checkpoints:
                     "scheduler": state.scheduler.state_dict(),
                     "progress": asdict(state.progress),
                     "cpu_rng": torch.get_rng_state(),
-                    # Of the device at work: another machine may have more of them, or fewer.
+                    # Only of the device in use: another machine may have a different number of GPUs.
                     "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 },
                 draft / "state.pt",
             )
         self._prune()
-        self.follow()
+        if self._mirror is not None:
+            self._mirror.schedule()
         return place
 
     def save_best(self, epoch: int, model: Classifier) -> str:
-        """Keep an epoch's weights; returns the name a checkpoint refers to them by. Raises `CannotSave`."""
+        """Write an epoch's weights and return the folder's name, for `Progress.best`. Raises `CannotSave`."""
         place = self.folder / f"best-{epoch:04d}-{self.writer:04d}"
-        with drafted(place) as draft:
+        with new_sealed_folder(place) as draft:
             save_weights(draft / WEIGHTS, model)
         return place.name
 
     def restore(self, state: RunState) -> bool:
-        """Load the newest whole checkpoint into `state`, random generators included; False when there is none."""
-        self.fetch()
+        """Load the newest usable checkpoint into `state` and the random generators.
+
+        Returns False, with `state` unchanged, when there is none.
+        """
+        if self._mirror is not None:
+            self._mirror.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)
@@ -147,8 +130,8 @@ class Checkpoints:
                 device_rng = saved["device_rng"]
                 if progress.best is not None:
                     verify(self.folder / progress.best)
-            except (BadArtifact, TypeError, KeyError) as error:  # the latter two of what another version wrote
-                log.warning("checkpoint %s cannot be used, trying the one before: %s", place.name, error)
+            except (BadArtifact, TypeError, KeyError) as error:  # TypeError and KeyError: written by another version
+                log.warning("checkpoint %s cannot be used, trying the previous one: %s", place.name, error)
                 continue
             state.model.network.load_state_dict(load_file(str(place / WEIGHTS)))
             state.optimizer.load_state_dict(saved["optimizer"])
@@ -161,13 +144,12 @@ class Checkpoints:
         return False
 
     def load_best(self, name: str, model: Classifier) -> None:
-        """Raises `BadArtifact` when the weights are not as they were saved."""
+        """Load weights saved by `save_best`. Raises `BadArtifact` when they are damaged."""
         verify(self.folder / name)
         model.network.load_state_dict(load_file(str(self.folder / name / WEIGHTS)))
 
     def _prune(self) -> None:
-        """Keep the newest two checkpoints, and the best weights that they can name: those of the last two epochs that
-        were best in their turn."""
+        """Keep the two newest checkpoints, and the weights they can refer to: those of the two newest best epochs."""
         for old in sorted(self.folder.glob("step-*"))[:-NEWEST_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         best = sorted(self.folder.glob("best-*"))

@@ -1,4 +1,4 @@
-"""The hyper-parameters of a job: frozen, validated when made, stored as JSON with the job."""
+"""The hyper-parameters of a job: immutable, validated on construction, stored as JSON with the job."""
 
 from typing import Any, Literal, Self
 
@@ -9,31 +9,33 @@ from training.errors import BadConfig
 
 
 class TrainConfig(BaseModel):
-    """Everything that shapes a training run. The defaults are those of the guide."""
+    """Hyper-parameters of a training run. The defaults are the guide's values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_model: str = "starter"
     base_revision: str | None = None
     task: Literal["single_label", "multi_label"] = "single_label"
-    # Raw label -> name. None takes the labels as the dataset spells them.
+    # Label in the dataset -> label name. None keeps the labels of the dataset.
     labels: dict[str, str] | None = None
-    # Label name -> -1..1, for `score_signed`. None knows the common names of positive, neutral and negative.
+    # Label name -> -1..1, for `score_signed`. None recognises common names of positive, neutral and negative.
     polarity: dict[str, float] | None = None
 
     cleaner: Literal["1", "2", "neologdn"] = "2"
     head: Literal["guide", "linear"] = "guide"
-    # `auto` is the architecture's own under a linear head (`native`), else its pooler, else the masked mean.
+    # `auto`: for a linear head the architecture's own classifier (`native`), else its pooler, else the masked mean.
     pooling: Literal["auto", "native", "pooler", "mean", "cls"] = "auto"
     loss: Literal["bce", "cross_entropy"] = "bce"
     dropout: float = Field(0.2, ge=0, lt=1)
-    max_length: int = Field(200, ge=8, le=8192, description="tokens, special ones included")
+    max_length: int = Field(200, ge=8, le=8192, description="tokens, including special tokens")
 
-    # `guide` draws the guide's very rows: no label and no copy is looked at. Written down where it is chosen alone, so
-    # that a worker of an earlier release takes every other job and model.
+    # `guide` reproduces the guide's split: not stratified, duplicates kept. The default is omitted in the stored JSON,
+    # so that workers of an earlier release can run jobs and load models that do not use `guide`.
     split: Literal["stratified", "guide"] = Field("stratified", exclude_if=lambda split: split == "stratified")
     train_size: float = Field(0.8, gt=0, lt=1)
-    valid_size: float = Field(0.5, gt=0, lt=1, description="share of what training leaves")
+    valid_size: float = Field(
+        0.5, gt=0, lt=1, description="share of the rows not used for training; the rest is for testing"
+    )
     seed: int = Field(200, ge=0, lt=2**31)
 
     epochs: int = Field(20, ge=1, le=1000)
@@ -44,20 +46,22 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(1e-5, gt=0, le=1)
     weight_decay: float = Field(0.01, ge=0, lt=1)
     schedule: Literal["step", "linear", "cosine", "constant"] = "step"
-    step_gamma: float = Field(0.75, gt=0, le=1, description="factor of the step schedule, once an epoch")
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps, linear and cosine only")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="batches of one optimizer step")
+    step_gamma: float = Field(
+        0.75, gt=0, le=1, description="learning-rate factor of the step schedule, applied once an epoch"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps; for the linear and cosine schedules")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="batches per optimizer step")
     max_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
-    class_weights: Literal["balanced"] | None = Field(None, description="in the training loss only")
-    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation macro-F1")
-    # Of what is computed; weights are float32. `auto` is bfloat16 where the device has it.
+    class_weights: Literal["balanced"] | None = Field(None, description="applies to the training loss only")
+    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a higher validation macro-F1")
+    # Precision of computation; weights stay float32. `auto` uses bfloat16 where the hardware supports it.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     baseline: bool = True
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.task == "multi_label" and self.loss != "bce":
-            raise ValueError(f"loss {self.loss!r} cannot train several labels a row; use loss 'bce'")
+            raise ValueError(f"loss {self.loss!r} cannot train a multi-label task; use loss 'bce'")
         if self.labels is not None and len(set(self.labels.values())) < 2:
             raise ValueError(f"labels name {shown(sorted(set(self.labels.values())))}; a classifier needs at least two")
         for label, value in (self.polarity or {}).items():
@@ -65,14 +69,14 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"polarity of {shown(label)} is {value}; it must lie between -1 and 1")
         for text in (self.base_model, self.base_revision or "", *(self.polarity or {}), *_texts(self.labels or {})):
             if "\x00" in text:
-                raise ValueError(f"{shown(text)} holds a NUL character, which no database stores; take it out")
+                raise ValueError(f"{shown(text)} contains a NUL character, which databases cannot store; remove it")
         return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The guide's values, which are the class's defaults.
+    # The guide's values, the defaults of `TrainConfig`.
     "guide": {},
-    # For the starter encoder on a CPU: a small pretrained model wants a higher rate, a warm-up and few epochs.
+    # For the starter model on a CPU: a small model needs a higher learning rate, a warm-up and few epochs.
     "fast": {
         "head": "linear",
         "loss": "cross_entropy",
@@ -90,12 +94,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
-    """A validated configuration; raises `BadConfig` with the name, the value and what is allowed."""
-    if not isinstance(preset, str) or preset not in PRESETS:  # a message may name anything
+    """Return a preset with overrides, validated. Raises `BadConfig` with the name, value and allowed values."""
+    if not isinstance(preset, str) or preset not in PRESETS:  # the preset can come from a client's message
         raise BadConfig(f"there is no preset {shown(preset)}; use one of {', '.join(PRESETS)}")
     chosen = dict(PRESETS[preset])
     if overrides.get("task") == "multi_label":
-        chosen["loss"] = "bce"  # the only one that trains several labels a row
+        chosen["loss"] = "bce"  # the only loss for multi-label tasks
     try:
         return TrainConfig(**{**chosen, **overrides})
     except ValidationError as error:
@@ -107,7 +111,7 @@ def _texts(labels: dict[str, str]) -> list[str]:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """One sentence a fault: name, value, what is allowed."""
+    """Return one sentence per validation error: name, value, allowed values."""
     sentences = []
     for fault in error.errors():
         name = plain(".".join(str(part) for part in fault["loc"]))
@@ -115,7 +119,7 @@ def explain(error: ValidationError) -> list[str]:
         if not name:
             sentences.append(message)
         elif fault["type"] == "extra_forbidden":
-            sentences.append(f"{name} is no known setting; known are {', '.join(TrainConfig.model_fields)}")
+            sentences.append(f"{name} is not a setting; use one of {', '.join(TrainConfig.model_fields)}")
         else:
             sentences.append(f"{name} is {shown(fault['input'])}: {message[0].lower()}{message[1:]}")
     return sentences

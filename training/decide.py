@@ -1,6 +1,6 @@
-"""From logits to what is said of a row: probabilities, its labels, how sure that is.
+"""Convert logits to probabilities, predicted labels and confidence.
 
-The part of evaluation that scoring shares: it loads no scikit-learn.
+Shared by evaluation and scoring, so it does not import scikit-learn.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ Choices = NDArray[np.int64]
 
 
 def to_probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
-    """Logits (B, K) -> probabilities (B, K). Of a single label they sum to 1, whichever loss trained them."""
+    """Return probabilities (B, K) for logits (B, K): softmax for single_label (with either loss), else sigmoid."""
     scaled = logits.float() / temperature
     return scaled.softmax(dim=1) if task == "single_label" else scaled.sigmoid()
 
 
 def choose(probabilities: Floats, task: str) -> Choices:
-    """(N, K) zeros and ones: the likeliest label, or every label at 0.5 and above where a row may have several."""
+    """Return predicted labels (N, K), 0 or 1: the most probable label, or for multi_label each of at least 0.5."""
     if task == "multi_label":
         return (probabilities >= 0.5).astype(np.int64)
     chosen = np.zeros(probabilities.shape, dtype=np.int64)
@@ -29,12 +29,12 @@ def choose(probabilities: Floats, task: str) -> Choices:
 
 
 def label_text(chosen: Choices, labels: list[str]) -> str:
-    """A row's label as it is stored: the name, or names joined by `|`, empty when a row has none."""
+    """Return the names of a row's labels (K,), joined by `|` as stored in the database; empty for no label."""
     return MULTI_LABEL_SEPARATOR.join(label for label, taken in zip(labels, chosen, strict=True) if taken)
 
 
-def certainty(probabilities: Floats, chosen: Choices, task: str) -> Floats:
-    """(N,) how sure a prediction is: the chosen label's probability, or that of the least sure yes or no of a row."""
+def confidence(probabilities: Floats, chosen: Choices, task: str) -> Floats:
+    """Return the confidence (N,): the predicted label's probability; for multi_label, the least certain decision's."""
     if task == "multi_label":
         decided: Floats = np.where(chosen == 1, probabilities, 1 - probabilities)
         return np.asarray(decided.min(axis=1))

@@ -35,60 +35,45 @@ def gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
 
 
-def claim_devices(
+def claim_device(
     wanted: str,
-    count: int,
     folder: Path,
     kind: str,
     found: Callable[[], Sequence[str]] = gpus,
     free: Callable[[torch.device], int] | None = None,
-) -> list[str]:
-    """`count` devices for a process of this `kind`, named as torch names them, until the process ends.
+) -> str:
+    """A device for a process of this `kind`, as torch names it, until the process ends.
 
-    Where GPUs are to be taken as they come (`auto`, `cuda`), each process takes those no other of its kind has; they
-    are told apart by locks in `folder`, which processes of this machine share. One that finds none left shares the one
-    with the most memory free, and says so. A device that was named is taken whoever has it; CPUs are for all.
-
-    Raises `BadConfig` when a process wants several GPUs and there are not so many.
+    With `auto` and `cuda` a process takes the first GPU that no other process of its kind has; locks in `folder`, which
+    the processes of this machine share, mark the taken ones. If none is left, the process shares the GPU with the most
+    free memory and logs a warning. A device given by its name is not locked, and neither is a CPU.
     """
     uuids = found() if wanted in ("auto", "cuda") else []
     if not uuids:
-        if count > 1 and pick_device(wanted).type != "cpu":
-            raise BadConfig(f"{count} processes train on {count} GPUs, and {wanted!r} names one; use auto or cpu")
-        return [wanted] * count
-    locks = _lock(uuids, count, folder, kind)
-    numbers = list(locks)
-    if len(numbers) < count and count > 1:
-        for descriptor in locks.values():
-            os.close(descriptor)
-        raise BadConfig(
-            f"{count} processes train on {count} GPUs, and only {len(numbers)} of the {len(uuids)} here are without a "
-            f"{kind} worker; set TWEETSCORE_TRAIN_PROCESSES to what is left"
-        )
-    if not numbers:
+        return wanted
+    number = _lock_first(uuids, folder, kind)
+    if number is None:
         measure = free or free_bytes
-        roomiest = max(range(len(uuids)), key=lambda number: measure(torch.device("cuda", number)))
-        log.warning("every GPU has a %s worker already; sharing cuda:%d", kind, roomiest)
-        numbers = [roomiest]
-    return [f"cuda:{number}" for number in numbers]
+        number = max(range(len(uuids)), key=lambda number: measure(torch.device("cuda", number)))
+        log.warning("every GPU has a %s worker already; sharing cuda:%d", kind, number)
+    return f"cuda:{number}"
 
 
-def _lock(uuids: Sequence[str], count: int, folder: Path, kind: str) -> dict[int, int]:
-    """The first `count` GPUs nobody of this kind has, or as many as there are, each with the open file that is the
-    claim: closed, or its process ended, it is nobody's."""
+def _lock_first(uuids: Sequence[str], folder: Path, kind: str) -> int | None:
+    """Lock the first GPU that no process of this kind has; its number, None when all are taken.
+
+    The file stays open: the lock is gone when the process ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    locks: dict[int, int] = {}
     for number, uuid in enumerate(uuids):
-        if len(locks) == count:
-            break
         descriptor = os.open(folder / f"{kind}-{uuid}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             continue
-        locks[number] = descriptor
-    return locks
+        return number
+    return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,10 +1,10 @@
-"""What can go wrong in training, each with a message a user can act on."""
+"""Exceptions of training. The message of a `TweetscoreError` names the value at fault and the remedy."""
 
 from db.errors import TweetscoreError
 
 
 class BadConfig(TweetscoreError):
-    """Raised when a hyper-parameter is unknown, out of range, or does not fit another."""
+    """Raised when a hyper-parameter is unknown, out of range, or incompatible with another."""
 
 
 class BadDataset(TweetscoreError):
@@ -12,32 +12,32 @@ class BadDataset(TweetscoreError):
 
 
 class BadSource(TweetscoreError):
-    """Raised when a file or URL of rows is not there, is empty, or cannot be unpacked."""
+    """Raised when a file or URL of rows does not exist, is empty, or cannot be decompressed."""
+
+
+class BadRow(TweetscoreError):
+    """Yielded in place of a row that cannot be read; the message does not contain the row's text."""
 
 
 class ModelUnavailable(TweetscoreError):
-    """Raised when a base model cannot be found, fetched or loaded."""
+    """Raised when a base model or its tokenizer cannot be found, downloaded or loaded."""
 
 
 class BadArtifact(TweetscoreError):
-    """Raised when a stored model or checkpoint is missing a part or does not match its digest."""
+    """Raised when a stored model or checkpoint is missing, incomplete, or does not match its digest."""
 
 
 class CannotSave(TweetscoreError):
-    """Raised when a checkpoint or a model cannot be written, for want of space above all."""
+    """Raised when a checkpoint or a model cannot be written, usually because the disk is full."""
 
 
-class StoreAway(TweetscoreError):
-    """Raised when a remote store does not answer, or not to us; nothing is wrong with what lies there."""
-
-
-class TeamBroken(TweetscoreError):
-    """Raised when one of the processes that train together is gone; nothing is wrong with what they were training."""
+class StoreUnavailable(TweetscoreError):
+    """Raised when a remote store does not answer or refuses access. The job is retried later."""
 
 
 class Cancelled(Exception):
-    """Raised inside the loop when the job was asked to stop for good."""
+    """Raised in the training thread when the job was cancelled."""
 
 
 class StopRequested(Exception):
-    """Raised inside the loop when the worker must end; the job goes on elsewhere from its checkpoint."""
+    """Raised in the training thread when the worker shuts down. The job resumes later from its checkpoint."""

@@ -16,12 +16,11 @@ from sklearn.metrics import (
 )
 from torch import nn
 
-from training.batches import pad
-from training.calibrate import brier, calibration_error, log_loss
+from training.batches import pad, plan_batches
+from training.calibrate import brier_score, calibration_error, log_loss
 from training.config import TrainConfig
 from training.decide import Choices, Floats, choose, to_probabilities
 from training.model import Classifier
-from training.team import ALONE, Team
 
 Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
 
@@ -62,27 +61,20 @@ def predict(
     pad_id: int,
     device: torch.device,
     between_batches: Callable[[], None] = lambda: None,
-    team: Team = ALONE,
 ) -> Predictions:
-    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order.
-
-    With a `team` each process takes a share of every batch, and all get everything.
-    """
+    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order."""
     model.eval()
     loss_of = loss_function(config)
     gathered = torch.zeros(targets.shape)
-    loss = torch.zeros((), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        index, weight = team.share(order[start : start + batch_size])
+    loss = 0.0
+    for index in plan_batches([len(row) for row in rows], batch_size=batch_size):
         ids, mask = pad([rows[i] for i in index], pad_id)
         logits = model(ids.to(device), mask.to(device)).float()
-        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index) * weight
-        gathered[index] = logits.cpu() * weight
+        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
+        gathered[index] = logits.cpu()
         between_batches()
-    gathered = team.sum(gathered)
     probabilities = to_probabilities(gathered, config.task).numpy()
-    return Predictions(gathered.numpy(), probabilities, float(team.sum(loss)) / len(rows))
+    return Predictions(gathered.numpy(), probabilities, loss / len(rows))
 
 
 def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:
@@ -114,7 +106,7 @@ def model_figures(
     figures |= intervals(targets, choose(calibrated, config.task), config.seed)
     figures |= ranking(targets, calibrated, labels)
     figures["log_loss", ""] = log_loss(targets, calibrated, config.task)
-    figures["brier", ""] = brier(targets, calibrated, config.task)
+    figures["brier", ""] = brier_score(targets, calibrated, config.task)
     figures["ece_uncalibrated", ""] = calibration_error(targets, raw, config.task)
     figures["ece", ""] = calibration_error(targets, calibrated, config.task)
     return figures

@@ -1,6 +1,8 @@
-"""Starts that ended in order while the database was away: a file each, until the row can be told that none was a death.
+"""Record clean stops of a job while the database is unavailable, so that they do not count as failed attempts.
 
-JOBS_FOLDER/JOB/stopped-TOKEN holds when the job was first started, by which `jobs.excuse` knows it again.
+A job that is started too often without finishing fails. A start that ends cleanly is written to the marker file
+JOBS_FOLDER/JOB/stopped-TOKEN and later subtracted from the job's attempts. The file contains the time of the job's
+first start, by which `jobs.excuse` detects that the job was retried in the meantime.
 """
 
 import logging
@@ -21,30 +23,36 @@ log = logging.getLogger(__name__)
 PREFIX = "stopped-"
 
 
-def give_back(
+def release_job(
     session: Session,
     job_id: int,
     token: int,
     started_at: datetime | None,
-    says: str | None = None,
+    message: str | None = None,
     pause_seconds: float | None = None,
-    excuse: bool = True,
+    uncount_start: bool = True,
 ) -> bool:
-    """Release a job; where another worker has it by now only take the start off the count, if it is to be excused.
+    """Queue a job again without counting this start. Returns whether it was released.
 
-    Returns whether it was released. A start may be excused once.
+    `message` is stored as the job's error; nobody claims the job for `pause_seconds`. When another worker has claimed
+    the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A start
+    must be subtracted only once.
     """
     try:
-        jobs.release(session, job_id, token, says, pause_seconds)
+        jobs.release(session, job_id, token, message, pause_seconds)
         return True
     except LeaseLost:
-        if excuse:
+        if uncount_start:
             jobs.excuse(session, job_id, token, started_at)
         return False
 
 
-def leave(folder: Path, job: TrainingJob) -> Path:
-    """Write down that this start of a job ends in order. Where it cannot be, the start counts unless it is settled."""
+def record_clean_stop(folder: Path, job: TrainingJob) -> Path:
+    """Write the marker file of a clean stop and return its path.
+
+    Logs a warning when the file cannot be written. The start then counts as an attempt, unless `apply_clean_stop`
+    releases the job while this worker still holds its lease.
+    """
     place = folder / str(job.id) / f"{PREFIX}{job.fencing_token}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -54,32 +62,33 @@ def leave(folder: Path, job: TrainingJob) -> Path:
     return place
 
 
-def settle(database: Database, place: Path) -> bool:
-    """Give the job back that a file speaks of, and remove it; returns whether it was released.
+def apply_clean_stop(database: Database, place: Path) -> bool:
+    """Release the job of a marker file and remove the file. Returns whether the job was released.
 
-    The file goes first: a process that is killed before the commit leaves a start that counts, never one that is taken
-    off twice. Raises an error that `is_away` knows, mostly with the file as it was, and OSError.
+    The file is removed before the commit: if the process is killed in between, the start counts as an attempt, but it
+    is never subtracted twice. Raises OSError, and SQLAlchemyError when the database is unavailable; the file then
+    usually remains.
     """
     job_id, token = int(place.parent.name), int(place.name.removeprefix(PREFIX))
     with database.begin() as session:
-        said = place.read_text(encoding="utf-8") if place.is_file() else ""
-        released = give_back(session, job_id, token, datetime.fromisoformat(said) if said else None)
-        if said:
-            place.unlink()  # another worker that was faster has counted already, and this transaction is undone
-    with suppress(OSError):  # it holds checkpoints
+        started_at = place.read_text(encoding="utf-8") if place.is_file() else ""
+        released = release_job(session, job_id, token, datetime.fromisoformat(started_at) if started_at else None)
+        if started_at:
+            place.unlink()  # fails, and rolls back, when another worker has applied this marker already
+    with suppress(OSError):  # the folder usually contains checkpoints
         place.parent.rmdir()
     return released
 
 
-def settle_all(database: Database, folder: Path) -> None:
-    """Settle what workers that ended left here."""
+def apply_clean_stops(database: Database, folder: Path) -> None:
+    """Apply all marker files in the jobs folder. Raises SQLAlchemyError when the database is unavailable."""
     for place in sorted(folder.glob(f"[0-9]*/{PREFIX}[0-9]*")):
         try:
-            settle(database, place)
+            apply_clean_stop(database, place)
         except SQLAlchemyError as error:
             if is_away(error):
                 raise
-            log.warning("%s cannot be settled: %s", place, error)
+            log.warning("%s cannot be applied: %s", place, error)
         except (ValueError, OSError) as error:
-            log.warning("%s cannot be read and is removed: %s", place, error)
+            log.warning("%s is invalid, removing it: %s", place, error)
             place.unlink(missing_ok=True)

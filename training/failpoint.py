@@ -1,12 +1,11 @@
-"""Failpoints: named places on both routes where a process can be made to end, sleep or fail. For rehearsing faults.
+"""Failpoints: named points of both routes at which a process can be killed, paused or made to fail, for fault tests.
 
-Nothing is armed unless the setting TWEETSCORE_FAILPOINTS names a point:
+No failpoint is active unless the setting TWEETSCORE_FAILPOINTS names it:
 
-    NAME=ACTION[@N][~TEXT][, ...]       forwarded=kill@3, tokenised=kill~毒, epoch=pause:5
+    NAME=ACTION[@N][~TEXT][, ...]       forwarded=kill@3, tokenised=kill~毒, validated=pause:5
 
-ACTION is `kill` (SIGKILL), `stop` (SIGSTOP until somebody sends SIGCONT), `fail` (raises `FailpointReached`), `full`
-(raises `MemoryError`) or `pause:SECONDS`. With @N only the Nth passing counts, with ~TEXT only those whose texts hold
-TEXT.
+ACTION is `kill` (SIGKILL), `stop` (SIGSTOP, until SIGCONT), `fail` (raises `FailpointReached`), `full` (raises
+`MemoryError`) or `pause:SECONDS`. `@N` triggers only the Nth time. `~TEXT` triggers only for texts that contain TEXT.
 """
 
 import logging
@@ -23,38 +22,38 @@ from training.errors import BadConfig
 
 log = logging.getLogger(__name__)
 
-# In the order of the route; what has been done when a process comes by.
+# Name -> the state of the work when the process reaches the point. In the order of the route.
 TWEET_POINTS = {
-    "read": "records were delivered",
-    "tokenised": "texts are token ids",
-    "forwarding": "a window comes to the device",
-    "forwarded": "the model has spoken, nothing is stored",
+    "read": "records are delivered to this consumer",
+    "tokenised": "texts are converted to token ids",
+    "forwarding": "a window is about to run on the device",
+    "forwarded": "the window is scored, nothing is stored",
     "stored": "rows are written, not committed",
-    "committed": "rows are committed, nothing is acknowledged",
+    "committed": "rows are committed, records are not acknowledged",
     "acked": "records are acknowledged, the stream is not trimmed",
-    "trimmed": "the window is done",
+    "trimmed": "the stream is trimmed, the window is finished",
 }
 JOB_POINTS = {
     "claimed": "the job is leased",
-    "split": "the dataset is read and cut",
-    "stepped": "an optimizer step was made",
-    "validated": "an epoch was trained and validated, nothing of it is saved",
-    "best": "the best weights are saved, no checkpoint knows of them",
-    "draft": "files of a checkpoint, of best weights or of an artifact are written, not renamed to their place",
-    "checkpointed": "the checkpoint is whole, SQL does not know the epoch",
-    "recorded": "the epoch's figures are in SQL",
-    "evaluated": "the test rows were predicted",
-    "artifact": "the artifact is in the store, no row names it",
-    "registered": "model and job are committed",
+    "split": "the dataset is read and split",
+    "stepped": "an optimizer step is finished",
+    "validated": "an epoch is trained and validated, not saved",
+    "best": "the best weights are saved, no checkpoint refers to them",
+    "draft": "files of a checkpoint, of best weights or of an artifact are written, not yet renamed into place",
+    "checkpointed": "the checkpoint is saved, the epoch is not in the database",
+    "recorded": "the epoch's figures are in the database",
+    "evaluated": "the test rows are predicted",
+    "artifact": "the artifact is in the store, not registered in the database",
+    "registered": "the model version and the finished job are committed",
 }
-# Passed now and then, on neither route's straight way.
+# Points that are reached only in some cases.
 OTHER_POINTS = {
-    "baseline": "a baseline is about to be fitted, its name as text",
-    "counted": "a suspect record was counted and is scored alone next",
-    "device": "a batch is about to be run on the device",
-    "starting": "a worker begins to start",
-    "taken": "a Celery message to a training worker was taken from its queue, nothing is kept of it",
-    "accepted": "what such a message asks for is in SQL, Celery has not seen it",
+    "baseline": "a baseline is about to be fitted; its name is the text",
+    "counted": "a suspect record's attempt is counted, it is scored alone next",
+    "device": "a batch is about to run on the device",
+    "starting": "a worker process begins to start",
+    "taken": "a training worker took a Celery message from its queue, nothing is stored",
+    "accepted": "the message's request is in the database, Celery has not received the message",
 }
 POINTS = TWEET_POINTS | JOB_POINTS | OTHER_POINTS
 
@@ -65,11 +64,13 @@ RULE = re.compile(
 
 
 class FailpointReached(RuntimeError):
-    """Raised where a failpoint is armed with `fail`."""
+    """Raised at a failpoint with the action `fail`."""
 
 
 @dataclass
 class Rule:
+    """One parsed failpoint; `passed` counts how often it was reached."""
+
     action: str
     seconds: float
     nth: int | None
@@ -78,18 +79,17 @@ class Rule:
 
 
 _armed: dict[str, Rule] = {}
-_armed_as = ""
 _counting = threading.Lock()
 
 
 def parse(spec: str) -> dict[str, Rule]:
-    """What a setting names; raises `BadConfig` for anything but the form above."""
+    """Parse a setting to name -> rule. Raises `BadConfig` when it does not have the form above."""
     rules = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         found = RULE.fullmatch(part)
         if found is None or found["name"] not in POINTS:
             raise BadConfig(
-                f"{shown(part)} is no failpoint; write NAME=ACTION[@N][~TEXT], ACTION one of kill, stop, fail, full "
+                f"{shown(part)} is not a failpoint; write NAME=ACTION[@N][~TEXT], ACTION one of kill, stop, fail, full "
                 f"and pause:SECONDS, NAME one of {', '.join(POINTS)}"
             )
         rules[found["name"]] = Rule(
@@ -102,24 +102,20 @@ def parse(spec: str) -> dict[str, Rule]:
 
 
 def arm(spec: str) -> None:
-    """Arm what `spec` names in this process and nothing else; an empty one disarms all."""
-    global _armed_as
+    """Activate the failpoints of `spec` in this process and no others. An empty `spec` deactivates all."""
     rules = parse(spec)
     with _counting:
-        _armed_as = spec
         _armed.clear()
         _armed.update(rules)
     if rules:
-        log.warning("failpoints are armed, this process will misbehave: %s", ", ".join(rules))
-
-
-def armed() -> str:
-    """What `arm` was told, for a process that this one starts."""
-    return _armed_as
+        log.warning("failpoints are active, this process will fail on purpose: %s", ", ".join(rules))
 
 
 def passing(name: str, texts: Iterable[str] = ()) -> None:
-    """A process comes by `name`, with `texts` in hand: mostly nothing happens. `texts` are looked at only if armed."""
+    """Mark that the process reaches the failpoint `name`; run its action if it is active.
+
+    `texts` are the texts being processed, for `~TEXT`. They are read only when the failpoint is active.
+    """
     rule = _armed.get(name)
     if rule is None or (rule.text is not None and not any(rule.text in text for text in texts)):
         return

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -15,15 +14,15 @@ from transformers import get_scheduler
 
 from training import failpoint
 from training.batches import cut, pad, shuffled_batches
-from training.board import Board
-from training.checkpoint import Checkpoints, Epoch, Progress, RunState
+from training.board import TensorBoardWriter
+from training.checkpoint import Checkpoints, Progress, RunState
 from training.config import TrainConfig
-from training.data import Split
+from training.dataset import Split
 from training.decide import Floats
+from training.epoch import Epoch
 from training.errors import StopRequested
 from training.evaluate import loss_function, metrics, predict
 from training.model import Classifier, half_precision
-from training.team import ALONE, Team
 
 # Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
@@ -40,7 +39,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What is to be learned and how, as plain values: they can be sent to another process. Rows are token ids."""
+    """What `fit` learns from, as plain values. Rows are lists of token ids."""
 
     train: Split
     valid: Split
@@ -51,14 +50,6 @@ class FitInputs:
     pad_id: int
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Every epoch's figures, and the checkpoint folder's name of the weights that were kept."""
-
-    history: list[Epoch]
-    best: str
-
-
 def fit(
     model: Classifier,
     inputs: FitInputs,
@@ -67,37 +58,32 @@ def fit(
     checkpoints: Checkpoints,
     board_folder: Path,
     hooks: Hooks,
-    team: Team = ALONE,
-) -> Fitted:
-    """Train, leaving the best epoch's weights in `model` (the guide keeps the last; see `as_good`).
+) -> list[Epoch]:
+    """Train on `device`, leaving the best epoch's weights in `model` (the guide keeps the last; see `as_good`).
 
     Goes on from the newest checkpoint when there is one, to the same result as an unbroken run: the order of the
     batches follows from seed and epoch, everything else is in the checkpoint. A `StopRequested` raised by a hook leaves
-    a checkpoint behind. With a `team`, every process of it calls this with the same arguments; checkpoints, board and
-    hooks are the leader's.
+    a checkpoint behind. Returns the figures of every epoch.
     """
     torch.manual_seed(inputs.config.seed)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks, team)
-    leads = loop.team.leads
-    with Board(board_folder, loop.at.step) if leads else nullcontext() as board:
+    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks)
+    with TensorBoardWriter(board_folder, loop.at.step) as board:
         loop.look_up()
         while loop.at.epoch <= inputs.config.epochs and not out_of_patience(loop.at.history, inputs.config):
             started = time.monotonic()
             loop.train(board, started)
             epoch, said = loop.validate(started)
             loop.keep(epoch)
-            if board is not None:
-                board.epoch(loop.at.step, epoch, inputs.valid, said, inputs.labels, inputs.config.task)
-            loop.team.tell(lambda epoch=epoch: hooks.on_epoch(epoch))  # type: ignore[misc]
-        best = loop.end()
+            board.epoch(loop.at.step, epoch, inputs.valid, said, inputs.labels, inputs.config.task)
+            hooks.on_epoch(epoch)
+        loop.end()
         model.eval()
-        if board is not None:
-            board.graph(model, inputs.train_rows[0], inputs.pad_id, device)
-            board.hparams(inputs.config, [figures for figures in loop.at.history if figures["kept"]][-1])
-    return Fitted([Epoch(**figures) for figures in loop.at.history], best)  # type: ignore[arg-type]
+        board.graph(model, inputs.train_rows[0], inputs.pad_id, device)
+        board.hparams(inputs.config, [figures for figures in loop.at.history if figures["kept"]][-1])
+    return [Epoch(**figures) for figures in loop.at.history]  # type: ignore[arg-type]
 
 
 class _Loop:
@@ -110,23 +96,19 @@ class _Loop:
         device: torch.device,
         checkpoints: Checkpoints,
         hooks: Hooks,
-        team: Team,
     ) -> None:
-        self.inputs, self.config, self.device, self.team = inputs, inputs.config, device, team
+        self.inputs, self.config, self.device = inputs, inputs.config, device
         self.checkpoints, self.hooks = checkpoints, hooks
         self.lengths = [len(row) for row in inputs.train_rows]
         self.targets = torch.from_numpy(inputs.train.targets)
         # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
         steps_per_epoch = len(_steps(self.lengths, self.config, epoch=0))
         self.total_steps = steps_per_epoch * self.config.epochs
-        self.network = team.wrap(model)
         optimizer = build_optimizer(model, self.config)
         self.run = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
         checkpoints.restore(self.run)
-        self.at = at = self.run.progress
-        if int(team.sum(torch.tensor(at.step))) != at.step * team.size:
-            raise RuntimeError("the processes that train together did not begin from the same checkpoint")
-        team.tell(lambda: hooks.on_resume(at))
+        self.at = self.run.progress
+        hooks.on_resume(self.at)
         self.loss_of = loss_function(self.config, inputs.train.targets).to(device)
         # The weights stay float32; what is computed is bfloat16 where that is as good and faster.
         half = half_precision(device, self.config.precision)
@@ -134,21 +116,18 @@ class _Loop:
 
     def look_up(self, loss: float | None = None, samples_per_second: float | None = None) -> None:
         """Between steps and between batches of a validation: whether to go on."""
-        at = self.at
         try:
-            self.team.tell(lambda: self.hooks.on_step(at.step, self.total_steps, loss, samples_per_second))
+            self.hooks.on_step(self.at.step, self.total_steps, loss, samples_per_second)
         except StopRequested:
-            if self.team.leads:
-                self.checkpoints.save(self.run)
+            self.checkpoints.save(self.run)
             raise
 
-    def train(self, board: Board | None, started: float) -> None:
+    def train(self, board: TensorBoardWriter, started: float) -> None:
         """The rest of an epoch's steps; `started` by `time.monotonic`."""
         at, trained = self.at, 0
         self.run.model.train()
         for batches in _steps(self.lengths, self.config, at.epoch)[at.batch :]:
             rows = sum(map(len, batches))
-            self.team.begin_step(self.config.seed, at.step)
             value = self._backward(batches, rows)
             if self.config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.max_grad_norm)
@@ -160,31 +139,22 @@ class _Loop:
             at.batch += 1
             at.step += 1
             trained += rows
-            if board is not None:
-                board.step(at.step, value, at.learning_rate)
+            board.step(at.step, value, at.learning_rate)
             failpoint.passing("stepped")
             self.look_up(value, trained / (time.monotonic() - started))
 
     def _backward(self, batches: list[list[int]], rows_of_step: int) -> float:
-        """The gradient of one step and its loss, the mean over the step's rows, of which this process takes a share."""
-        pieces = [
-            (piece, weight)
-            for mine, weight in map(self.team.share, batches)
-            for piece in _pieces(mine, self.lengths, self.config, self.device)
-        ]
-        value = torch.zeros((), dtype=torch.float64)
-        for number, (index, weight) in enumerate(pieces, 1):
+        """The gradient of one step and its loss, the mean over the step's rows."""
+        value = 0.0
+        for index in (piece for batch in batches for piece in _pieces(batch, self.lengths, self.config, self.device)):
             ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
-            with nullcontext() if number == len(pieces) else self.team.unsynced(self.network):
-                with self.autocast:
-                    logits = self.network(ids.to(self.device), mask.to(self.device))
-                # Each row weighs the same, in whichever of the step's batches it stands.
-                loss = self.loss_of(logits.float(), self.targets[index].to(self.device))
-                loss = loss * (weight * len(index) / rows_of_step)
-                # What several processes find is averaged, and is to be the sum.
-                (loss * self.team.size).backward()
+            with self.autocast:
+                logits = self.run.model(ids.to(self.device), mask.to(self.device))
+            # Each row weighs the same, in whichever of the step's batches it stands.
+            loss = self.loss_of(logits.float(), self.targets[index].to(self.device)) * (len(index) / rows_of_step)
+            loss.backward()
             value += loss.item()
-        return float(self.team.sum(value))
+        return value
 
     def validate(self, started: float) -> tuple[Epoch, Floats]:
         """The epoch's figures and what is said of the validation rows (N, K)."""
@@ -199,7 +169,6 @@ class _Loop:
                 inputs.pad_id,
                 self.device,
                 self.look_up,
-                self.team,
             )
         figures = metrics(inputs.valid.targets, scored.probabilities, inputs.labels, config.task)
         failpoint.passing("validated")
@@ -214,7 +183,7 @@ class _Loop:
             time.monotonic() - started,
             as_good(figures["f1_macro", ""], best, len(inputs.valid)),
         )
-        return self.team.tell(lambda: epoch), scored.probabilities  # by the leader's clock and rounding
+        return epoch, scored.probabilities
 
     def keep(self, epoch: Epoch) -> None:
         """Weights, if they are the best so far, and a checkpoint from which the next epoch begins."""
@@ -222,21 +191,20 @@ class _Loop:
         at.best_f1_macro = max(at.best_f1_macro, epoch.valid_f1_macro)
         at.history.append(asdict(epoch))
         if epoch.kept:
-            at.best = self.team.tell(lambda: self.checkpoints.save_best(at.epoch, self.run.model))
+            at.best = self.checkpoints.save_best(at.epoch, self.run.model)
             failpoint.passing("best")
         at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
-        self.team.tell(lambda: self.checkpoints.save(self.run))
+        self.checkpoints.save(self.run)
         failpoint.passing("checkpointed")
 
-    def end(self) -> str:
-        """Load the best weights; returns their name."""
+    def end(self) -> None:
+        """Load the best weights."""
         at = self.at
         if at.epoch <= self.config.epochs:  # stopped early: no more steps are to come
-            self.team.tell(lambda: self.hooks.on_step(at.step, at.step, None, None))
+            self.hooks.on_step(at.step, at.step, None, None)
         assert at.best is not None  # noqa: S101 - the first epoch is better than none
         self.run.optimizer.state.clear()  # twice the weights, and the best weights come beside the last
         self.checkpoints.load_best(at.best, self.run.model)
-        return at.best
 
 
 def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""What a job is made from, wherever it was put: its dataset and, if that is no hub's, its base model."""
+"""Inputs of a job: copy its dataset and local base model into the input store, and fetch them for training."""
 
 import os
 import shutil
@@ -8,21 +8,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from db.errors import plain
-from training.data import find_dataset
-from training.encoders import Encoder, resolve_encoder
+from training.dataset import find_dataset
+from training.encoders import BaseModelFolder, resolve_base_model
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
 from training.paths import file_sha256
 from training.sealed import seal
-from training.sources import ending_of
 from training.storage import Store, is_remote
+from training.table_file import ending_of
 
-ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
+BASE_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin")
 DIGEST_CHARS = 16
-ENCODERS = "encoders"
+BASE_MODELS_FOLDER = "encoders"
 
 
-def keep_dataset(store: Store, path: Path) -> str:
-    """A copy of a dataset in the store, under its digest. Returns the path or URL a job names it by."""
+def store_dataset(store: Store, path: Path) -> str:
+    """Copy a dataset into the store, named by its digest. Returns the path or URL to put into the job."""
     name = f"{file_sha256(path)[:DIGEST_CHARS]}{ending_of(path)}"
     if store.remote is not None:
         store.remote.upload_file(path, name)
@@ -37,10 +37,11 @@ def keep_dataset(store: Store, path: Path) -> str:
 
 
 @contextmanager
-def dataset_at_hand(name: str, sha256: str | None, store: Store, roots: Sequence[Path]) -> Iterator[Path]:
-    """The dataset of a job, as a file of this machine.
+def fetched_dataset(name: str, sha256: str | None, store: Store, roots: Sequence[Path]) -> Iterator[Path]:
+    """Provide a job's dataset as a local file until the block ends.
 
-    Raises `BadDataset` when it lies neither in the store nor below `roots`, or is not the one that was submitted.
+    Raises `BadDataset` when it is neither in the store nor below `roots`, or its sha256 is not that of the submitted
+    file, and `StoreUnavailable`.
     """
     if store.remote is not None and sha256 is not None and is_remote(name):
         with ExitStack() as held:
@@ -56,17 +57,17 @@ def dataset_at_hand(name: str, sha256: str | None, store: Store, roots: Sequence
     yield path
 
 
-def keep_encoder(store: Store, folder: Path) -> str:
-    """A copy of a local base model in the store, under its digest. Returns the path or URL a job names it by."""
-    place = None if store.remote else store.folder / ENCODERS
-    if place is not None:  # drafted beside its place, so that it is copied once
+def store_base_model(store: Store, folder: Path) -> str:
+    """Copy a local base model into the store, named by its digest. Returns the path or URL to put into the job."""
+    place = None if store.remote else store.folder / BASE_MODELS_FOLDER
+    if place is not None:  # the draft is on the same file system, so the last step is a rename instead of a copy
         place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tweetscore-", dir=place) as drafts:
         draft, sealed = Path(drafts) / "draft", Path(drafts) / folder.name
         draft.mkdir()
-        for path in {path for pattern in ENCODER_FILES for path in folder.glob(pattern)}:
+        for path in {path for pattern in BASE_MODEL_FILES for path in folder.glob(pattern)}:
             shutil.copyfile(path, draft / path.name)
-        name = f"{ENCODERS}/{folder.name}-{seal(draft, sealed)}"
+        name = f"{BASE_MODELS_FOLDER}/{folder.name}-{seal(draft, sealed)}"
         if store.remote is not None:
             if not store.remote.has(name):
                 store.remote.upload(sealed, name)
@@ -77,15 +78,19 @@ def keep_encoder(store: Store, folder: Path) -> str:
 
 
 @contextmanager
-def encoder_at_hand(name: str, revision: str | None, store: Store, roots: Sequence[Path]) -> Iterator[Encoder]:
-    """The base model of a job on this machine's disk. Raises `ModelUnavailable`, or `StoreAway` when its store does
-    not answer."""
+def fetched_base_model(
+    name: str, revision: str | None, store: Store, roots: Sequence[Path]
+) -> Iterator[BaseModelFolder]:
+    """Provide a job's base model as a local folder until the block ends.
+
+    Raises `ModelUnavailable`, and `StoreUnavailable` when the store does not answer.
+    """
     if store.remote is None or not is_remote(name):
-        yield resolve_encoder(name, revision, roots)
+        yield resolve_base_model(name, revision, roots)
         return
     with ExitStack() as held:
-        try:  # of the fetch alone: a damaged checkpoint, met while the encoder is held, is none of its faults
+        try:  # only around the fetch: a `BadArtifact` raised inside the caller's block is not about the base model
             folder = held.enter_context(store.fetched(name, name.rpartition("-")[2]))
         except BadArtifact as error:
             raise ModelUnavailable(f"base model: {error}") from error
-        yield Encoder(name, folder)
+        yield BaseModelFolder(name, folder)

@@ -21,26 +21,26 @@ from training import excuses, failpoint
 from training.artifact import make_reference, make_spec
 from training.baselines import baselines
 from training.calibrate import fit_temperature
-from training.checkpoint import Checkpoints, Epoch, Progress
+from training.checkpoint import Checkpoints, Progress
 from training.config import make_config
-from training.data import Split, read_rows, split_rows
+from training.dataset import Split, read_rows, split_rows
 from training.decide import Floats
 from training.devices import pick_device
-from training.encoders import present_name
-from training.errors import Cancelled, StopRequested, StoreAway, TeamBroken
+from training.encoders import current_hub_name
+from training.epoch import Epoch
+from training.errors import Cancelled, StopRequested, StoreUnavailable
 from training.evaluate import model_figures, predict
-from training.fit import FitInputs, Hooks
-from training.inputs import dataset_at_hand, encoder_at_hand
-from training.launch import fit_on
-from training.lease import Lease, losses
+from training.fit import FitInputs, Hooks, fit
+from training.inputs import fetched_base_model, fetched_dataset
+from training.lease import Lease, lease_losses
 from training.model import build_model
-from training.orphans import clear_orphans
-from training.outcome import Outcome
+from training.orphans import remove_unregistered_artifacts
+from training.outcome import TrainingResult
 from training.paths import file_sha256
-from training.patience import cause, patiently
+from training.patience import driver_message, retry_while_database_away
 from training.register import register_model
 from training.text import TextEncoder, load_tokenizer
-from training.workshop import Workshop
+from training.workshop import TrainingContext
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 
 
-def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: threading.Event) -> int | None:
+def run_next_job(database: Database, workshop: TrainingContext, owner: str, stopping: threading.Event) -> int | None:
     """Claim and work one job to its end. Returns its id, None when there was none to claim or nobody to ask."""
     try:
-        excuses.settle_all(database, workshop.jobs_folder)
+        excuses.apply_clean_stops(database, workshop.jobs_folder)
         job = _claim(database, workshop, owner, stopping)
     except StopRequested:
         return None
     except SQLAlchemyError as error:
         if not is_away(error):
             raise
-        log.warning("no job can be claimed, the database does not answer: %s", cause(error))
+        log.warning("no job can be claimed, the database does not answer: %s", driver_message(error))
         return None
     if job is None:
         return None
@@ -67,7 +67,7 @@ def run_next_job(database: Database, workshop: Workshop, owner: str, stopping: t
         return _run(database, workshop, job, stopping)
 
 
-def _claim(database: Database, workshop: Workshop, owner: str, stopping: threading.Event) -> TrainingJob | None:
+def _claim(database: Database, workshop: TrainingContext, owner: str, stopping: threading.Event) -> TrainingJob | None:
     job: TrainingJob | None = None
     try:
         with database.begin() as session:
@@ -83,9 +83,9 @@ def _claim(database: Database, workshop: Workshop, owner: str, stopping: threadi
     # The answer to the commit was lost. A claim that was made and that nobody knows of would count as a death.
     claimed = job
     try:
-        with_row = patiently(lambda: _holds(database, claimed), stopping)
+        with_row = retry_while_database_away(lambda: _holds(database, claimed), stopping)
     except StopRequested:
-        excuses.leave(workshop.jobs_folder, claimed)
+        excuses.record_clean_stop(workshop.jobs_folder, claimed)
         raise
     return claimed if with_row else None
 
@@ -95,7 +95,7 @@ def _holds(database: Database, job: TrainingJob) -> bool:
         return jobs.holds(session, job.id, job.fencing_token)
 
 
-def _run(database: Database, workshop: Workshop, job: TrainingJob, stopping: threading.Event) -> int:
+def _run(database: Database, workshop: TrainingContext, job: TrainingJob, stopping: threading.Event) -> int:
     log.info("job %d: claimed by %s, start %d", job.id, job.lease_owner, job.attempts)
     failpoint.passing("claimed")
     with Lease(database, job.id, job.fencing_token, workshop.lease_seconds, stopping) as lease:
@@ -109,11 +109,11 @@ def _run(database: Database, workshop: Workshop, job: TrainingJob, stopping: thr
     if ended in ("succeeded", "cancelled"):  # one that failed may be retried, and goes on from its checkpoint
         _checkpoints(workshop, job).clear()
     if ended in ("failed", "cancelled"):
-        clear_orphans(database, workshop.model_store, job.id)
+        remove_unregistered_artifacts(database, workshop.model_store, job.id)
     return job.id
 
 
-def _work_to_its_end(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease) -> str | None:
+def _work_to_its_end(database: Database, workshop: TrainingContext, job: TrainingJob, lease: Lease) -> str | None:
     """The state the job ended in, None where it goes on later or elsewhere. Raises `StopRequested`."""
     try:
         with ExitStack() as at_hand:
@@ -123,22 +123,18 @@ def _work_to_its_end(database: Database, workshop: Workshop, job: TrainingJob, l
     except StopRequested:
         raise
     except LeaseLost as error:
-        losses.inc()
+        lease_losses.inc()
         log.warning("%s", error)
-        if lease.doubted.is_set():  # it lapsed since no renewal could be written, and this worker is alive
+        if lease.outage_since_renewal.is_set():  # it lapsed since no renewal could be written, and this worker is alive
             _give_back(database, job, lease)
-    except TeamBroken as error:
-        # A death, of a process that trained here. The lease lapses, and whoever claims the job goes on from its
-        # checkpoint; begun too often this way, the job fails.
-        log.warning("job %d: left to its lease: %s", job.id, error)
     except SchemaMismatch as error:
         # An upgrade that this release cannot work with: nothing may be written, and this start was no death.
-        excuses.leave(workshop.jobs_folder, job)
+        excuses.record_clean_stop(workshop.jobs_folder, job)
         log.warning("job %d: left to its lease: %s", job.id, error)
     except Cancelled:
         return _finish(database, lease, "cancelled", None)
     except Exception as error:
-        if isinstance(error, StoreAway) or is_away(error):
+        if isinstance(error, StoreUnavailable) or is_away(error):
             _wait_outside(database, workshop, job, lease, error)
             return None
         if not isinstance(error, TweetscoreError):
@@ -148,12 +144,14 @@ def _work_to_its_end(database: Database, workshop: Workshop, job: TrainingJob, l
     return None
 
 
-def _wait_outside(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, error: Exception) -> None:
+def _wait_outside(
+    database: Database, workshop: TrainingContext, job: TrainingJob, lease: Lease, error: Exception
+) -> None:
     """Give a job back for want of a store: other jobs may need none, and this one is not claimed for a while."""
     workshop.outages[job.id] += 1
     pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (workshop.outages[job.id] - 1), LONGEST_PAUSE_SECONDS)
     log.warning("job %d: goes back to the queue for %g s: %s", job.id, pause, error)
-    says = str(error) if isinstance(error, StoreAway) else "the database did not answer"
+    says = str(error) if isinstance(error, StoreUnavailable) else "the database did not answer"
     _give_back(database, job, lease, f"waiting: {says}", pause)
 
 
@@ -168,17 +166,17 @@ def _give_back(
         with database.begin() as session:
             token, started_at = job.fencing_token, job.started_at
             # After a commit whose answer was lost the other worker's row may be without this start already.
-            excuses.give_back(session, job.id, token, started_at, says, pause_seconds, excuse=not sent)
+            excuses.release_job(session, job.id, token, started_at, says, pause_seconds, uncount_start=not sent)
             sent = True
 
-    lease.patiently(once)
+    lease.retry_while_database_away(once)
 
 
-def _stop(database: Database, workshop: Workshop, job: TrainingJob) -> None:
+def _stop(database: Database, workshop: TrainingContext, job: TrainingJob) -> None:
     """This worker must end: give the job back, or leave word that it ended in order."""
-    left = excuses.leave(workshop.jobs_folder, job)
+    left = excuses.record_clean_stop(workshop.jobs_folder, job)
     try:
-        if excuses.settle(database, left):
+        if excuses.apply_clean_stop(database, left):
             log.info("job %d: given back to the queue at its checkpoint", job.id)
     except SQLAlchemyError as error:
         if not is_away(error):
@@ -188,26 +186,26 @@ def _stop(database: Database, workshop: Workshop, job: TrainingJob) -> None:
         log.warning("job %d: left to its lease: %s", job.id, error)
 
 
-def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease, at_hand: ExitStack) -> int:
+def _work(database: Database, workshop: TrainingContext, job: TrainingJob, lease: Lease, at_hand: ExitStack) -> int:
     config = make_config("guide", **job.config)
 
     store, roots = workshop.input_store, workshop.read_roots
-    with dataset_at_hand(job.dataset, job.dataset_sha256, store, roots) as dataset:
+    with fetched_dataset(job.dataset, job.dataset_sha256, store, roots) as dataset:
         data, sha256 = split_rows(read_rows(dataset), config), file_sha256(dataset)
     record_data = partial(jobs.record_data, job_id=job.id, token=lease.token, sha256=sha256)
     lease.record(partial(record_data, report=dict(data.report)))
     failpoint.passing("split")
     lease.check()
 
-    pinned = lease.patiently(lambda: _pinned(database, config.base_model))
-    encoder = at_hand.enter_context(encoder_at_hand(config.base_model, config.base_revision or pinned, store, roots))
+    pinned = lease.retry_while_database_away(lambda: _pinned(database, config.base_model))
+    encoder = at_hand.enter_context(fetched_base_model(config.base_model, config.base_revision or pinned, store, roots))
     tokenizer = load_tokenizer(encoder.folder)
     encode = TextEncoder(tokenizer)
     rows = {
         part: encode(split.texts, config.max_length)
         for part, split in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    device = pick_device(workshop.devices[0])
+    device = pick_device(workshop.device)
     model = build_model(encoder, len(data.labels), config)
     config = model.config  # its pooling settled for this encoder
     lease.check()
@@ -215,10 +213,10 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
     inputs = FitInputs(
         data.train, data.valid, rows["train"], rows["valid"], data.labels, config, tokenizer.pad_token_id
     )
-    fitted = fit_on(
-        workshop.devices,
+    history = fit(
         model,
         inputs,
+        device=device,
         checkpoints=at_hand.enter_context(_checkpoints(workshop, job)),
         board_folder=workshop.boards_folder / f"job-{job.id}",
         hooks=_hooks(lease),
@@ -242,16 +240,18 @@ def _work(database: Database, workshop: Workshop, job: TrainingJob, lease: Lease
 
     spec = make_spec(data.labels, config, encoder, tokenizer, temperature)
     reference = make_reference(rows["valid"], valid)
-    outcome = Outcome(job.id, lease.token, spec, dataset.name, sha256, data, fitted.history, figures, tested)
-    return register_model(database, workshop.model_store, model, tokenizer, reference, outcome, lease.patiently)
+    result = TrainingResult(job.id, lease.token, spec, dataset.name, sha256, data, history, figures, tested)
+    return register_model(
+        database, workshop.model_store, model, tokenizer, reference, result, lease.retry_while_database_away
+    )
 
 
 def _pinned(database: Database, base_model: str) -> str | None:
     with database.read() as session:
-        return registry.revision_used(session, present_name(base_model))
+        return registry.revision_used(session, current_hub_name(base_model))
 
 
-def _checkpoints(workshop: Workshop, job: TrainingJob) -> Checkpoints:
+def _checkpoints(workshop: TrainingContext, job: TrainingJob) -> Checkpoints:
     return Checkpoints(workshop.jobs_folder / str(job.id), job.fencing_token, workshop.checkpoint_store)
 
 
@@ -294,10 +294,12 @@ def _finish(database: Database, lease: Lease, state: str, error: str | None) -> 
             jobs.finish(session, lease.job_id, lease.token, state, error)
 
     try:
-        lease.patiently(once)
+        lease.retry_while_database_away(once)
     except LeaseLost as lost:
-        if not lease.patiently(lambda: _is_in(database, lease, state)):  # else the answer to the commit was lost
-            losses.inc()
+        if not lease.retry_while_database_away(
+            lambda: _is_in(database, lease, state)
+        ):  # else the answer to the commit was lost
+            lease_losses.inc()
             log.warning("%s", lost)
             return None
     # Why it failed stands in its row alone: an error may quote the dataset.

@@ -1,4 +1,4 @@
-"""Holding a job: a heartbeat in its own thread, progress under the fencing token, and the three reasons to stop."""
+"""The lease of a job: a heartbeat thread, progress written under the fencing token, and checks for reasons to stop."""
 
 import logging
 import threading
@@ -16,24 +16,25 @@ from db import jobs
 from db.errors import LeaseLost, SchemaMismatch
 from db.session import Database, is_away
 from training.errors import Cancelled, StopRequested
-from training.patience import Value, patiently
+from training.patience import Value, retry_while_database_away
 
 log = logging.getLogger(__name__)
 
-losses = Counter("tweetscore_lease_losses", "jobs this worker held that another took over")
+lease_losses = Counter("tweetscore_lease_losses", "jobs of this worker that another worker took over")
 
-# Progress is written, and cancellation looked for, at most this often: often enough to watch, too seldom to cost.
+# Minimum interval between writes of progress, which also read whether the job is cancelled.
 PROGRESS_SECONDS = 0.5
-# While the database is away the heartbeat looks for it at least this often.
+# Maximum interval between attempts of the heartbeat while the database is unavailable.
 AWAY_SECONDS = 2.0
 
 
 class Lease:
-    """One claimed job. The heartbeat renews every third of `lease_seconds`; `check` raises in the working thread.
+    """The lease of a claimed job. The heartbeat renews it every `lease_seconds` / 3.
 
-    A database that is away stops nothing: what is recorded meanwhile is written when it answers, and the lease is lost
-    only when somebody claimed it. `doubted` is set while a takeover may be the outage's doing: it was away since the
-    last renewal.
+    Call `check` often in the training thread; it raises when the work should end. Training continues while the database
+    is unavailable: writes are queued until it answers. The lease is lost only when another worker claims
+    the job. `away` is set while the database is unavailable, `outage_since_renewal` when it was unavailable after the
+    last renewal, so that a takeover may be due to the outage.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Lease:
         self._lost = threading.Event()
         self._done = threading.Event()
         self.away = threading.Event()
-        self.doubted = threading.Event()
+        self.outage_since_renewal = threading.Event()
         self._unwritten: list[Callable[[Session], object]] = []
         self._writing = threading.Lock()
         self._wrote_at = 0.0
@@ -67,7 +68,7 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises `LeaseLost`, `Cancelled` or `StopRequested` when the work should end here."""
+        """Raise `LeaseLost`, `Cancelled` or `StopRequested` when the work should end; else return."""
         if self._lost.is_set():
             raise LeaseLost(f"job {self.job_id} was taken over by another worker; this one stops")
         if self._cancelled.is_set():
@@ -76,8 +77,11 @@ class Lease:
             raise StopRequested
 
     def step(self, step: int, total_steps: int, loss: float | None, samples_per_second: float | None = None) -> None:
-        """Note how far the run is, then `check`. Most calls only look at the clock; the last step, and another number
-        of steps to come, are always noted."""
+        """Record the progress, then `check`.
+
+        Writes at most every `PROGRESS_SECONDS`. The last step and a change of `total_steps` are always written. `loss`
+        is the mean over the step's rows.
+        """
         now = time.monotonic()
         due = (step == total_steps and loss is not None) or total_steps != self._total_steps
         self._rate = samples_per_second or self._rate
@@ -87,27 +91,32 @@ class Lease:
         self.check()
 
     def record(self, write: Callable[[Session], object]) -> None:
-        """Write something of the job in a transaction, after what was recorded before: now, or when a database that is
-        away answers. It may be written twice. Raises `LeaseLost`."""
+        """Run `write` in a transaction after all earlier writes: now, or when the database answers again.
+
+        `write` must be idempotent, since it runs again when the answer to a commit is lost. Raises `LeaseLost`.
+        """
         self._unwritten.append(write)
         if self.away.is_set():
             return
         try:
-            self._write_or_forget()
+            self._write_or_discard()
         except SQLAlchemyError as error:
             if not is_away(error):
                 raise
-            self._lost_touch("progress", error)
+            self._note_failure("progress", error)
 
-    def patiently(self, do: Callable[[], Value]) -> Value:
-        """What `do` returns, once the database answers and has all that was recorded; see `patience.patiently`."""
+    def retry_while_database_away(self, do: Callable[[], Value]) -> Value:
+        """Run all queued writes, then return `do()`; retry both while the database is unavailable.
 
-        def after_the_rest() -> Value:
-            if not self._lost.is_set():  # else nothing of it may be written any more
-                self._write_or_forget()
+        Raises `StopRequested`; see `patience.retry_while_database_away`.
+        """
+
+        def write_then_do() -> Value:
+            if not self._lost.is_set():  # after a takeover the fencing token rejects the queued writes
+                self._write_or_discard()
             return do()
 
-        return patiently(after_the_rest, self._stopping)
+        return retry_while_database_away(write_then_do, self._stopping)
 
     def _note(self, step: int, total_steps: int, loss: float | None, rate: float | None, session: Session) -> None:
         if jobs.record_step(session, self.job_id, self.token, step, total_steps, loss, rate):
@@ -122,8 +131,8 @@ class Lease:
                         write(session)
                 del self._unwritten[: len(writes)]
 
-    def _write_or_forget(self) -> None:
-        """As `_write`; what the database will never take is raised once and not tried again."""
+    def _write_or_discard(self) -> None:
+        """Like `_write`, but discard the queue after an error that retrying cannot resolve."""
         try:
             self._write()
         except Exception as error:
@@ -131,28 +140,28 @@ class Lease:
                 self._unwritten.clear()
             raise
 
-    def _lost_touch(self, what: str, error: Exception) -> None:
+    def _note_failure(self, what: str, error: Exception) -> None:
         if is_away(error):
             self.away.set()
-            self.doubted.set()
+            self.outage_since_renewal.set()
         log.warning("job %d: the %s could not be written, trying again: %s", self.job_id, what, error)
 
     def _beat(self) -> None:
-        usual = self._lease_seconds / 3
-        due = time.monotonic() + usual
-        while not self._done.wait(min(usual, AWAY_SECONDS)):
+        interval = self._lease_seconds / 3
+        due = time.monotonic() + interval
+        while not self._done.wait(min(interval, AWAY_SECONDS)):
             if time.monotonic() < due and not self.away.is_set():
                 continue
-            due = time.monotonic() + usual
+            due = time.monotonic() + interval
             try:
                 with self._database.begin() as session:
                     if jobs.renew_lease(session, self.job_id, self.token, self._lease_seconds):
                         self._cancelled.set()
                 self.away.clear()
-                self.doubted.clear()
+                self.outage_since_renewal.clear()
                 self._write()
             except LeaseLost:
                 self._lost.set()
                 return
             except (SQLAlchemyError, SchemaMismatch) as error:
-                self._lost_touch("heartbeat", error)
+                self._note_failure("heartbeat", error)

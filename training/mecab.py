@@ -1,8 +1,8 @@
-"""The ids of `BertJapaneseTokenizer`, several times faster: words by MeCab, pieces by the Rust WordPiece.
+"""A faster `BertJapaneseTokenizer`: words from MeCab, word pieces from the Rust WordPiece of `tokenizers`.
 
-The slow one builds a Python object for every word and searches the vocabulary piece by piece. Here MeCab writes a whole
-text's words at once, and each distinct word is cut into pieces once, then looked up. Equal on every text, which the
-tests prove; what it does not know (other word tokenizers, lower-casing) it leaves to the slow one.
+`BertJapaneseTokenizer` builds a Python object for every word and searches the vocabulary piece by piece. This encoder
+gets all words of a text from one MeCab call and caches the pieces of each word. The ids are identical, which the tests
+check. Tokenizers with other settings (other word tokenizers, lower-casing) use the original implementation.
 """
 
 import unicodedata
@@ -14,27 +14,27 @@ import fugashi
 from tokenizers import Tokenizer, models
 from transformers import BertJapaneseTokenizer, PreTrainedTokenizerBase
 
-# A word costs about 200 bytes here; a language's running text has some hundred thousand different ones.
+# About 200 bytes a word. Running Japanese text has a few hundred thousand distinct words.
 WORDS_REMEMBERED = 200_000
-LONGEST_WORD_CHARS = 100  # BERT's own limit: a longer word is one unknown piece
+LONGEST_WORD_CHARS = 100  # BERT's limit: a longer word becomes one unknown token
 
 
-class FastJapanese:
-    """Encodes whole windows. Not for several threads at once: a MeCab tagger has one state."""
+class FastJapaneseEncoder:
+    """Encode texts with MeCab and WordPiece (or characters). Not thread-safe: a MeCab tagger has state."""
 
     def __init__(self, tokenizer: BertJapaneseTokenizer) -> None:
         tagger = fugashi.GenericTagger(f"{_mecab_options(tokenizer)} -Owakati")
         if tokenizer.subword_tokenizer_type == "character":
-            # Every character counts, and a written-out text loses white space at its end.
+            # Every character becomes a token, and MeCab's text output drops trailing white space.
             self._words: Callable[[str], list[str]] = lambda text: [node.surface for node in tagger(text)]
         else:
-            # WordPiece drops whatever white space MeCab leaves in a word, and so does split.
+            # WordPiece drops white space inside a word, so `split` gives the same pieces.
             self._words = lambda text: tagger.parse(text).split()
-        self._pieces = Pieces(_cutter(tokenizer))
+        self._pieces = WordPieceCache(_word_splitter(tokenizer))
         self._cls, self._sep = int(tokenizer.cls_token_id), int(tokenizer.sep_token_id)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids with their special tokens, cut to `max_length`, not padded."""
+        """Return token ids with special tokens, truncated to `max_length` tokens, not padded."""
         words_of, normalise, ids_of = self._words, unicodedata.normalize, self._pieces.__getitem__
         rows = []
         for text in texts:
@@ -46,25 +46,26 @@ class FastJapanese:
         return rows
 
 
-class Pieces(dict[str, list[int]]):
-    """Word -> ids, each word cut once."""
+class WordPieceCache(dict[str, list[int]]):
+    """Word -> token ids; a missing word is split into pieces and stored."""
 
-    def __init__(self, cut: Callable[[str], list[int]]) -> None:
+    def __init__(self, split: Callable[[str], list[int]]) -> None:
         super().__init__()
-        self._cut = cut
+        self._split = split
 
     def __missing__(self, word: str) -> list[int]:
-        self[word] = ids = self._cut(word)
+        self[word] = ids = self._split(word)
         return ids
 
     def shrink(self) -> None:
+        """Empty the cache when it holds more than `WORDS_REMEMBERED` words."""
         if len(self) > WORDS_REMEMBERED:
             self.clear()
 
 
-def fast_encoder(tokenizer: PreTrainedTokenizerBase) -> FastJapanese | None:
-    """The fast way for a tokenizer, None where there is none."""
-    known = (
+def fast_encoder(tokenizer: PreTrainedTokenizerBase) -> FastJapaneseEncoder | None:
+    """Return a `FastJapaneseEncoder` for a tokenizer, or None when it has settings that encoder does not support."""
+    supported = (
         isinstance(tokenizer, BertJapaneseTokenizer)
         and tokenizer.word_tokenizer_type == "mecab"
         and tokenizer.subword_tokenizer_type in ("wordpiece", "character")
@@ -74,10 +75,11 @@ def fast_encoder(tokenizer: PreTrainedTokenizerBase) -> FastJapanese | None:
         and tokenizer.split_special_tokens
         and (tokenizer.mecab_kwargs or {}).get("normalize_text", True)
     )
-    return FastJapanese(tokenizer) if known else None
+    return FastJapaneseEncoder(tokenizer) if supported else None
 
 
-def _cutter(tokenizer: BertJapaneseTokenizer) -> Callable[[str], list[int]]:
+def _word_splitter(tokenizer: BertJapaneseTokenizer) -> Callable[[str], list[int]]:
+    """Return a function that splits one word into token ids."""
     unknown = tokenizer.unk_token_id
     if tokenizer.subword_tokenizer_type == "character":
         vocab: dict[str, int] = tokenizer.vocab
@@ -90,7 +92,7 @@ def _cutter(tokenizer: BertJapaneseTokenizer) -> Callable[[str], list[int]]:
 
 
 def _mecab_options(tokenizer: BertJapaneseTokenizer) -> str:
-    """MeCab's command line, as `MecabTokenizer` writes it from the same settings."""
+    """Return MeCab's command-line options, built as `MecabTokenizer` of transformers builds them."""
     import importlib
     from pathlib import Path
 

@@ -1,76 +1,77 @@
-"""A run's checkpoints in a remote store: a folder of this machine, followed there and fetched from there."""
+"""Mirror a run's checkpoint folder to a remote store, and fetch newer checkpoints from it."""
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from training.errors import BadArtifact, StoreAway
-from training.storage import Remote, Store
+from training.errors import BadArtifact, StoreUnavailable
+from training.storage import RemoteStore, Store
 
 log = logging.getLogger(__name__)
 
 
-class Mirror:
-    """What `folder` holds, at STORE/NAME-OF-FOLDER, in a thread of its own: training does not wait for a network.
+class CheckpointMirror:
+    """Mirrors `folder` to STORE/FOLDER-NAME in a background thread, so that training does not wait for the network.
 
-    A store that is away costs what another machine could go on from, never the run.
+    When the store is unavailable, training continues, and other machines cannot resume from the latest checkpoint.
     """
 
     def __init__(self, folder: Path, writer: int, store: Store) -> None:
         self._folder = folder
         self._writer = writer
-        self._remote = Remote(store.url_of(folder.name))
-        self._thread = ThreadPoolExecutor(1, "mirror")
+        self._remote = RemoteStore(store.url_of(folder.name))
+        self._thread = ThreadPoolExecutor(1, "checkpoint-mirror")
         self._last: Future[None] | None = None
 
-    def follow(self) -> None:
-        """Bring the store to what the folder holds now, soon. At most one such wish waits behind the one at work."""
+    def schedule(self) -> None:
+        """Schedule a synchronisation of the store with the folder. At most one waits behind the one in progress."""
         if self._last is not None:
-            self._last.cancel()  # it had not begun, and the next does what it would have done
-        self._last = self._thread.submit(self._follow)
+            self._last.cancel()  # has no effect once it runs; the next one covers its work
+        self._last = self._thread.submit(self._synchronise)
 
     def fetch(self) -> None:
-        """Bring what another machine left into the folder, if it is newer than what lies here."""
+        """Download the store's checkpoints when its newest is newer than the newest in the folder."""
         try:
-            there = self._remote.names()
-            newest = max(self._here("step-"), default="")
-            if not any(name.startswith("step-") and name > newest for name in there):
+            stored = self._remote.names()
+            newest = max(self._local("step-"), default="")
+            if not any(name.startswith("step-") and name > newest for name in stored):
                 return
-            for name in sorted(set(there) - set(self._here(""))):
+            for name in sorted(set(stored) - set(self._local(""))):
                 draft = self._folder / f".{name}.draft"
                 try:
                     self._remote.download(name, draft)
                     draft.rename(self._folder / name)
                 except BadArtifact as error:
                     log.warning("a checkpoint in the store cannot be used: %s", error)
-        except StoreAway as error:
-            log.warning("checkpoints of other machines cannot be looked for: %s", error)
+        except StoreUnavailable as error:
+            log.warning("cannot look for checkpoints of other machines: %s", error)
 
-    def close(self, needed: bool) -> None:
-        """Returns when the store has what the folder has, if that is `needed`, or does not answer."""
-        self._thread.shutdown(wait=True, cancel_futures=not needed)
+    def close(self, finish_uploads: bool) -> None:
+        """Stop the thread. With `finish_uploads`, first wait for the scheduled upload to succeed or fail."""
+        self._thread.shutdown(wait=True, cancel_futures=not finish_uploads)
 
     def clear(self) -> None:
+        """Stop the thread and remove the run's checkpoints from the store."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         try:
             self._remote.remove("")
-        except StoreAway as error:
-            log.warning("the checkpoints of an ended run stay in the store: %s", error)
+        except StoreUnavailable as error:
+            log.warning("the checkpoints of a finished run remain in the store: %s", error)
 
-    def _follow(self) -> None:
+    def _synchronise(self) -> None:
         try:
-            there = self._remote.names()
-            for name in self._here(""):  # the best weights first, which a step names
-                if name not in there:
+            stored = self._remote.names()
+            for name in self._local(""):  # best-* sorts before step-*, so weights arrive before the step naming them
+                if name not in stored:
                     self._remote.upload(self._folder / name, name)
-            for name in set(there) - set(self._here("")):
-                # A process that was given up for dead removes nothing of its successor's.
+            for name in set(stored) - set(self._local("")):
+                # A stale process must not remove the checkpoints of its successor.
                 if int(name.rpartition("-")[2]) <= self._writer:
                     self._remote.remove(name)
-        except StoreAway as error:
-            log.warning("checkpoints do not reach the store, trying again at the next: %s", error)
+        except StoreUnavailable as error:
+            log.warning("checkpoints could not be uploaded, trying again after the next one: %s", error)
         except FileNotFoundError:
-            return  # pruned while it went up: the next wish is on its way
+            return  # pruned during the upload; another synchronisation is already scheduled
 
-    def _here(self, prefix: str) -> list[str]:
+    def _local(self, prefix: str) -> list[str]:
         return sorted(path.name for path in self._folder.glob(f"{prefix}[!.]*") if path.is_dir())

@@ -1,4 +1,4 @@
-"""Encoder + head: build and forward. Knows token ids and logits, and nothing of texts, labels or files' digests."""
+"""The classifier: a pretrained encoder with a classification head. Token ids in, logits out."""
 
 from collections.abc import Callable
 from pickle import UnpicklingError
@@ -17,22 +17,22 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from training.config import TrainConfig
-from training.encoders import Encoder
+from training.encoders import BaseModelFolder
 from training.errors import BadConfig, ModelUnavailable
 
-transformers_logging.disable_progress_bar()  # ours are the only bars
+transformers_logging.disable_progress_bar()  # tweetscore shows its own progress
 transformers_logging.set_verbosity_error()
 
-# What architectures call the dropout before their classifier.
+# Names under which architectures configure the dropout before their classifier.
 DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout")
-# Their first position is the one after the padding's.
+# Architectures whose position ids begin at `pad_token_id + 1`, so they accept that many fewer tokens.
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "luke", "longformer", "mpnet")
 
 
 class Classifier(nn.Module):
-    """Token ids -> logits: an encoder under one of our heads, by pooled output, first token or masked mean.
+    """An encoder with tweetscore's own head on its pooled output, first token or masked mean.
 
-    `config` has its pooling settled: see `build_model`.
+    `config.pooling` is the pooling in use, never "auto": see `build_model`.
     """
 
     def __init__(self, encoder: nn.Module, n_labels: int, config: TrainConfig) -> None:
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """Whose parameters an artifact holds, by their names."""
+        """The module whose state dict is saved in an artifact."""
         return self
 
     @property
@@ -59,9 +59,9 @@ class Classifier(nn.Module):
         return self.get_submodule(self.prefix).config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`input_ids` and `attention_mask` (B, T) int64 -> logits (B, K).
+        """Return logits (B, K) float for `input_ids` and `attention_mask`, both (B, T) int64.
 
-        Token type ids are left to the encoder: a tweet is one segment, and its default, all zero, is the same.
+        Token type ids are omitted: a tweet is one segment, and the encoder's default is all zeros.
         """
         output = self.get_submodule(self.prefix)(input_ids=input_ids, attention_mask=attention_mask)
         if self.config.pooling == "pooler":
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
 
 
 class NativeClassifier(Classifier):
-    """A Hugging Face sequence classifier, whose head and pooling are those of its architecture."""
+    """A Hugging Face sequence classifier, with the head and pooling of its architecture."""
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         nn.Module.__init__(self)
@@ -92,13 +92,13 @@ class NativeClassifier(Classifier):
         return self.network.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """As `Classifier.forward`."""
+        """See `Classifier.forward`."""
         logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
 
 
 def guide_head(hidden_size: int, n_labels: int, dropout: float) -> nn.Sequential:
-    """The guide's head, 768-384-96-24-K on BERT base; on other sizes each layer keeps its share of the hidden size."""
+    """Return the guide's head: 768-384-96-24-K for BERT base, and the same ratios for other hidden sizes."""
     first, second, third = (max(2, hidden_size // share) for share in (2, 8, 32))
     return nn.Sequential(
         nn.Dropout(dropout),
@@ -114,73 +114,76 @@ def guide_head(hidden_size: int, n_labels: int, dropout: float) -> nn.Sequential
     )
 
 
-def build_model(encoder: Encoder, n_labels: int, config: TrainConfig) -> Classifier:
-    """A pretrained encoder under a fresh head, the same for the same seed, in float32 whatever the file keeps.
+def build_model(base: BaseModelFolder, n_labels: int, config: TrainConfig) -> Classifier:
+    """Return a pretrained encoder with a new head, in float32. The same seed gives the same weights.
 
-    With `pooling: auto` a linear head is the architecture's own (`native`), which plain transformers load; one that the
-    folder already holds goes on from there when it has as many labels. An encoder without a trained pooler is pooled
-    by its masked mean. `Classifier.config` says what became of it.
+    With `pooling: auto`, a linear head is the architecture's own (`native`), which plain transformers can load; a head
+    already in the folder is kept when its number of labels matches. An encoder without a trained pooler uses the masked
+    mean. `Classifier.config.pooling` holds the pooling that was chosen.
 
-    Raises `ModelUnavailable` when the weights cannot be loaded, `BadConfig` when it cannot be pooled as wanted.
+    Raises `ModelUnavailable` when the weights cannot be loaded, and `BadConfig` when the architecture lacks the
+    requested pooling or `max_length` exceeds its limit.
     """
     torch.manual_seed(config.seed)
-    encoder_config = _readable(encoder, load_encoder_config, str(encoder.folder))
+    encoder_config = _load_or_raise(base, load_encoder_config, str(base.folder))
     _check_length(encoder_config, config)
     has_native = type(encoder_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config.pooling == "native" and not (has_native and config.head == "linear"):
-        raise BadConfig("pooling 'native' is that of a linear head whose architecture has one; use auto, mean or cls")
+        raise BadConfig(
+            "pooling 'native' needs a linear head and an architecture with its own classifier; use auto, mean or cls"
+        )
     if config.pooling == "native" or (config.pooling == "auto" and config.head == "linear" and has_native):
-        _describe(encoder_config, n_labels, config)
-        loaded, lacks_pooler = _load(AutoModelForSequenceClassification, encoder, encoder_config)
+        _set_head_options(encoder_config, n_labels, config)
+        loaded, lacks_pooler = _load(AutoModelForSequenceClassification, base, encoder_config)
         if not lacks_pooler or config.pooling == "native":
             return NativeClassifier(loaded, config.model_copy(update={"pooling": "native"}))
         loaded = loaded.base_model
     else:
-        loaded, lacks_pooler = _load(AutoModel, encoder, encoder_config)
+        loaded, lacks_pooler = _load(AutoModel, base, encoder_config)
     lacks_pooler = lacks_pooler or getattr(loaded, "pooler", None) is None
     if lacks_pooler and config.pooling == "pooler":
-        raise BadConfig(f"base model {encoder.name!r} has no trained pooler; use --pooling auto, mean or cls")
+        raise BadConfig(f"base model {base.name!r} has no trained pooler; use --pooling auto, mean or cls")
     pooling = config.pooling if config.pooling != "auto" else "mean" if lacks_pooler else "pooler"
     return Classifier(loaded, n_labels, config.model_copy(update={"pooling": pooling}))
 
 
-def _load(kind: Any, encoder: Encoder, encoder_config: PretrainedConfig) -> tuple[Any, bool]:
-    """The weights under a class of transformers, and whether it has a pooler that was never trained."""
-    loaded, info = _readable(
-        encoder,
+def _load(kind: Any, base: BaseModelFolder, encoder_config: PretrainedConfig) -> tuple[Any, bool]:
+    """Return the model loaded as a transformers class, and whether it has a pooler without trained weights."""
+    loaded, info = _load_or_raise(
+        base,
         kind.from_pretrained,
-        str(encoder.folder),
+        str(base.folder),
         config=encoder_config,
         dtype=torch.float32,
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # a head of so many other labels
+        ignore_mismatched_sizes=True,  # a head for another number of labels
     )
-    # What lies outside the encoder is the head, which is to be fresh.
+    # Weights outside the encoder belong to the head, which is new, so they may be missing.
     prefix = "" if kind is AutoModel else f"{loaded.base_model_prefix}."
     missing = [key for key in info["missing_keys"] if key.startswith(prefix)]
     lost = [key for key in missing if "pooler" not in key]
     lost += [key for key, *_ in info["mismatched_keys"] if key.startswith(prefix)]
     if lost:
         raise ModelUnavailable(
-            f"base model {encoder.name!r} cannot be loaded: {len(lost)} weights are missing or of another size "
-            f"({lost[0]}, …); fetch or save it again"
+            f"base model {base.name!r} cannot be loaded: {len(lost)} weights are missing or have another shape "
+            f"({lost[0]}, …); download or save it again"
         )
     return loaded, bool(missing)
 
 
-def _readable(encoder: Encoder, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _load_or_raise(base: BaseModelFolder, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return read(*arguments, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelUnavailable(
-            f"base model {encoder.name!r} cannot be loaded ({str(error).splitlines()[0]}); fetch or save it again"
+            f"base model {base.name!r} cannot be loaded ({str(error).splitlines()[0]}); download or save it again"
         ) from error
 
 
-def _describe(encoder_config: Any, n_labels: int, config: TrainConfig) -> None:
-    """Tell an encoder's configuration of the head it is to get."""
+def _set_head_options(encoder_config: Any, n_labels: int, config: TrainConfig) -> None:
+    """Set the number of labels and the dropout of the architecture's own head."""
     encoder_config.num_labels = n_labels
     for name in DROPOUTS:
         if hasattr(encoder_config, name):
@@ -188,28 +191,32 @@ def _describe(encoder_config: Any, n_labels: int, config: TrainConfig) -> None:
 
 
 def empty_model(encoder_config: PretrainedConfig, n_labels: int, config: TrainConfig) -> Classifier:
-    """The same architecture with no pretrained weights, to load a saved state into. `config.pooling` is settled."""
+    """Return the same architecture without pretrained weights, for loading a saved state dict.
+
+    Raises `ValueError` when `config.pooling` is "auto".
+    """
     if config.pooling == "auto":
-        raise ValueError("its pooling is not settled")
+        raise ValueError("config.pooling is 'auto'; use the pooling that build_model chose")
     if config.pooling == "native":
         return NativeClassifier(AutoModelForSequenceClassification.from_config(encoder_config), config)
     return Classifier(AutoModel.from_config(encoder_config), n_labels, config)
 
 
 def load_encoder_config(folder: str) -> PretrainedConfig:
+    """Return the transformers configuration in a folder, offline and without remote code."""
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def half_precision(device: torch.device, precision: str) -> bool:
-    """Whether to compute in bfloat16: `auto` does where the device has it, since emulated it is slower than float32."""
+    """Return whether to compute in bfloat16. `auto` needs hardware support: emulated, it is slower than float32."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _check_length(encoder_config: Any, config: TrainConfig) -> None:
@@ -217,4 +224,4 @@ def _check_length(encoder_config: Any, config: TrainConfig) -> None:
     if longest is not None and encoder_config.model_type in COUNT_FROM_PADDING:
         longest -= encoder_config.pad_token_id + 1
     if longest is not None and config.max_length > longest:
-        raise BadConfig(f"max_length is {config.max_length}; this base model takes at most {longest} tokens")
+        raise BadConfig(f"max_length is {config.max_length}; this base model accepts at most {longest} tokens")

@@ -1,4 +1,4 @@
-"""All that is known of a trained model at the end of its job. Knows no SQL and no files."""
+"""The result of a training job: what is registered and described in the model card."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,15 +6,19 @@ from functools import cached_property
 import torch
 
 from training.artifact import Spec
-from training.checkpoint import Epoch
-from training.data import Dataset
+from training.dataset import Dataset
 from training.decide import Floats, to_probabilities
+from training.epoch import Epoch
 from training.evaluate import Figures
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """`dataset_name` and `dataset_sha256` say what `data` was read from; `logits` (N, K) are of the test rows."""
+class TrainingResult:
+    """Result of a training job.
+
+    `dataset_name` and `dataset_sha256` identify the file that `data` was read from. `logits` (N, K) float32 are those
+    of the test rows, `history` has one entry per epoch.
+    """
 
     job_id: int
     fencing_token: int
@@ -28,9 +32,10 @@ class Outcome:
 
     @cached_property
     def probabilities(self) -> Floats:
-        """(N, K) of the test rows, as scoring would give them."""
+        """Probabilities (N, K) of the test rows at the model's temperature, as in scoring."""
         return self.probabilities_at(self.spec.temperature)
 
     def probabilities_at(self, temperature: float) -> Floats:
+        """Return the probabilities (N, K) of the test rows at a temperature."""
         scaled: Floats = to_probabilities(torch.from_numpy(self.logits), self.spec.config.task, temperature).numpy()
         return scaled

@@ -1,4 +1,4 @@
-"""Which files a name from outside may reach, and files that are whole or not there at all."""
+"""Path checks for names from untrusted input, file digests, and fsync."""
 
 import hashlib
 import os
@@ -10,24 +10,24 @@ from training.errors import BadArtifact
 
 
 def inside_roots(name: str, roots: Sequence[Path]) -> Path | None:
-    """The real path behind `name` when it lies inside one of `roots`, symlinks and `..` resolved; else None."""
+    """Return the path of `name`, with symlinks and `..` resolved, when it is inside one of `roots`; else None."""
     try:
         path = Path(name).expanduser().resolve()
     except (ValueError, OSError, RuntimeError, TypeError):
-        return None  # a NUL, a loop of links, an unknown user, no string at all
+        return None  # a NUL, a symlink loop, an unknown ~user, not a string
     return path if any(path.is_relative_to(root.expanduser().resolve()) for root in roots) else None
 
 
 def real_path(name: str | Path) -> Path | None:
-    """The path behind a name that anybody wrote, None when no file can have such a name."""
+    """Return the resolved path of an untrusted name, or None when it cannot be a path."""
     try:
         return Path(name).expanduser().resolve()
     except (ValueError, OSError, RuntimeError):
-        return None  # a NUL, a loop of links, an unknown user
+        return None  # a NUL, a symlink loop, an unknown ~user
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; a name too long for one names none."""
+    """Return whether a file exists; False for a name that is too long."""
     try:
         return path.is_file()
     except OSError:
@@ -35,20 +35,24 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
+    """Return whether a folder exists; False for a name that is too long."""
     try:
         return path.is_dir()
     except OSError:
         return False
 
 
-def folder_of(url: str, store: Path) -> Path:
-    """The folder of the model store behind a `file://` URL; raises `BadArtifact` for any other.
+def folder_from_url(url: str, store: Path) -> Path:
+    """Return the folder that a `file://` URL names inside the local model store.
 
-    The URL comes from a table, and what lies there is loaded: it must not lead elsewhere, by `..` or by a link.
+    Raises `BadArtifact` for other schemes and for paths outside the store, through `..` or a symlink: URLs come from a
+    database table and their contents are loaded.
     """
     parts = urlsplit(url)
     if parts.scheme != "file" or parts.netloc:
-        raise BadArtifact(f"the model lies at {parts.scheme}://, which this machine does not read")
+        raise BadArtifact(
+            f"the model is at {parts.scheme}://, which is not this worker's store; set TWEETSCORE_MODEL_STORE to it"
+        )
     folder = inside_roots(unquote(parts.path), [store])
     if folder is None:
         raise BadArtifact(
@@ -58,12 +62,13 @@ def folder_of(url: str, store: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Push every file below `folder`, and the folder itself, to the disk: a rename must not outrun its contents."""
+    """Fsync every file below `folder` and the folder itself, so that a rename cannot reach the disk before them."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

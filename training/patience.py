@@ -1,4 +1,4 @@
-"""Waiting for a database that is away, for as long as that takes or until the worker must end."""
+"""Retry database transactions while the database is unavailable, until the worker shuts down."""
 
 import logging
 import threading
@@ -18,10 +18,11 @@ FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 10.0
 
 
-def patiently(do: Callable[[], Value], stopping: threading.Event) -> Value:
-    """What `do` returns, tried again, at growing intervals, while the database is away.
+def retry_while_database_away(do: Callable[[], Value], stopping: threading.Event) -> Value:
+    """Return `do()`, retried with increasing pauses while the database is unavailable (see `db.session.is_away`).
 
-    `do` is a transaction that may be made twice. Raises what `do` raises, and `StopRequested`.
+    `do` must be a transaction that is safe to repeat. Raises `StopRequested` when `stopping` is set during a pause, and
+    any other error of `do`.
     """
     pause = FIRST_PAUSE_SECONDS
     while True:
@@ -31,12 +32,12 @@ def patiently(do: Callable[[], Value], stopping: threading.Event) -> Value:
             if not is_away(error):
                 raise
             if pause == FIRST_PAUSE_SECONDS:
-                log.warning("the database does not answer, waiting for it: %s", cause(error))
+                log.warning("the database does not answer, retrying: %s", driver_message(error))
         if stopping.wait(pause):
             raise StopRequested
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def cause(error: SQLAlchemyError) -> str:
-    """What the driver had to say, on one line and without the statement."""
+def driver_message(error: SQLAlchemyError) -> str:
+    """Return the driver's error message on one line, without the SQL statement and its parameters."""
     return " ".join(str(getattr(error, "orig", None) or error).split())

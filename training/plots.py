@@ -1,31 +1,31 @@
-"""Pictures of a training run, for TensorBoard and for the model card. Knows figures, not how they came."""
+"""Matplotlib figures of a training run, for TensorBoard and the model card."""
 
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib_fontja  # noqa: F401 - draws Japanese labels as glyphs
+import matplotlib_fontja  # noqa: F401 - sets a font with Japanese glyphs
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from training.calibrate import reliability
-from training.checkpoint import Epoch
-from training.decide import Floats, certainty, choose, label_text
+from training.calibrate import reliability_bins
+from training.decide import Floats, choose, confidence, label_text
+from training.epoch import Epoch
 
 mpl.use("Agg")
 
 ROWS_SHOWN = 8
 TEXT_SHOWN = 40
 LABEL_SHOWN = 12
-# With more labels the numbers in a confusion matrix would overlap.
-MOST_NUMBERED = 16
-DECISIONS = ("right yes", "missed", "wrong yes", "right no")
+# With more labels, the counts in the cells of a confusion matrix would overlap.
+MAX_LABELS_WITH_COUNTS = 16
+DECISIONS = ("true positive", "false negative", "false positive", "true negative")
 
 
 def predictions(texts: Sequence[str], targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figure:
-    """The first rows: text, predicted label with its percentage, actual label; green when right, or red."""
+    """Show the first rows: text, predicted label with its probability, actual label; green if correct, else red."""
     shown = min(ROWS_SHOWN, len(texts))
     chosen = choose(probabilities[:shown], task)
     figure = Figure(figsize=(8, 0.62 * shown + 0.2))
@@ -35,14 +35,14 @@ def predictions(texts: Sequence[str], targets: Floats, probabilities: Floats, la
         axes.set_axis_off()
         predicted, actual = label_text(chosen[i], labels) or "-", label_text(targets[i], labels) or "-"
         color = "green" if predicted == actual else "red"
-        said = f"{predicted}, {100 * float(probabilities[i].max()):.1f}%  (label: {actual})"
+        caption = f"{predicted}, {100 * float(probabilities[i].max()):.1f}%  (label: {actual})"
         axes.text(0, 0.62, drawable(texts[i], TEXT_SHOWN), va="center", fontsize=11)
-        axes.text(0, 0.12, drawable(said, 2 * TEXT_SHOWN), va="center", color=color, fontsize=10)
+        axes.text(0, 0.12, drawable(caption, 2 * TEXT_SHOWN), va="center", color=color, fontsize=10)
     return figure
 
 
 def epochs(history: Sequence[Epoch]) -> Figure:
-    """Losses, and validation accuracy and macro-F1, by epoch; the epoch that is kept is marked."""
+    """Plot losses, validation accuracy and macro-F1 per epoch, and mark the epoch whose weights are kept."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     numbers = [epoch.epoch for epoch in history]
@@ -63,9 +63,9 @@ def epochs(history: Sequence[Epoch]) -> Figure:
 
 
 def confusion(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figure:
-    """Counts by actual (rows) and predicted label; colours are shares of the actual label's rows.
+    """Plot the confusion matrix: rows are actual labels, columns predicted ones, colours shares of the row.
 
-    Where a row may have several labels: how often each was rightly given, missed, wrongly given, rightly left out.
+    For multi_label, the columns are true positives, false negatives, false positives and true negatives of each label.
     """
     chosen, truth = choose(probabilities, task), targets.astype(np.int64)
     if task == "multi_label":
@@ -84,14 +84,14 @@ def confusion(targets: Floats, probabilities: Floats, labels: list[str], task: s
     axes.set_yticks(range(len(labels)), [drawable(name, LABEL_SHOWN) for name in labels])
     axes.set_ylabel("actual" if task != "multi_label" else "label")
     axes.set_xlabel("predicted" if task != "multi_label" else "decision")
-    if len(labels) <= MOST_NUMBERED:
+    if len(labels) <= MAX_LABELS_WITH_COUNTS:
         for (i, j), count in np.ndenumerate(counts):
             axes.text(j, i, f"{count:,}", ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
     return figure
 
 
 def reliability_diagram(targets: Floats, raw: Floats, calibrated: Floats, task: str) -> Figure:
-    """Share right against confidence in bins, before and after temperature scaling, and how the rows are spread."""
+    """Plot accuracy against confidence in bins, before and after temperature scaling, and the rows per bin."""
     figure = Figure(figsize=(5.2, 5.6), layout="constrained")
     axes, spread = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     axes.plot((0, 1), (0, 1), color="gray", linestyle=":", label="perfect")
@@ -99,11 +99,12 @@ def reliability_diagram(targets: Floats, raw: Floats, calibrated: Floats, task: 
         ("before scaling", raw, "tab:orange"),
         ("after scaling", calibrated, "tab:blue"),
     ):
-        found = reliability(targets, probabilities, task)
-        axes.plot([sure for _, sure, _ in found], [right for _, _, right in found], "o-", color=color, label=name)
+        bins = reliability_bins(targets, probabilities, task)
+        confidences = [mean for _, mean, _ in bins]
+        axes.plot(confidences, [accuracy for _, _, accuracy in bins], "o-", color=color, label=name)
         if probabilities is calibrated:
-            spread.bar([sure for _, sure, _ in found], [rows for rows, _, _ in found], width=0.04, color=color)
-    axes.set_ylabel("share that was right")
+            spread.bar(confidences, [rows for rows, _, _ in bins], width=0.04, color=color)
+    axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
@@ -113,24 +114,24 @@ def reliability_diagram(targets: Floats, raw: Floats, calibrated: Floats, task: 
     return figure
 
 
-def scores(targets: Floats, probabilities: Floats, task: str) -> Figure:
-    """How sure the model was of its decisions, right ones and wrong ones."""
+def confidence_histogram(targets: Floats, probabilities: Floats, task: str) -> Figure:
+    """Plot a histogram of the confidence of correct and incorrect predictions."""
     chosen = choose(probabilities, task)
-    sure = certainty(probabilities, chosen, task)
-    right = (chosen == targets.astype(np.int64)).all(axis=1)
+    confidences = confidence(probabilities, chosen, task)
+    correct = (chosen == targets.astype(np.int64)).all(axis=1)
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     bins: Any = np.linspace(0, 1, 21)
-    axes.hist([sure[right], sure[~right]], bins=bins, stacked=True, color=["tab:green", "tab:red"])
-    axes.legend([f"right ({int(right.sum()):,})", f"wrong ({int((~right).sum()):,})"], loc="upper left")
+    axes.hist([confidences[correct], confidences[~correct]], bins=bins, stacked=True, color=["tab:green", "tab:red"])
+    axes.legend([f"correct ({int(correct.sum()):,})", f"incorrect ({int((~correct).sum()):,})"], loc="upper left")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("probability of the prediction")
+    axes.set_xlabel("confidence")
     axes.set_ylabel("test rows")
     return figure
 
 
 def drawable(text: str, longest: int) -> str:
-    """Text as matplotlib draws it: the Japanese font has no emoji, and a dollar sign would begin a formula."""
+    """Return text that matplotlib can draw: without emoji, which the font lacks, and with `$` escaped (mathtext)."""
     text = "".join(char for char in text if unicodedata.category(char) not in ("So", "Cf", "Cn", "Mn", "Cc"))
     text = text if len(text) <= longest else text[:longest] + "…"
     return text.replace("$", r"\$")

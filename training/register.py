@@ -1,4 +1,4 @@
-"""Artifact into the model store, then its row: in this order, so that a row never names what is not there."""
+"""Register a model: store its artifact first, then insert its row, so that a row never names a missing artifact."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,12 +13,12 @@ from db.session import Database
 from training import failpoint
 from training.artifact import Reference, save_artifact
 from training.card import write_card
-from training.decide import certainty, choose, label_text
-from training.errors import StoreAway
+from training.decide import choose, confidence, label_text
+from training.errors import StoreUnavailable
 from training.evaluate import confusion
 from training.model import Classifier
 from training.orphans import artifact_name
-from training.outcome import Outcome
+from training.outcome import TrainingResult
 from training.storage import Store
 
 
@@ -28,76 +28,75 @@ def register_model(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     reference: Reference,
-    outcome: Outcome,
-    patiently: Callable[[Callable[[], int]], int] = lambda once: once(),
+    result: TrainingResult,
+    retry: Callable[[Callable[[], int]], int] = lambda transaction: transaction(),
 ) -> int:
-    """Store the model and finish its job in one transaction, which `patiently` tries. Returns the version id.
+    """Store the artifact, then insert the model version and finish its job in one transaction. Returns the version id.
 
-    Raises `LeaseLost`, and leaves no artifact, when somebody claimed the job with a newer fencing token. An artifact of
-    which nobody can tell whether it is registered stays, for `orphans`.
+    `retry` runs the transaction and may repeat it. Raises `LeaseLost`, and removes the artifact, when another worker
+    has claimed the job. When the answer to the commit is lost, the artifact stays; `orphans` removes it later if it was
+    not registered.
     """
-    name = artifact_name(outcome.job_id, outcome.fencing_token)
+    name = artifact_name(result.job_id, result.fencing_token)
 
     def write(folder: Path) -> str:
-        return save_artifact(
-            folder, model, tokenizer, outcome.spec, reference, lambda draft: write_card(draft, outcome)
-        )
+        return save_artifact(folder, model, tokenizer, result.spec, reference, lambda draft: write_card(draft, result))
 
-    entry = _Entry(database, outcome, store.url_of(name), store.publish(name, write))
+    registration = _Registration(database, result, store.url_of(name), store.publish(name, write))
     try:
         failpoint.passing("artifact")
-        version_id = patiently(entry.make)
+        version_id = retry(registration.commit)
     except BaseException:
-        if not entry.doubtful:
-            with suppress(StoreAway):  # what keeps it from being registered is the error to tell
+        if not registration.in_doubt:
+            with suppress(StoreUnavailable):  # report the error that prevented the registration instead
                 store.remove_named(name)
         raise
     failpoint.passing("registered")
-    # What a trainer that was killed here left behind; no row names it, and its token can register nothing any more.
-    with suppress(StoreAway):
-        for orphan in store.names(f"job-{outcome.job_id}-"):
-            if orphan.removesuffix(".engines") != name:
-                store.remove_named(orphan)
+    # Remove artifacts of earlier starts of this job. Their fencing tokens are stale, so they can never be registered.
+    with suppress(StoreUnavailable):
+        for stale in store.names(f"job-{result.job_id}-"):
+            if stale.removesuffix(".engines") != name:
+                store.remove_named(stale)
     return version_id
 
 
-class _Entry:
-    """The row of an artifact, to be made. `doubtful` while a commit was sent and nobody knows what became of it."""
+class _Registration:
+    """The transaction that registers an artifact. `in_doubt` is True when a commit was sent without an answer."""
 
-    def __init__(self, database: Database, outcome: Outcome, artifact_url: str, sha256: str) -> None:
-        self.doubtful = False
+    def __init__(self, database: Database, result: TrainingResult, artifact_url: str, sha256: str) -> None:
+        self.in_doubt = False
         self._database = database
-        self._outcome = outcome
+        self._result = result
         self._url = artifact_url
         self._sha256 = sha256
 
-    def make(self) -> int:
-        """Returns the version id, also when an earlier try made it whose answer was lost."""
-        job_id, token = self._outcome.job_id, self._outcome.fencing_token
+    def commit(self) -> int:
+        """Commit the registration and return the version id, also when an earlier commit succeeded unanswered."""
+        job_id, token = self._result.job_id, self._result.fencing_token
         with self._database.begin() as session:
-            if self.doubtful:
-                jobs.lock(session, job_id)  # fails while the commit may still be under way
+            if self.in_doubt:
+                jobs.lock(session, job_id)  # fails while the earlier commit may still be running
                 made = registry.of_job(session, job_id)
                 if made is not None and made.artifact_url == self._url:
                     return made.id
-                self.doubtful = False
+                self.in_doubt = False
             jobs.finish(session, job_id, token, "succeeded")
             version = self._version()
-            figures = self._outcome.figures.items()
+            figures = self._result.figures.items()
             registry.add_version(
                 session,
                 version,
                 [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures],
-                _confusion_rows(self._outcome),
-                _prediction_rows(self._outcome),
+                _confusion_rows(self._result),
+                _prediction_rows(self._result),
             )
-            self.doubtful = True
+            self.in_doubt = True
         return version.id
 
     def _version(self) -> ModelVersion:
-        spec = self._outcome.spec
+        spec = self._result.spec
         return ModelVersion(
-            job_id=self._outcome.job_id,
+            job_id=self._result.job_id,
             base_model=spec.base_model,
             base_revision=spec.base_revision,
             artifact_url=self._url,
@@ -108,24 +107,24 @@ class _Entry:
         )
 
 
-def _confusion_rows(outcome: Outcome) -> list[dict[str, Any]]:
-    if outcome.spec.config.task == "multi_label":
-        return []  # no row has one actual and one predicted label
-    counts = confusion(outcome.data.test.targets, outcome.probabilities, outcome.spec.labels)
+def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    if result.spec.config.task == "multi_label":
+        return []  # a confusion matrix needs one label per row
+    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
-def _prediction_rows(outcome: Outcome) -> list[dict[str, Any]]:
-    spec, test, probabilities = outcome.spec, outcome.data.test, outcome.probabilities
+def _prediction_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    spec, test, probabilities = result.spec, result.data.test, result.probabilities
     chosen = choose(probabilities, spec.config.task)
-    sure = certainty(probabilities, chosen, spec.config.task)
+    confidences = confidence(probabilities, chosen, spec.config.task)
     return [
         {
             "row_number": test.row_numbers[i],
             "text": test.texts[i],
             "actual": label_text(test.targets[i], spec.labels),
             "predicted": label_text(chosen[i], spec.labels),
-            "probability": float(sure[i]),
+            "probability": float(confidences[i]),
             "probabilities": dict(zip(spec.labels, map(float, probabilities[i]), strict=True)),
         }
         for i in range(len(test))

@@ -1,4 +1,4 @@
-"""Sealed folders: every file with its digest, whole or not there at all. Models and checkpoints are such."""
+"""Sealed folders: written in full, listed in SHA256SUMS, then renamed into place. Models and checkpoints use them."""
 
 import os
 import shutil
@@ -16,10 +16,10 @@ SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all went well and is gone when not.
+def new_sealed_folder(folder: Path) -> Iterator[Path]:
+    """Provide a draft folder; seal it and rename it to `folder` when the block succeeds, else remove it.
 
-    Raises `CannotSave` when something could not be written.
+    Raises `CannotSave` when a file cannot be written.
     """
     draft = folder.with_name(f".{folder.name}.draft")
     try:
@@ -27,16 +27,16 @@ def drafted(folder: Path) -> Iterator[Path]:
         draft.mkdir(parents=True)
         yield draft
         seal(draft, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError
         shutil.rmtree(draft, ignore_errors=True)
         raise CannotSave(
-            f"{folder} could not be written ({str(error).splitlines()[0]}); make room for it, then "
-            "`tweetscore jobs retry` goes on from the newest checkpoint"
+            f"{folder} could not be written ({str(error).splitlines()[0]}); free disk space, then resume from the "
+            "newest checkpoint with `tweetscore jobs retry`"
         ) from error
 
 
 def seal(draft: Path, folder: Path) -> str:
-    """Digest every file of `draft`, push all to the disk, rename it to `folder`. Returns the digest of the digests."""
+    """Write SHA256SUMS into `draft`, fsync, and rename it to `folder`. Returns the sha256 of SHA256SUMS."""
     failpoint.passing("draft", [folder.name])
     lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir()) if path.name != SUMS]
     (draft / SUMS).write_text("".join(lines), encoding="utf-8")
@@ -57,10 +57,10 @@ def _sync_entry(folder: Path) -> None:
 
 
 def verify(folder: Path, sha256: str | None = None) -> None:
-    """Raises `BadArtifact` unless every file is there with its digest, and all of them have this one."""
+    """Check every file against SHA256SUMS, and SHA256SUMS against `sha256`. Raises `BadArtifact` on a difference."""
     sums = folder / SUMS
     if not sums.is_file():
-        raise BadArtifact(f"{folder} has no {SUMS}; it was never finished or is no artifact")
+        raise BadArtifact(f"{folder} has no {SUMS}: it is incomplete or not an artifact; train or restore it")
     if sha256 is not None and file_sha256(sums) != sha256:
         raise BadArtifact(f"{folder} is not the artifact that was registered (sha256 differs); train or restore it")
     for digest, name in read_sums(folder):
@@ -70,8 +70,8 @@ def verify(folder: Path, sha256: str | None = None) -> None:
 
 
 def read_sums(folder: Path) -> list[tuple[str, str]]:
-    """(digest, file name) of everything in a sealed folder; raises `BadArtifact` for a name that leads out of it."""
+    """Return (sha256, file name) for each line of SHA256SUMS. Raises `BadArtifact` for a name outside the folder."""
     rows = [line.partition("  ") for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines()]
     if any(not name or name in (".", "..") or "/" in name for _, _, name in rows):
-        raise BadArtifact(f"{folder / SUMS} names what is no file of its folder; train or restore the model")
+        raise BadArtifact(f"{folder / SUMS} lists a name that is no file of its folder; train or restore the model")
     return [(digest, name) for digest, _, name in rows]

@@ -1,7 +1,7 @@
-"""Where models, datasets and checkpoints are kept: a folder of this machine, or a URL that fsspec opens.
+"""Storage of models, datasets and checkpoints: a local folder, or any URL that fsspec opens.
 
-Folders are sealed (`artifact.py`) and go up with their SHA256SUMS last, so that one whose writer died was never there.
-What comes down is proven by its digests before it has a name here; see `cache.py`.
+Folders are sealed (see `sealed.py`). SHA256SUMS is uploaded last, so a partial upload does not count as a folder.
+Downloads are verified against their digests before they enter the local cache (see `cache.py`).
 """
 
 import hashlib
@@ -17,17 +17,20 @@ from fsspec.core import url_to_fs
 
 from db.errors import TweetscoreError, plain, public_url
 from training.cache import Cache
-from training.errors import BadArtifact, StoreAway
-from training.paths import file_sha256, folder_of
+from training.errors import BadArtifact, StoreUnavailable
+from training.paths import file_sha256, folder_from_url
 from training.sealed import SUMS, read_sums, verify
 
 
 class Store:
-    """Things by name, below a folder or URL; `folder` is where this machine has them, as they are or as copies."""
+    """Named folders and files below a local folder or a URL.
+
+    `folder` is the local folder: the store itself, or the cache of a remote store.
+    """
 
     def __init__(self, url: str | Path, cache: Cache) -> None:
         text = str(url).rstrip("/") or "/"
-        self.remote = Remote(text) if is_remote(text) else None
+        self.remote = RemoteStore(text) if is_remote(text) else None
         self.folder = cache.folder if self.remote else local_path(text)
         self._cache = cache
 
@@ -38,20 +41,22 @@ class Store:
         return f"{self.remote.url}/{name}" if self.remote else (self.folder / name).absolute().as_uri()
 
     def place(self, url: str, sha256: str) -> Path:
-        """Where this machine has the folder behind a URL, once it is fetched; raises `BadArtifact` for one elsewhere.
+        """Return the local path of a stored folder. In a remote store it exists only after `fetched`.
 
-        The URL comes from a table, and what lies there is loaded: it must not lead out of the store.
+        Raises `BadArtifact` when the URL points outside the store. URLs come from a database table and their contents
+        are loaded, so they must not lead elsewhere.
         """
         if self.remote is None:
-            return folder_of(url, self.folder)
+            return folder_from_url(url, self.folder)
         self.remote.name_of(url)
         return self.folder / sha256
 
     @contextmanager
     def fetched(self, url: str, sha256: str) -> Iterator[Path]:
-        """The folder behind a URL, on this machine for as long as the block runs.
+        """Provide a stored folder as a local folder until the block ends; remote folders are downloaded first.
 
-        Raises `BadArtifact` when it is not there or not what was registered, `StoreAway` when nobody answers.
+        Raises `BadArtifact` when the remote folder is missing or its digest differs, and `StoreUnavailable` when the
+        store does not answer.
         """
         place, remote = self.place(url, sha256), self.remote
         if remote is None:
@@ -67,8 +72,11 @@ class Store:
             yield place
 
     def publish(self, name: str, write: Callable[[Path], str]) -> str:
-        """Let `write` make a sealed folder where it is told, and keep it under `name`. Returns what `write` returns,
-        which is the folder's digest. Raises `StoreAway`, or what `write` does."""
+        """Store the sealed folder that `write(path)` creates under `name`.
+
+        `write` returns the folder's sha256, which is returned here. Raises `StoreUnavailable`, and any error of
+        `write`.
+        """
         if self.remote is None:
             return write(self.folder / name)
         with self._cache.outgoing(name) as folder:
@@ -78,22 +86,28 @@ class Store:
         return sha256
 
     def names(self, prefix: str) -> list[str]:
-        """What there is, begun and left included."""
+        """Return the names that begin with `prefix`, including unfinished folders and drafts."""
         if self.remote is None:
             return [path.name for pattern in (f"{prefix}*", f".{prefix}*.draft") for path in self.folder.glob(pattern)]
         return [name for name in self.remote.names(whole=False) if name.startswith(prefix)]
 
     def remove(self, url: str, sha256: str) -> None:
-        """Remove a folder and the engines kept beside it; what is gone already is gone."""
+        """Remove a folder and the engines stored beside it. A missing folder is not an error.
+
+        Raises `BadArtifact` when the URL names the store itself, and `StoreUnavailable`.
+        """
         place = self.place(url, sha256)
         if place == self.folder.resolve():
-            raise BadArtifact("the model lies at the model store itself, which holds others; it is not removed")
+            raise BadArtifact(
+                "the model's URL is the model store itself, which holds other models; correct its artifact_url"
+            )
         for path in (place, place.with_name(f"{place.name}.engines")):
             rmtree(path, ignore_errors=True)
         if self.remote is not None:
             self.remote.remove(self.remote.name_of(url))
 
     def remove_named(self, name: str) -> None:
+        """Remove the folder `name`. A missing folder is not an error."""
         if self.remote is None:
             rmtree(self.folder / name, ignore_errors=True)
         else:
@@ -101,8 +115,8 @@ class Store:
 
     @contextmanager
     def fetched_file(self, url: str, sha256: str) -> Iterator[Path]:
-        """A single file of a remote store, as `fetched`."""
-        assert self.remote is not None  # noqa: S101 - a file of this machine needs no fetching
+        """Like `fetched`, for a single file of a remote store."""
+        assert self.remote is not None  # noqa: S101 - local files need no download
         remote, name = self.remote, self.remote.name_of(url)
 
         def check(copy: Path) -> None:
@@ -115,20 +129,20 @@ class Store:
             yield folder / name
 
 
-class Remote:
-    """Sealed folders and files below a URL. Every fault of the storage, however it names it, is a `StoreAway`."""
+class RemoteStore:
+    """Sealed folders and files below a URL. Errors of the storage backend are raised as `StoreUnavailable`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        with self._speaking():
+        with self._converting_errors():
             fs, root = url_to_fs(self.url)
             return fs, root.rstrip("/")
 
     def name_of(self, url: str) -> str:
-        """The name of what lies at a URL; raises `BadArtifact` when that is not here."""
+        """Return the name that a URL has in this store. Raises `BadArtifact` when the URL lies outside the store."""
         name = url.removeprefix(f"{self.url}/")
         if name == url or any(part in ("", ".", "..") for part in name.split("/")):
             raise BadArtifact(
@@ -138,9 +152,9 @@ class Remote:
         return name
 
     def names(self, whole: bool = True) -> list[str]:
-        """Folders, in order; the whole ones alone, or those without their digests too."""
+        """Return the sorted names of folders; with `whole`, only complete ones (those with SHA256SUMS)."""
         fs, root = self._opened
-        with self._speaking():
+        with self._converting_errors():
             fs.invalidate_cache()
             if not fs.exists(root):
                 return []
@@ -148,39 +162,45 @@ class Remote:
         return sorted({path.removeprefix(f"{root}/").split("/")[0] for path in found})
 
     def has(self, name: str) -> bool:
-        """Whether a sealed folder is there whole."""
+        """Return whether a complete sealed folder exists."""
         fs, root = self._opened
-        with self._speaking():
+        with self._converting_errors():
             fs.invalidate_cache()
             return bool(fs.exists(f"{root}/{name}/{SUMS}"))
 
     def size(self, name: str) -> int:
-        """Bytes of a folder or file."""
+        """Return the size of a folder or file in bytes."""
         fs, root = self._opened
-        with self._speaking():
+        with self._converting_errors():
             fs.invalidate_cache()
             return sum(entry["size"] or 0 for entry in fs.find(f"{root}/{name}", detail=True).values())
 
     def upload(self, folder: Path, name: str) -> None:
+        """Upload a sealed folder, SHA256SUMS last."""
         last = folder / SUMS
         for path in [*(path for path in sorted(folder.iterdir()) if path != last), last]:
             self.upload_file(path, f"{name}/{path.name}")
 
     def upload_file(self, path: Path, name: str) -> None:
         fs, root = self._opened
-        with self._speaking():
+        with self._converting_errors():
             try:
                 fs.put_file(str(path), f"{root}/{name}")
-            except FileNotFoundError as error:  # of storages that have folders
+            except FileNotFoundError as error:  # raised by storage with real folders
                 if not fs.exists(root):
-                    raise StoreAway(f"there is no {public_url(self.url)}; make it, then try again") from error
+                    raise StoreUnavailable(
+                        f"{public_url(self.url)} does not exist; create it, then try again"
+                    ) from error
                 fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
                 fs.put_file(str(path), f"{root}/{name}")
 
     def download(self, name: str, target: Path, sha256: str | None = None) -> None:
-        """A sealed folder into `target`. What an earlier try left there whole is not fetched again."""
+        """Download a sealed folder into `target`. Files that an earlier attempt downloaded completely are kept.
+
+        Raises `BadArtifact` when the folder is missing or its digest is not `sha256`.
+        """
         fs, root = self._opened
-        with self._speaking(name):
+        with self._converting_errors(name):
             sums = fs.cat_file(f"{root}/{name}/{SUMS}")
         if sha256 is not None and hashlib.sha256(sums).hexdigest() != sha256:
             raise BadArtifact(f"{name} is not the artifact that was registered (sha256 differs); train or restore it")
@@ -193,14 +213,17 @@ class Remote:
     def download_file(self, name: str, target: Path) -> None:
         fs, root = self._opened
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._speaking(name):
+        with self._converting_errors(name):
             fs.get_file(f"{root}/{name}", str(target))
 
     def remove(self, name: str) -> None:
-        """Remove a folder, or all with an empty name. The digests first: a folder that is half removed is none."""
+        """Remove a folder, or everything when `name` is empty.
+
+        SHA256SUMS is removed first, so a partly removed folder does not count as complete.
+        """
         fs, root = self._opened
         place = f"{root}/{name}".rstrip("/")
-        with self._speaking():
+        with self._converting_errors():
             fs.invalidate_cache()
             for path in (f"{place}/{SUMS}", place):
                 try:
@@ -209,7 +232,8 @@ class Remote:
                     continue
 
     @contextmanager
-    def _speaking(self, name: str | None = None) -> Iterator[None]:
+    def _converting_errors(self, name: str | None = None) -> Iterator[None]:
+        """Convert backend errors to `StoreUnavailable`. With `name`, a missing file is a `BadArtifact`."""
         try:
             yield
         except TweetscoreError:
@@ -220,18 +244,21 @@ class Remote:
             raise BadArtifact(f"{plain(name)} is not in {public_url(self.url)}; train or restore it") from error
         except ImportError as error:
             scheme = self.url.partition("://")[0]
-            raise StoreAway(f"{scheme}:// needs a package: {plain(error)}; `pip install 'tweetscore[s3]'`") from error
-        except Exception as error:  # every storage has errors of its own
-            raise StoreAway(
-                f"{public_url(self.url)} does not answer ({type(error).__name__}); is it up, and are its credentials "
-                "in the environment?"
+            raise StoreUnavailable(
+                f"{scheme}:// needs a package: {plain(error)}; `pip install 'tweetscore[s3]'`"
+            ) from error
+        except Exception as error:  # every fsspec backend has its own exceptions
+            raise StoreUnavailable(
+                f"{public_url(self.url)} does not answer ({type(error).__name__}); check that it is running and that "
+                "its credentials are in the environment"
             ) from error
 
 
 def is_remote(place: str) -> bool:
+    """Return whether a path or URL is a URL other than `file://`."""
     return "://" in place and not place.startswith("file://")
 
 
 def local_path(place: str) -> Path:
-    """The folder that a path or a `file://` URL names."""
+    """Return the folder named by a path or a `file://` URL."""
     return Path(unquote(urlsplit(place).path)) if place.startswith("file://") else Path(place)

@@ -1,4 +1,4 @@
-"""Tokenising, the same for training and for scoring. Knows no model weights and no tensors."""
+"""Load tokenizers and convert texts to token ids, identically for training and scoring."""
 
 import re
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from training.errors import ModelUnavailable
 from training.mecab import fast_encoder
 
-# What a tokenizer may need beyond the packages that are always there, by the name it is missed by.
+# Optional packages of tokenizers: module name in the import error -> arguments of `pip install`.
 PIP_NAMES = {
     "fugashi": "fugashi",
     "ipadic": "ipadic",
-    "unidic_lite": "unidic-lite",
+    "unidic_lite": "'tweetscore[unidic-lite]'",
     "unidic": "unidic",
     "sudachipy": "sudachipy sudachidict_core",
     "rhoknp": "rhoknp",
@@ -25,13 +25,13 @@ PIP_NAMES = {
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`, set to treat `[SEP]` and the like in a tweet as the plain text it is.
+    """Load the tokenizer saved in `folder`. Special tokens such as `[SEP]` in a tweet are split as plain text.
 
-    `bert-base-japanese` (v1) was trained on ipadic words and its files name no dictionary: they date from when ipadic
-    was the default. transformers 5 would take unidic-lite instead and cut three sentences in ten elsewhere, silently.
-    So a MeCab tokenizer without `mecab_kwargs` gets ipadic, and saving it writes that down.
+    `bert-base-japanese` (v1) was trained with the ipadic dictionary, but its files name no dictionary. transformers 5
+    defaults to unidic-lite, which splits about 30 % of sentences differently, without a warning. So a MeCab tokenizer
+    without `mecab_kwargs` gets ipadic, and saving it records the dictionary.
 
-    Raises `ModelUnavailable` when the files are missing, or a package that is needed, which it names.
+    Raises `ModelUnavailable` when files are missing, or a package is; the message names the package.
     """
     try:
         saved = get_tokenizer_config(str(folder), local_files_only=True)
@@ -50,26 +50,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def mecab_dictionary(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The MeCab dictionary a tokenizer cuts words with; None when it uses no MeCab."""
+    """Return the name of the tokenizer's MeCab dictionary, or None when it does not use MeCab."""
     if getattr(tokenizer, "word_tokenizer_type", None) != "mecab":
         return None
     return str((getattr(tokenizer, "mecab_kwargs", None) or {}).get("mecab_dic", "unidic_lite"))
 
 
 class TextEncoder:
-    """Texts to token ids, by the fast way where there is one for the tokenizer. For one thread at a time."""
+    """Convert texts to token ids, with `FastJapaneseEncoder` where it supports the tokenizer. Not thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._fast = fast_encoder(tokenizer)
 
     def __call__(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """As `encode` has it, id for id."""
+        """Return the same ids as `encode`."""
         return self._fast.encode(texts, max_length) if self._fast else encode(self._tokenizer, texts, max_length)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of cleaned texts, special tokens included, cut to `max_length` tokens, not padded."""
+    """Return the token ids of cleaned texts: special tokens included, truncated to `max_length` tokens, not padded."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)
@@ -77,8 +77,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
 
 
 def _why(error: BaseException) -> str:
-    said = str(error).strip() or type(error).__name__
-    missing = next((name for name in PIP_NAMES if re.search(rf"\b{name}\b", said)), None)
-    if missing is None or isinstance(error, OSError):  # the latter names files
-        return said.splitlines()[0]
+    message = str(error).strip() or type(error).__name__
+    missing = next((name for name in PIP_NAMES if re.search(rf"\b{name}\b", message)), None)
+    if missing is None or isinstance(error, OSError):  # OSError messages contain file names
+        return message.splitlines()[0]
     return f"it needs the package {missing}, which is not installed; `pip install {PIP_NAMES[missing]}`"

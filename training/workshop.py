@@ -1,4 +1,4 @@
-"""Where a training worker works."""
+"""Stores, paths and limits of a training worker."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from training.storage import Store
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where jobs are worked on and what they may reach; values, never the environment.
+class TrainingContext:
+    """Stores, folders, devices and limits for running jobs. Built from the settings; does not read the environment.
 
-    `devices` are one a process that trains: the first is where a model is tested and, if it is the only one, trained.
-    `checkpoint_store` is a remote one that follows what `jobs_folder` holds; None where that is all there is.
-    `outages` counts by job how often in a row it was given back for want of a store.
+    `device` is where a model is trained and evaluated. `checkpoint_store` is a remote store that mirrors
+    `jobs_folder`, or None. `boards_folder` receives TensorBoard logs. `read_roots` are the folders that jobs may read.
+    `outages` counts, by job id, the consecutive releases because a store was unavailable.
     """
 
     model_store: Store
@@ -23,7 +23,7 @@ class Workshop:
     checkpoint_store: Store | None
     boards_folder: Path
     read_roots: Sequence[Path]
-    devices: Sequence[str]
+    device: str
     lease_seconds: float
     max_attempts: int
     outages: Counter[int] = field(default_factory=Counter)

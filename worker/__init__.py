@@ -1,8 +1,8 @@
-"""The event-driven side: stream, scoring, Celery tasks, command line. Three functions for those who write Python:
+"""Stream, scoring, Celery tasks and command line. The Python interface is three functions:
 
 worker.submit_training("data.csv", preset="guide", epochs=3)   -> job id
-worker.publish([{"id": "1", "text": "最高の一日"}])              -> how many were published
-worker.query("SELECT * FROM v_model_leaderboard")              -> a pandas frame
+worker.publish([{"id": "1", "text": "最高の一日"}])              -> number of tweets published
+worker.query("SELECT * FROM v_model_leaderboard")              -> a pandas DataFrame
 """
 
 from collections.abc import Generator, Iterable, Mapping
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 def submit_training(dataset: str, preset: str | None = None, **options: Any) -> int:
     """Queue a fine-tuning job and nudge a training worker. Returns the job's id.
 
-    `options` are fields of `training.config.TrainConfig`. The row alone is enough: without a broker the job waits for
-    the next worker. Raises `TweetscoreError` when the job could only fail.
+    `options` are fields of `training.config.TrainConfig`. The nudge is optional: without a broker the job waits in SQL
+    for the next worker. Raises `TweetscoreError` when the job cannot succeed.
     """
-    from worker import doors  # the package stays light until it is used
+    from worker import doors  # imported here to keep `import worker` fast
 
     return doors.submit_training(dataset, preset, **options)
 
 
 def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
-    """Append tweets to the stream and nudge a scoring worker. Returns how many.
+    """Append tweets to the stream and nudge a scoring worker. Returns the number of tweets.
 
-    A tweet is {"id", "text", ...}, or what the X API gives: one of its tweets or a page of them.
+    A tweet is {"id", "text", ...}, or a tweet or a page of tweets as the X API returns them.
 
-    A server that is started again, or loads its data, is waited for. It may then have some of them twice, and each gets
-    one row all the same. Raises `BadRecord`, and publishes nothing, when one of them is no tweet; `StreamError` or
-    `ServerFailed` when the broker is away.
+    Waits for a server that is restarted or loads its data. Tweets may then be in the stream twice; each still gets one
+    row. Raises `BadRecord`, and publishes nothing, when an item is not a tweet; `StreamError` or `ServerFailed` when
+    the broker is away.
     """
     from worker import doors
 
@@ -44,19 +44,19 @@ def query(sql: str, chunksize: int) -> "Generator[DataFrame, None, None]": ...
 
 
 def query(sql: str, chunksize: int | None = None) -> "DataFrame | Generator[DataFrame, None, None]":
-    """The answer to one SELECT as a pandas frame. Nothing can be written this way.
+    """Run one SELECT in a read-only transaction and return its rows as a pandas DataFrame.
 
-    With `chunksize` a generator of frames of so many rows, read as they are taken; its connection is closed when it is
-    exhausted, closed or no longer referred to. Of either database: ids are text, times aware and UTC, JSON is objects,
-    integers are nullable where one is NULL, and no rows still have their columns.
+    With `chunksize` return a generator of frames with that many rows, read on demand. Its connection is closed when the
+    generator is exhausted, closed or garbage-collected. On both databases ids are text, times are timezone-aware and in
+    UTC, JSON columns are objects, integer columns with a NULL are nullable, and an empty result keeps its columns.
 
-    Raises `TweetscoreError` when the database cannot be reached or refuses, or the question gives no row for a minute.
+    Raises `TweetscoreError` when the database cannot be reached, refuses the query, or returns no row for a minute.
     """
     from db import frames
     from worker.errors import BadRequest
     from worker.settings import load_settings
 
-    url = load_settings().asking_url
+    url = load_settings().query_url
     if chunksize is None:
         return frames.whole(url, sql)
     if chunksize < 1:

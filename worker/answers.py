@@ -1,4 +1,4 @@
-"""What a Redis or Valkey server answers when it is asked: that it serves, how far it has loaded, or nothing."""
+"""The status of a Redis or Valkey server: ready, loading its data, or not answering."""
 
 import time
 from collections.abc import Callable
@@ -11,74 +11,78 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-ANSWER_SECONDS = 5.0
-LOOK_SECONDS = 0.01
-LONGEST_LOOK_SECONDS = 0.25
-# A load that is shorter than this is not worth a line.
-SAID_AFTER_SECONDS = 1.0
-SAID_EVERY_SECONDS = 10.0
+TIMEOUT_SECONDS = 5.0
+POLL_SECONDS = 0.01
+LONGEST_POLL_SECONDS = 0.25
+# A shorter load is not reported.
+FIRST_NOTICE_SECONDS = 1.0
+NOTICE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How far a server has loaded its data, as far as it says."""
+    """Progress of a server that loads its data; None where the server does not report it."""
 
     percent: float | None = None
     seconds_left: int | None = None
 
     def __str__(self) -> str:
-        far = "" if self.percent is None else f", {self.percent:.0f} %"
+        percent = "" if self.percent is None else f", {self.percent:.0f} %"
         left = "" if self.seconds_left is None or self.seconds_left < 0 else f", about {self.seconds_left} s left"
-        return f"loading{far}{left}"
+        return f"loading{percent}{left}"
 
 
-def client_of(socket: Path, timeout: float = ANSWER_SECONDS) -> "redis.Redis":
-    """A client without redis-py's own patience, which would wait seconds for a server that is gone.
+def connect_socket(socket: Path, timeout: float = TIMEOUT_SECONDS) -> "redis.Redis":
+    """A client that does not retry: redis-py would otherwise wait seconds for a server that is gone.
 
-    It does not introduce itself: a server that loads answers one message a portion, and portions may take long.
+    It sends no CLIENT SETINFO: a loading server answers one message per chunk it loads, and a chunk may take long.
     """
     return redis.Redis(
         unix_socket_path=str(socket), socket_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None
     )
 
 
-def ask(client: "redis.Redis") -> Loading | None:
-    """None from a server that serves, else how far it has loaded. Raises `redis.RedisError` when it does not answer."""
+def loading_status(client: "redis.Redis") -> Loading | None:
+    """Return None when the server is ready, else its loading progress.
+
+    Raises `redis.RedisError` when it does not answer.
+    """
     try:
         client.ping()
         return None
     except redis.BusyLoadingError:
         pass
     try:
-        told: Any = client.info("persistence")
+        info: Any = client.info("persistence")
     except NoPermissionError:
         return Loading()
-    left = told.get("loading_eta_seconds")
-    return Loading(told.get("loading_loaded_perc"), None if left is None else int(left))
+    left = info.get("loading_eta_seconds")
+    return Loading(info.get("loading_loaded_perc"), None if left is None else int(left))
 
 
-def serves(
-    client: "redis.Redis", silence_seconds: float, hopeless: Callable[[], bool], loads: Callable[[Loading], None]
+def wait_until_ready(
+    client: "redis.Redis", silence_seconds: float, give_up: Callable[[], bool], on_loading: Callable[[Loading], None]
 ) -> bool:
-    """Wait until a server serves: while it loads without a limit, while it says nothing for `silence_seconds` at most.
+    """Wait until a server is ready: without a limit while it loads, for `silence_seconds` while it does not answer.
 
-    Returns False when it stays silent, or as soon as `hopeless()` holds. `loads` hears now and then how far it is.
+    Returns False after that silence, or as soon as `give_up()` is true. `on_loading` receives the progress every ten
+    seconds.
     """
-    heard_at = time.monotonic()
-    say_at, pause = heard_at + SAID_AFTER_SECONDS, LOOK_SECONDS
-    while not hopeless():
+    answered_at = time.monotonic()
+    notify_at, pause = answered_at + FIRST_NOTICE_SECONDS, POLL_SECONDS
+    while not give_up():
         try:
-            loading = ask(client)
+            loading = loading_status(client)
         except redis.RedisError:
-            if time.monotonic() - heard_at >= silence_seconds:
+            if time.monotonic() - answered_at >= silence_seconds:
                 return False
         else:
             if loading is None:
                 return True
-            heard_at = time.monotonic()
-            if heard_at >= say_at:
-                loads(loading)
-                say_at = heard_at + SAID_EVERY_SECONDS
+            answered_at = time.monotonic()
+            if answered_at >= notify_at:
+                on_loading(loading)
+                notify_at = answered_at + NOTICE_SECONDS
         time.sleep(pause)
-        pause = min(1.2 * pause, LONGEST_LOOK_SECONDS)
+        pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
     return False

@@ -1,4 +1,4 @@
-"""The Celery application: JSON only, two queues; a request to train waits in its queue until it is a row."""
+"""The Celery application and its configuration: JSON messages, and one queue each for training and scoring."""
 
 import ssl
 from typing import Any
@@ -13,7 +13,7 @@ from worker.settings import Settings, load_settings
 
 TRAINING = "training"
 SCORING = "scoring"
-# How long Celery's backend keeps what it says of a job; SQL keeps the job.
+# How long the result backend keeps the result of a job. The job's row in SQL is not deleted.
 RESULT_SECONDS = 7 * 86_400
 
 
@@ -24,7 +24,10 @@ def make_app(settings: Settings) -> Celery:
 
 
 def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
-    """`url` is the broker's as redis-py spells it; results are kept at `result_url`, else on the broker."""
+    """Celery's configuration.
+
+    `url` is the broker's URL for redis-py; results are stored at `result_url`, else on the broker.
+    """
     results = result_url or url
     return {
         "broker_url": broker_url(url),
@@ -34,7 +37,7 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
         "result_expires": RESULT_SECONDS,
         "redis_socket_connect_timeout": 5,
         "redis_socket_timeout": CLIENT_TIMEOUT_SECONDS,
-        # Nudges store nothing; the tasks that somebody waits for say so themselves.
+        # Nudges have no result. The tasks whose result is used override this.
         "task_ignore_result": True,
         "task_serializer": "json",
         "accept_content": ["json"],
@@ -43,19 +46,19 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
             "worker.tasks.cancel": {"queue": TRAINING},
             "worker.tasks.score": {"queue": SCORING},
         },
-        # A message is a nudge: taken at once, and none the worse for getting lost.
+        # A message is a nudge, so it is acknowledged early: losing it loses no work.
         "task_acks_late": False,
         "worker_prefetch_multiplier": 1,
         "worker_direct": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        # A broker whose memory is full refuses a worker's queues until somebody has read: wait for it, do not end.
+        # A broker whose memory is full refuses to declare queues until scoring has freed memory: retry, do not exit.
         "broker_channel_error_retry": True,
-        "worker_consumer": "worker.consumer:PatientConsumer",
+        "worker_consumer": "worker.consumer:DelayedRetryConsumer",
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": True,
-        # A publisher that cannot reach the broker says so soon: its data is safe where it lies.
+        # Fail soon when the broker is away: the data of a nudge is already stored.
         "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
         "broker_transport_options": {"socket_connect_timeout": 5, "socket_keepalive": True},
         "timezone": "UTC",
@@ -63,9 +66,9 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
 
 
 def broker_url(url: str) -> str:
-    """redis-py's URL as Celery spells it: a Unix socket is `redis+socket://`, its database an option."""
+    """Convert a redis-py URL to Celery's form: `redis+socket://` for a Unix socket, with the database as an option."""
     if url.startswith("rediss://"):
-        return url.partition("?")[0]  # what stands behind it is for `broker_ssl`
+        return url.partition("?")[0]  # the query holds TLS options, see `broker_ssl`
     if not url.startswith("unix://"):
         return url
     path, _, query = url.removeprefix("unix://").partition("?")
@@ -74,7 +77,7 @@ def broker_url(url: str) -> str:
 
 
 def broker_ssl(url: str) -> dict[str, Any] | None:
-    """Celery's TLS options for redis-py's: certificates are verified unless the URL says otherwise."""
+    """Convert redis-py's TLS options to Celery's. Certificates are verified unless the URL disables that."""
     if not url.startswith("rediss://"):
         return None
     given = dict(parse_qsl(urlsplit(url).query))

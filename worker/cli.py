@@ -1,33 +1,58 @@
 """The `tweetscore` command. Each command parses, calls, and shows; what it does lies elsewhere.
 
-Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sentence on standard error. Heavy packages
-are imported where they are needed, so that a look at the jobs does not wait for torch.
+Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sentence on standard error. Here and in the
+`cli_*` modules a command imports what it needs when it runs, so that `--help` loads no more than Typer.
 """
 
-import importlib.metadata
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, embedded, show
+from worker import cli_data, cli_db, cli_dead, cli_jobs, cli_models, show
 from worker.cli_jobs import follow_job, report_job
 from worker.errors import ServerFailed
-from worker.processes import Workers, let_waiting_threads_sleep, workers
-from worker.runtime import broker, open_sql, open_to_ask
-from worker.settings import Settings, load_settings
 from worker.show import Json
 
+if TYPE_CHECKING:
+    from worker.processes import Supervisor
+    from worker.settings import Settings
+
+# The groups of `tweetscore --help`, and the order of the commands in them.
+PANELS = {
+    "Run": ("demo", "up", "worker"),
+    "Train": ("train", "jobs", "models", "data", "tensorboard"),
+    "Score": ("push", "score", "rescore", "dead"),
+    "Ask": ("query", "export", "dashboard"),
+    "Operate": ("doctor", "health", "db", "delete"),
+}
+
+
+class Panels(TyperGroup):
+    """Lists the commands as `PANELS` does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for panel, names in PANELS.items():
+            for name in names:
+                vars(self.commands[name])["rich_help_panel"] = panel
+
+    def list_commands(self, context: Any) -> list[str]:
+        return [name for names in PANELS.values() for name in names]
+
+
 app = typer.Typer(
+    cls=Panels,
     no_args_is_help=True,
     add_completion=False,
-    help="Fine-tune a Japanese BERT, score tweets as they arrive, ask in SQL.",
+    help="Fine-tune a Japanese BERT, score tweets as they arrive, query the results in SQL.",
 )
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_models.app, name="models")
@@ -35,7 +60,7 @@ app.add_typer(cli_dead.app, name="dead")
 app.add_typer(cli_db.app, name="db")
 app.add_typer(cli_data.app, name="data")
 app.command("rescore")(cli_models.rescore)
-for command in (cli_data.export, cli_data.delete, cli_data.plot):
+for command in (cli_data.export, cli_data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
@@ -43,6 +68,8 @@ ROLES = ("train", "score")
 
 def _say_version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata
+
         show.console.print(f"tweetscore {importlib.metadata.version('tweetscore')}")
         raise typer.Exit
 
@@ -50,7 +77,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -66,21 +93,29 @@ def main() -> None:
 
 @app.command()
 def demo() -> None:
-    """Train on the sample tweets, score others, query: the whole route in about a minute."""
+    """Train on sample tweets, score others and query the results, in about a minute."""
     from worker.demo import run_demo
+    from worker.settings import load_settings
 
     run_demo(load_settings())
 
 
 @app.command()
 def up(
-    scorers: Annotated[int, typer.Option(min=1, max=64, help="Scoring workers; one for each GPU.")] = 1,
+    scorers: Annotated[int, typer.Option(min=1, max=64, help="Number of scoring workers; use one per GPU.")] = 1,
 ) -> None:
-    """Run the server (unless REDIS_URL names one), a training worker and scoring workers, until Ctrl-C."""
+    """Run the server, a training worker and scoring workers, until Ctrl-C.
+
+    With REDIS_URL set, the server is that one, and only the workers are started.
+    """
+    from worker.processes import supervise
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     settings = load_settings()
     open_sql(settings).close()
     told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
-    started: list[Workers] = []
+    started: list[Supervisor] = []
     roles = ["train", *["score"] * scorers]
 
     def stop(number: int, _: object) -> None:
@@ -93,7 +128,7 @@ def up(
         signal.signal(number, stop)
     with (
         _own_broker(settings, show.line, lambda: bool(told)) as url,
-        workers(settings, [] if told else roles, show.line) as running,
+        supervise(settings, [] if told else roles, show.line) as running,
     ):
         started.append(running)
         show.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {settings.models}")
@@ -105,16 +140,20 @@ def up(
 
 
 @app.command()
-def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> None:
-    """Run one worker in this process: real Celery, threads, its own queue."""
+def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train or score.")]) -> None:
+    """Run one Celery worker in this process."""
+    from worker import embedded
+    from worker.processes import limit_spin_waiting
+    from worker.settings import load_settings
+
     if role not in ROLES:
         raise typer.BadParameter(f"{role!r} is no role; use train or score")
     settings = load_settings()
     # One that loads, or that its owner starts again, is waited for as one that goes away later is.
     home = settings.home
-    if settings.embedded and embedded.trouble(home) is None and embedded.find(home) is None:
+    if settings.embedded and embedded.failure_reason(home) is None and embedded.find(home) is None:
         raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
-    let_waiting_threads_sleep()  # before the next line loads torch
+    limit_spin_waiting()  # before the next line loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
@@ -128,31 +167,40 @@ def worker(role: Annotated[str, typer.Argument(help="`train` or `score`.")]) -> 
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Argument(help="CSV, TSV or JSONL with a label and a text in each row.")],
-    preset: Annotated[str | None, typer.Option(help="guide or fast.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub name, local folder, or starter.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
-    task: Annotated[str | None, typer.Option(help="single_label or multi_label (labels joined by |).")] = None,
-    labels: Annotated[str | None, typer.Option(help="Labels allowed: `a,b` or `0=negative,1=positive`.")] = None,
-    polarity: Annotated[str | None, typer.Option(help="Which label is good: `good=1,bad=-1`.")] = None,
-    head: Annotated[str | None, typer.Option(help="guide or linear.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="pooler, mean or cls.")] = None,
-    loss: Annotated[str | None, typer.Option(help="bce or cross_entropy.")] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    train_batch_size: Annotated[int | None, typer.Option()] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a tweet is cut to.")] = None,
-    split: Annotated[str | None, typer.Option(help="stratified, or guide: the rows that the guide draws.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Any other field: `--set dropout=0.1`.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the job until it ends.")] = False,
+    dataset: Annotated[str, typer.Argument(help="CSV, TSV, JSONL or Parquet: a label and a text in each row.")],
+    preset: Annotated[str | None, typer.Option(help="Set of hyper-parameters: guide or fast.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Encoder: a Hub name, a local folder, or starter.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the Hub repository.")] = None,
+    task: Annotated[str | None, typer.Option(help="single_label, or multi_label (labels joined by |).")] = None,
+    labels: Annotated[str | None, typer.Option(help="Allowed labels: a,b or 0=negative,1=positive.")] = None,
+    polarity: Annotated[str | None, typer.Option(help="Score of each label from -1 to 1: good=1,bad=-1.")] = None,
+    head: Annotated[str | None, typer.Option(help="Classification head: guide or linear.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="Vector of a text: pooler, mean or cls.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Loss function: bce or cross_entropy.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the schedule.")] = None,
+    train_batch_size: Annotated[int | None, typer.Option(help="Rows of one training step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut each text to this many tokens.")] = None,
+    split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the job's progress until it ends.")] = False,
     json: Json = False,
 ) -> None:
-    """Queue a fine-tuning job. With --wait, and no worker running on this machine's server, run one for it."""
+    """Queue a fine-tuning job.
+
+    With --wait, a worker is started for it if none runs here.
+    """
+    from worker import embedded
     from worker.app import TRAINING, make_app
     from worker.doors import nudge
     from worker.intake import submit_training
     from worker.options import label_map, numbers, pairs
+    from worker.processes import supervise
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
 
     settings = load_settings()
     options: dict[str, Any] = {
@@ -173,7 +221,7 @@ def train(
             show.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
         return
     if alone:
-        with _own_broker(settings, show.aside), workers(settings, ["train"], show.aside) as running:
+        with _own_broker(settings, show.aside), supervise(settings, ["train"], show.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
@@ -184,18 +232,23 @@ def train(
 @app.command()
 def push(
     file: Annotated[
-        str, typer.Argument(help="X API answers, JSONL, CSV, TSV or Parquet, also .gz or a URL; - is stdin.")
+        str, typer.Argument(help="X API pages, JSONL, CSV, TSV or Parquet; a file, .gz or URL; - reads standard input.")
     ],
-    topic: Annotated[str | None, typer.Option(help="Topic of the tweets that name none.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first line that is no tweet.")] = False,
+    topic: Annotated[str | None, typer.Option(help="Topic of tweets that have none.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first invalid line.")] = False,
     json: Json = False,
 ) -> None:
-    """Publish tweets to the stream. Lines that are no tweets are counted and named; the others go through."""
-    from worker.push import push_file
+    """Publish tweets to the stream.
+
+    Invalid lines are reported and skipped.
+    """
+    from worker.publish_file import publish_file
+    from worker.runtime import broker
+    from worker.settings import load_settings
 
     settings = load_settings()
     with broker(settings, show.aside) as url:
-        pushed = push_file(settings, url, file, quiet=json, topic=topic, strict=strict)
+        pushed = publish_file(settings, url, file, quiet=json, topic=topic, strict=strict)
     if json:
         show.as_json(
             {
@@ -218,12 +271,14 @@ def push(
 
 @app.command()
 def score(
-    file: Annotated[str, typer.Argument(help="As `push` takes it, ids or not; - is stdin.")],
-    model: Annotated[int | None, typer.Option(help="Model version; the champion if unnamed.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    file: Annotated[str, typer.Argument(help="As `push` takes it, with or without ids; - reads standard input.")],
+    model: Annotated[int | None, typer.Option(help="Model version; by default the champion.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Score tweets here and now: no queue, nothing stored."""
-    from worker.push import score_file
+    """Score tweets in this process, without the queue, and store nothing."""
+    from worker.publish_file import score_file
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
 
     settings = load_settings()
     if score_file(settings, open_sql(settings), file, model, json):
@@ -232,11 +287,13 @@ def score(
 
 @app.command()
 def tensorboard(
-    job: Annotated[int | None, typer.Option(help="One job's run alone.")] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 6006,
+    job: Annotated[int | None, typer.Option(help="Show only this job's run.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 6006,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
-    """Look at training runs in TensorBoard, until Ctrl-C."""
+    """Show training runs in TensorBoard, until Ctrl-C."""
+    from worker.settings import load_settings
+
     boards = load_settings().boards
     boards.mkdir(parents=True, exist_ok=True)  # TensorBoard finds what comes later
     folder = boards if job is None else boards / f"job-{job}"
@@ -251,13 +308,18 @@ def tensorboard(
 
 @app.command()
 def dashboard(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8001,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; whoever reaches it can read every tweet.")
+        str, typer.Option(help="Address to listen on. Every client that reaches it can read all tweets.")
     ] = "127.0.0.1",
 ) -> None:
-    """Look at the SQLite database in a browser, until Ctrl-C. Nothing can be written this way."""
+    """Show charts of the SQLite database in a browser, read-only, until Ctrl-C.
+
+    Needs the packages of `pip install 'tweetscore[dashboard]'`.
+    """
     from worker.dashboard import serve
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
 
     settings = load_settings()
     open_sql(settings).close()
@@ -266,18 +328,20 @@ def dashboard(
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT.")],
-    format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",  # noqa: A002 - the option's name
+    sql: Annotated[str, typer.Argument(help="One SELECT statement.")],
+    format: Annotated[str, typer.Option(help="Output format: table, csv or json.")] = "table",  # noqa: A002 - the option's name
     json: Json = False,
 ) -> None:
-    """Ask the database. Nothing can be written this way."""
+    """Run one SQL query, read-only."""
     import csv
 
     from db.readonly import ask
+    from worker.runtime import open_for_queries
+    from worker.settings import load_settings
 
     settings = load_settings()
-    open_to_ask(settings).close()
-    with ask(settings.asking_url, sql) as (columns, rows):
+    open_for_queries(settings).close()
+    with ask(settings.query_url, sql) as (columns, rows):
         if json or format == "json":
             show.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":
@@ -292,16 +356,17 @@ def query(
 
 @app.command()
 def health(
-    of: Annotated[str, typer.Argument(help="scoring or training (a worker of this host), broker or db.")],
+    of: Annotated[str, typer.Argument(help="scoring or training (a worker on this host), broker or db.")],
     json: Json = False,
 ) -> None:
-    """For orchestrators: exit code 0 when it is well, 1 and one sentence when not."""
-    from worker.health import KINDS, ask_health
+    """Check one part, for orchestrators: exit code 0 if it is healthy, else 1."""
+    from worker.health import KINDS, check_health
+    from worker.settings import load_settings
 
     if of not in KINDS:
         raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
     try:
-        ok, says = True, ask_health(load_settings(), of)
+        ok, says = True, check_health(load_settings(), of)
     except TweetscoreError as error:
         ok, says = False, str(error)
     if json:
@@ -314,30 +379,33 @@ def health(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Look at everything tweetscore needs: each line is ok, or says how to mend it."""
+    """Check everything tweetscore needs; each line is ok or says how to fix it."""
     from worker.doctor import examine
+    from worker.settings import load_settings
 
     checks = examine(load_settings())
     if json:
-        show.as_json([{"name": c.name, "ok": c.ok, "says": c.says} for c in checks])
+        show.as_json([{"name": c.name, "ok": c.ok, "says": c.finding} for c in checks])
     else:
-        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.says) for c in checks])
+        show.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.finding) for c in checks])
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
 
 @contextmanager
 def _own_broker(
-    settings: Settings, say: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
+    settings: "Settings", say: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
 ) -> Iterator[str]:
     if settings.redis_url:
         yield public_url(settings.redis_url)
         return
+    from worker import embedded
+
     with embedded.owned(settings.home, settings.server_memory_mb, settings.server_sync, say, give_up) as server:
         yield server.url
 
 
-def _place(settings: Settings) -> str:
+def _place(settings: "Settings") -> str:
     return public_url(settings.database_url) if settings.database_url else str(settings.home / "tweetscore.db")
 
 

@@ -1,23 +1,29 @@
-"""`tweetscore db`: the schema, and who may look at it."""
+"""`tweetscore db`: upgrade the schema, grant rights to PostgreSQL roles."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from db import migrate
 from db.errors import public_url
-from db.session import Database, open_database
 from worker import show
-from worker.runtime import open_sql
-from worker.settings import load_settings
 
-app = typer.Typer(no_args_is_help=True, help="The database: bring it up to date, let others look.")
+if TYPE_CHECKING:
+    from db.session import Database
+
+app = typer.Typer(no_args_is_help=True, help="Upgrade the database's schema and grant rights.")
 
 
 @app.command()
 def upgrade() -> None:
-    """Bring the database to this release's schema; with SQLite workers and commands do it too, when they start."""
+    """Upgrade the database to this release's schema.
+
+    With SQLite, workers and commands do so when they start.
+    """
+    from db import migrate
+    from db.session import open_database
+    from worker.settings import load_settings
+
     settings = load_settings()
     database = open_database(settings.sql_url)
     migrate.upgrade(database)
@@ -27,8 +33,8 @@ def upgrade() -> None:
 
 
 @app.command("grant-worker")
-def let_work(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
-    """Let a PostgreSQL role read and write rows, and change no schema: what workers need."""
+def let_work(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+    """Grant a PostgreSQL role the rights of a worker: to read and write rows."""
     from db.roles import grant_worker
 
     _grant(grant_worker, role)
@@ -36,15 +42,18 @@ def let_work(role: Annotated[str, typer.Argument(help="A PostgreSQL role that ex
 
 
 @app.command("grant-readonly")
-def let_look(role: Annotated[str, typer.Argument(help="A PostgreSQL role that exists.")]) -> None:
-    """Let a PostgreSQL role SELECT, and nothing else; name its URL in TWEETSCORE_READER_URL."""
+def let_look(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+    """Grant a PostgreSQL role SELECT only; set TWEETSCORE_READER_URL to its URL."""
     from db.roles import grant_readonly
 
     _grant(grant_readonly, role)
     show.console.print(f"{role} may look at every table and view, and write none")
 
 
-def _grant(grant: Callable[[Database, str], None], role: str) -> None:
+def _grant(grant: "Callable[[Database, str], None]", role: str) -> None:
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     database = open_sql(load_settings())
     try:
         grant(database, role)

@@ -1,28 +1,33 @@
-"""`tweetscore dead`: records that could not be scored, and what is to become of them."""
+"""`tweetscore dead`: list, show, retry and drop dead letters."""
 
 import json as jsonlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from db import predictions
-from db.models import DeadLetter
 from worker import show
 from worker.errors import BadRecord
-from worker.records import parse_payload
-from worker.runtime import broker, open_sql, open_stream
-from worker.settings import load_settings
 from worker.show import Json
+from worker.tweet_record import parse_payload
 
-app = typer.Typer(no_args_is_help=True, help="Records that could not be scored.")
+if TYPE_CHECKING:
+    from db.models import DeadLetter
 
-Ids = Annotated[list[str] | None, typer.Argument(help="Record ids, as `dead list` shows them.")]
-All = Annotated[bool, typer.Option("--all", help="All of them.")]
+app = typer.Typer(no_args_is_help=True, help="List, show, retry and drop records that could not be scored.")
+
+Ids = Annotated[list[str] | None, typer.Argument(help="Record ids, as `dead list` prints them.")]
+All = Annotated[bool, typer.Option("--all", help="All dead letters.")]
 
 
 @app.command("list")
-def dead_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
-    """The newest dead letters, and why they are."""
+def dead_list(
+    limit: Annotated[int, typer.Option(min=1, help="Number of rows to print.")] = 20, json: Json = False
+) -> None:
+    """List the newest dead letters with their reasons."""
+    from db import predictions
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).read() as session:
         letters, count = predictions.recent_dead(session, limit), predictions.dead_count(session)
     if json:
@@ -37,8 +42,14 @@ def dead_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = Fals
 
 
 @app.command("show")
-def dead_show(record_id: str, json: Json = False) -> None:
-    """One dead letter with its payload: as JSON where it is JSON, else its bytes."""
+def dead_show(
+    record_id: Annotated[str, typer.Argument(help="Record id, as `dead list` prints it.")], json: Json = False
+) -> None:
+    """Show one dead letter with its payload."""
+    from db import predictions
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).read() as session:
         letter = predictions.dead_letter(session, record_id)
     described = {**_described(letter), "payload": _payload(letter), "other_fields": letter.other_fields}
@@ -53,9 +64,11 @@ def dead_show(record_id: str, json: Json = False) -> None:
 
 @app.command("retry")
 def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
-    """Put dead letters back into the stream, whole; a worker scores them, or buries them again."""
+    """Put dead letters back into the stream, to be scored again."""
     from worker.app import make_app
-    from worker.dead import retry
+    from worker.dead_letters import retry
+    from worker.runtime import broker, open_sql, open_stream
+    from worker.settings import load_settings
 
     settings, ids = load_settings(), _chosen(record_ids, every)
     with broker(settings) as url:
@@ -65,8 +78,10 @@ def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -
 
 @app.command("drop")
 def dead_drop(record_ids: Ids = None, every: All = False, json: Json = False) -> None:
-    """Forget dead letters for good."""
-    from worker.dead import drop
+    """Delete dead letters."""
+    from worker.dead_letters import drop
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
 
     _say("dropped", drop(open_sql(load_settings()), _chosen(record_ids, every)), json)
 
@@ -84,7 +99,7 @@ def _say(what: str, done: int, json: bool) -> None:
         show.console.print(f"{done} dead letters {what}")
 
 
-def _described(letter: DeadLetter) -> dict[str, Any]:
+def _described(letter: "DeadLetter") -> dict[str, Any]:
     return {
         "record_id": letter.record_id,
         "tweet_id": _tweet_id(letter),
@@ -94,7 +109,8 @@ def _described(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _tweet_id(letter: DeadLetter) -> str | None:
+def _tweet_id(letter: "DeadLetter") -> str | None:
+
     try:
         return parse_payload(letter.payload).id
     except BadRecord:
@@ -102,7 +118,7 @@ def _tweet_id(letter: DeadLetter) -> str | None:
         return str(found["id"]) if isinstance(found, dict) and isinstance(found.get("id"), str | int) else None
 
 
-def _payload(letter: DeadLetter) -> Any:
+def _payload(letter: "DeadLetter") -> Any:
     """JSON as what it says, text as it is, other bytes escaped."""
     try:
         return jsonlib.loads(letter.payload)

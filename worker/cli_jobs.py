@@ -1,23 +1,30 @@
-"""`tweetscore jobs`: what became of the requests to train."""
+"""`tweetscore jobs`: list, show, retry and cancel training jobs."""
 
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from db import jobs, registry
-from db.models import TrainingJob, utc_now
 from worker import show
-from worker.runtime import open_sql
-from worker.settings import load_settings
 from worker.show import Json
 
-app = typer.Typer(no_args_is_help=True, help="Training jobs.")
+if TYPE_CHECKING:
+    from db.models import TrainingJob
+
+app = typer.Typer(no_args_is_help=True, help="List, show, retry and cancel training jobs.")
+
+JobId = Annotated[int, typer.Argument(help="Number of the job.")]
 
 
 @app.command("list")
-def jobs_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = False) -> None:
-    """The newest jobs."""
+def jobs_list(
+    limit: Annotated[int, typer.Option(min=1, help="Number of rows to print.")] = 20, json: Json = False
+) -> None:
+    """List the newest jobs."""
+    from db import jobs
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).read() as session:
         found = jobs.recent(session, limit)
     if json:
@@ -31,8 +38,16 @@ def jobs_list(limit: Annotated[int, typer.Option(min=1)] = 20, json: Json = Fals
 
 
 @app.command("show")
-def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = False, json: Json = False) -> None:
-    """One job: its data, epochs and test figures."""
+def jobs_show(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until it ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Show one job: its data, epochs and test figures."""
+    from db import jobs
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     database = open_sql(load_settings())
     if follow:
         job = follow_job(database, job_id, json, lambda: None)
@@ -43,8 +58,13 @@ def jobs_show(job_id: int, follow: Annotated[bool, typer.Option("--follow")] = F
 
 
 @app.command("retry")
-def jobs_retry(job_id: int, json: Json = False) -> None:
-    """Queue a job that failed once more: it goes on from its newest checkpoint, if it has one."""
+def jobs_retry(job_id: JobId, json: Json = False) -> None:
+    """Queue a failed job again; it resumes from its newest checkpoint, if there is one."""
+    from db import jobs
+    from db.models import utc_now
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     settings = load_settings()
     with open_sql(settings).begin() as session:
         failed_at = jobs.get(session, job_id).finished_at
@@ -59,8 +79,12 @@ def jobs_retry(job_id: int, json: Json = False) -> None:
 
 
 @app.command("cancel")
-def jobs_cancel(job_id: int, json: Json = False) -> None:
-    """Stop a job: at once when it waits, within a few steps when it runs."""
+def jobs_cancel(job_id: JobId, json: Json = False) -> None:
+    """Cancel a job: at once if it is queued, within a few steps if it runs."""
+    from db import jobs
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).begin() as session:
         job = jobs.request_cancel(session, job_id)
     if json:
@@ -69,7 +93,7 @@ def jobs_cancel(job_id: int, json: Json = False) -> None:
         show.console.print(f"job {job.id} is {job.state}" + (", asked to stop" if job.state == "running" else ""))
 
 
-def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> TrainingJob:
+def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> "TrainingJob":
     """With --json the bar goes to standard error's silence: only the document is printed."""
     if json:
         show.console.quiet = True
@@ -79,7 +103,9 @@ def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> TrainingJo
         show.console.quiet = False
 
 
-def report_job(database: Any, job: TrainingJob, json: bool) -> None:
+def report_job(database: Any, job: "TrainingJob", json: bool) -> None:
+    from db import jobs, registry
+
     with database.read() as session:
         version = registry.of_job(session, job.id)
         done = jobs.epochs(session, job.id)

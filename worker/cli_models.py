@@ -1,4 +1,4 @@
-"""`tweetscore models`: what was trained, what scores, and what is to."""
+"""`tweetscore models` and `rescore`: list, compare, promote and delete models; score stored tweets with one."""
 
 import os
 import time
@@ -8,27 +8,29 @@ from shutil import rmtree
 from typing import Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from db import registry
 from worker import show
-from worker.choices import kept_choices, spare_folder
-from worker.runtime import open_sql
-from worker.settings import load_settings
+from worker.engine_choice import fallback_folder, saved_choices
 from worker.show import Json
 
-app = typer.Typer(no_args_is_help=True, help="Trained models.")
+app = typer.Typer(no_args_is_help=True, help="List, compare, promote and delete trained models.")
 
-Alias = Annotated[str, typer.Option(help="champion or challenger.")]
+Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the stream) or challenger.")]
+Model = Annotated[int, typer.Argument(help="Model version.")]
+CHAMPION = "champion"  # `db.registry.CHAMPION`, without loading SQLAlchemy
 MOST_WRONG = 20
 NICENESS = 10
 
 
 @app.command("list")
 def models_list(
-    deleted: Annotated[bool, typer.Option("--deleted", help="Those that were deleted too.")] = False, json: Json = False
+    deleted: Annotated[bool, typer.Option("--deleted", help="Include deleted models.")] = False, json: Json = False
 ) -> None:
-    """Every trained model with its test figures, newest first."""
+    """List the trained models with their test figures, newest first."""
+    from db import registry
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).read() as session:
         rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session, deleted)]
         aliases = {alias: registry.assigned(session, alias) for alias in registry.ALIASES}
@@ -48,15 +50,19 @@ def models_list(
 
 
 @app.command("show")
-def models_show(model: int, json: Json = False) -> None:
-    """One model: where it lies, which engine scores with it and why, its test figures, and where it errs most."""
+def models_show(model: Model, json: Json = False) -> None:
+    """Show one model: its artifact, engine, test figures and most confident errors."""
+    from db import registry
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     settings = load_settings()
     with open_sql(settings).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         spells = [row for row in registry.history(session) if row.model_version_id == model]
-    engines = kept_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
+    engines = saved_choices(settings.models.place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
             "metrics": show.metric_rows(figures),
@@ -95,9 +101,12 @@ def models_show(model: int, json: Json = False) -> None:
 
 
 @app.command("compare")
-def models_compare(one: int, other: int, json: Json = False) -> None:
-    """Two models: their test figures side by side, and whether the difference could be chance."""
+def models_compare(one: Model, other: Model, json: Json = False) -> None:
+    """Compare the test figures of two models, with a significance test."""
+    from db import registry
     from training.evaluate import mcnemar
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
 
     with open_sql(load_settings()).read() as session:
         versions = [registry.get(session, model) for model in (one, other)]
@@ -126,16 +135,27 @@ def models_compare(one: int, other: int, json: Json = False) -> None:
 
 
 @app.command("promote")
-def models_promote(model: int, alias: Alias = registry.CHAMPION, json: Json = False) -> None:
-    """Let a model score the stream, once the workers have loaded it beside the one that scores now."""
+def models_promote(model: Model, alias: Alias = CHAMPION, json: Json = False) -> None:
+    """Make a model the champion, which scores the stream.
+
+    Workers go on with the champion before until they have loaded the new one.
+    """
+    from db import registry
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).begin() as session:
         registry.assign(session, alias, model)
     _tell_assigned(alias, model, json)
 
 
 @app.command("rollback")
-def models_rollback(alias: Alias = registry.CHAMPION, json: Json = False) -> None:
-    """Point an alias at the model it pointed at before."""
+def models_rollback(alias: Alias = CHAMPION, json: Json = False) -> None:
+    """Move an alias back to its previous model."""
+    from db import registry
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     with open_sql(load_settings()).begin() as session:
         _, model = registry.rollback(session, alias)
     _tell_assigned(alias, model, json)
@@ -143,17 +163,24 @@ def models_rollback(alias: Alias = registry.CHAMPION, json: Json = False) -> Non
 
 @app.command("delete")
 def models_delete(
-    model: int,
-    predictions: Annotated[bool, typer.Option("--predictions", help="Its predictions of tweets too.")] = False,
+    model: Model,
+    predictions: Annotated[bool, typer.Option("--predictions", help="Also delete its predictions.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete a model's artifact. Its figures stay, and so does what it said of tweets unless --predictions is given."""
+    """Delete a model's artifact.
+
+    Its test figures stay in the database, and so do its predictions unless --predictions is given.
+    """
+    from db import registry
+    from worker.runtime import open_sql
+    from worker.settings import load_settings
+
     settings = load_settings()
     with open_sql(settings).begin() as session:
         version = registry.mark_deleted(session, model, predictions)
     # After the commit: an artifact without a row does no harm, a row without its artifact would.
     settings.models.remove(version.artifact_url, version.sha256)
-    rmtree(spare_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
+    rmtree(fallback_folder(settings.models.place(version.artifact_url, version.sha256), settings.engines), True)
     if json:
         show.as_json(show.fields(version))
     else:
@@ -164,25 +191,35 @@ def rescore(
     model: Annotated[int, typer.Option(help="Model version.")],
     since: Annotated[
         datetime | None,
-        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"], help="Tweets from then on, UTC."),
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"], help="Only tweets from this time on, UTC."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Let a model score the stored tweets it has not seen, new ones first. Stopped, it goes on where it was."""
-    from worker.rescore import rescore as backfill
-    from worker.runtime import glance
+    """Score stored tweets with a model, newest first.
+
+    Tweets that the model has scored are left out, so an interrupted run can be started again.
+    """
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from worker.backfill import rescore as backfill
+    from worker.runtime import depth_reader, open_sql
+    from worker.settings import load_settings
 
     settings = load_settings()
     database = open_sql(settings)
     os.nice(NICENESS)  # for whoever scores new tweets on this machine
     began = time.monotonic()
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeRemainingColumn())
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with show.long_work(f"model {model}", *columns) as tell:
 
         def progress(done: int, total: int, waiting: bool) -> None:
             tell(done, total, f"{done:,} of {total:,}, new tweets first" if waiting else "")
 
-        scored = backfill(database, settings, model, since and since.replace(tzinfo=UTC), glance(settings), progress)
+        scored = backfill(
+            database, settings, model, since and since.replace(tzinfo=UTC), depth_reader(settings), progress
+        )
     seconds = time.monotonic() - began
     if json:
         show.as_json({"model_version_id": model, "scored": scored, "seconds": seconds})

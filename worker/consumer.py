@@ -1,4 +1,4 @@
-"""Celery's connection to the broker, in no hurry: it pauses before it tries again, and the log stays readable."""
+"""Celery consumer that pauses before it reconnects."""
 
 import time
 
@@ -7,8 +7,11 @@ from celery.worker.consumer import Consumer
 PAUSE_SECONDS = 1.0
 
 
-class PatientConsumer(Consumer):  # type: ignore[misc]
-    """Celery tries again at once what a broker refuses, and a broker whose memory is full refuses for long."""
+class DelayedRetryConsumer(Consumer):  # type: ignore[misc]
+    """Sleeps after a connection error.
+
+    Celery retries at once, and a broker whose memory is full refuses every attempt, which would flood the log.
+    """
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         super().on_connection_error_before_connected(exc)

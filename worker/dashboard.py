@@ -6,14 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-import yaml
-from datasette.app import Datasette
-from datasette.database import Database
 from sqlalchemy import make_url
 
-from worker.errors import BadRequest
+from worker.errors import BadRequest, DashboardUnavailable
 from worker.settings import Settings
+
+try:
+    import datasette_dashboards  # noqa: F401 - a plugin of Datasette, which finds it by itself
+    import uvicorn
+    import yaml
+    from datasette.app import Datasette
+    from datasette.database import Database
+except ImportError as error:
+    raise DashboardUnavailable(
+        f"the dashboard needs Datasette ({error}); `pip install 'tweetscore[dashboard]'`"
+    ) from error
 
 # Views are made to answer in less; a question that takes longer is stopped.
 QUERY_MS = 5_000
@@ -24,7 +31,7 @@ def make_dashboard(settings: Settings) -> Datasette:
     """The application over the settings' database; raises `BadRequest` when that is no SQLite file."""
     url = make_url(settings.sql_url)
     if url.get_backend_name() != "sqlite" or not url.database:
-        raise BadRequest("the dashboard reads SQLite; for PostgreSQL use `plot`, `export` or a tool that speaks to it")
+        raise BadRequest("the dashboard reads SQLite; for PostgreSQL use `export` or a tool that speaks to it")
     text = (importlib.resources.files("worker") / "dashboard.yml").read_text(encoding="utf-8")
     metadata: dict[str, Any] = yaml.safe_load(text)
     made = Datasette(

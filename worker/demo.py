@@ -1,4 +1,4 @@
-"""The whole route in one go, on sample tweets: what a newcomer sees first. Everything in it is the real thing."""
+"""`tweetscore demo`: train a model, score sample tweets and query the results, with the real workers and databases."""
 
 import time
 from importlib.resources import files
@@ -13,9 +13,9 @@ from worker.app import SCORING, TRAINING, make_app
 from worker.doors import nudge
 from worker.errors import StreamAway
 from worker.intake import submit_training
-from worker.processes import Workers, workers
-from worker.push import push_file
-from worker.runtime import broker, open_sql, open_stream, returns
+from worker.processes import Supervisor, supervise
+from worker.publish_file import publish_file
+from worker.runtime import broker, open_sql, open_stream, wait_for_broker
 from worker.settings import Settings
 from worker.stream import Stream
 
@@ -27,17 +27,17 @@ SOME_TWEETS = (
 )
 QUERIES = (
     (
-        "How does each label stand?",
+        "Tweets and mean score by label",
         "SELECT label, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
         " GROUP BY label ORDER BY tweets DESC",
     ),
     (
-        "Which topics please, which annoy?",
+        "Topics by mean score",
         "SELECT topic, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
         " GROUP BY topic HAVING count(*) >= 5 ORDER BY mean_score DESC LIMIT 8",
     ),
     (
-        "How did the days go, in Japan's time?",
+        "Tweets by day, in Japan Standard Time",
         "SELECT day_jst, sum(CASE WHEN label = 'positive' THEN tweets ELSE 0 END) AS positive,"
         " sum(CASE WHEN label = 'neutral' THEN tweets ELSE 0 END) AS neutral,"
         " sum(CASE WHEN label = 'negative' THEN tweets ELSE 0 END) AS negative"
@@ -47,23 +47,24 @@ QUERIES = (
 
 
 def run_demo(settings: Settings) -> None:
-    """Server, migration, workers, training, promotion, tweets, predictions, queries; ends all it started."""
+    """Start broker and workers, train, promote, publish tweets, wait for predictions and query them; then stop
+    everything."""
     began = time.monotonic()
-    say = show.console.print
+    write = show.console.print
     database = open_sql(settings)
     if settings.embedded and embedded.owner(settings.home):
-        say(f"using the server that runs on {settings.home}")
-    with broker(settings, show.line) as url, workers(settings, ("train", "score"), say) as running:
-        say(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
-        version = _train(settings, database, running)
+        write(f"using the embedded server that already runs on {settings.home}")
+    with broker(settings, show.line) as url, supervise(settings, ("train", "score"), write) as supervisor:
+        write(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
+        version = _train(settings, database, supervisor)
         with database.begin() as session:
             registry.assign(session, registry.CHAMPION, version)
-        say(f"model {version} is the champion now\n")
-        pushed = push_file(settings, url, str(SAMPLE / "unlabelled.jsonl"), quiet=True)
-        _wait_until_scored(settings, database, url, version, pushed.published, running)
-        _show_answers(settings)
-    say(
-        f"done in {time.monotonic() - began:.0f} s; nothing is left running\n",
+        write(f"model {version} is the champion now\n")
+        pushed = publish_file(settings, url, str(SAMPLE / "unlabelled.jsonl"), quiet=True)
+        _wait_until_scored(settings, database, url, version, pushed.published, supervisor)
+        _show_queries(settings)
+    write(
+        f"done in {time.monotonic() - began:.0f} s; all processes are stopped\n",
         f"database     {public_url(settings.sql_url)}",
         f"model        {settings.models}",
         f"TensorBoard  {settings.boards}",
@@ -72,17 +73,17 @@ def run_demo(settings: Settings) -> None:
         "  tweetscore train your.csv --wait               fine-tune on your own labels",
         "  tweetscore push your.jsonl                     stream tweets for scoring",
         '  tweetscore query "SELECT * FROM v_sentiment_hourly"',
-        "  tweetscore dashboard                           the answers as charts, in a browser",
-        "  tweetscore tensorboard                         the run, as it went",
+        "  tweetscore dashboard                           show charts in a browser (needs tweetscore[dashboard])",
+        "  tweetscore tensorboard                         show the training run",
         sep="\n",
         soft_wrap=True,
     )
 
 
-def _train(settings: Settings, database: Database, running: Workers) -> int:
+def _train(settings: Settings, database: Database, supervisor: Supervisor) -> int:
     job = submit_training(settings, database, SAMPLE / "labelled.csv", "fast")
     nudge(make_app(settings), TRAINING)
-    job = show.follow(database, job.id, running.watch)
+    job = show.follow(database, job.id, supervisor.watch)
     show.job_summary(database, job)
     with database.read() as session:
         version = registry.of_job(session, job.id)
@@ -92,7 +93,7 @@ def _train(settings: Settings, database: Database, running: Workers) -> int:
 
 
 def _wait_until_scored(
-    settings: Settings, database: Database, url: str, version: int, expected: int, running: Workers
+    settings: Settings, database: Database, url: str, version: int, expected: int, supervisor: Supervisor
 ) -> None:
     stream, began = open_stream(settings, url), time.monotonic()
     nudge(make_app(settings), SCORING)
@@ -108,7 +109,7 @@ def _wait_until_scored(
                 raise TweetscoreError(
                     f"only {scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; see {settings.logs}"
                 )
-            running.watch()
+            supervisor.watch()
             time.sleep(0.05)
     show.console.print(f"scored {expected} tweets in {time.monotonic() - began:.1f} s from publishing to rows")
 
@@ -117,11 +118,11 @@ def _nothing_pending(settings: Settings, stream: Stream) -> bool:
     try:
         return stream.depth().pending == 0
     except StreamAway:
-        returns(settings, show.line)
+        wait_for_broker(settings, show.line)
         return False
 
 
-def _show_answers(settings: Settings) -> None:
+def _show_queries(settings: Settings) -> None:
     with ask(settings.sql_url, SOME_TWEETS) as (columns, rows):
         show.table("Some of the tweets", columns, rows)
     for question, sql in QUERIES:

@@ -1,4 +1,7 @@
-"""A look at everything the routes need. Every check ends in a finding, and a bad one says how to mend it."""
+"""`tweetscore doctor`: check everything that training and scoring need.
+
+The finding of a failed check names the remedy.
+"""
 
 import importlib.metadata
 import os
@@ -18,7 +21,6 @@ PACKAGES = (
     "tweetscore",
     "torch",
     "transformers",
-    "openvino",
     "celery",
     "redis",
     "sqlalchemy",
@@ -32,29 +34,30 @@ PACKAGES = (
 class Check:
     name: str
     ok: bool
-    says: str
+    finding: str
 
 
 def examine(settings: Settings) -> list[Check]:
-    looks: list[tuple[str, Callable[[Settings], str]]] = [
+    checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("versions", _versions),
         ("home", _home),
         ("broker", _broker),
         ("database", _database),
         ("MeCab dictionary", _mecab),
         ("device", _device),
+        ("engines", _engines),
         ("model store", _store),
         ("base model", _base_model),
         ("champion", _champion),
     ]
-    checks = []
-    for name, look in looks:
+    results = []
+    for name, check in checks:
         try:
-            checks.append(Check(name, True, look(settings)))
+            results.append(Check(name, True, check(settings)))
         except Exception as error:
-            says = str(error) if isinstance(error, TweetscoreError) else f"{type(error).__name__}: {error}"
-            checks.append(Check(name, False, says))
-    return checks
+            finding = str(error) if isinstance(error, TweetscoreError) else f"{type(error).__name__}: {error}"
+            results.append(Check(name, False, finding))
+    return results
 
 
 def _versions(settings: Settings) -> str:
@@ -62,9 +65,24 @@ def _versions(settings: Settings) -> str:
     return f"Python {platform.python_version()}, {', '.join(found)}"
 
 
+def _engines(settings: Settings) -> str:
+    from training.devices import pick_device
+    from worker.engines import openvino
+    from worker.errors import EngineUnavailable
+
+    if pick_device(settings.device).type != "cpu":
+        return "torch"
+    try:
+        return f"torch, OpenVINO {openvino().__version__}"
+    except EngineUnavailable as error:
+        return f"torch only, which is several times slower on a CPU: {error}"
+
+
 def _home(settings: Settings) -> str:
     if not os.access(settings.home, os.W_OK):
-        raise TweetscoreError(f"{settings.home} cannot be written; set TWEETSCORE_HOME to a folder of yours")
+        raise TweetscoreError(
+            f"{settings.home} cannot be written; set TWEETSCORE_HOME to a folder that you can write to"
+        )
     return str(settings.home)
 
 
@@ -72,10 +90,10 @@ def _broker(settings: Settings) -> str:
     if settings.embedded:
         found = embedded.find(settings.home)
         if found is None:
-            if trouble := embedded.trouble(settings.home):
-                raise TweetscoreError(trouble)
+            if reason := embedded.failure_reason(settings.home):
+                raise TweetscoreError(reason)
             with embedded.owned(settings.home, settings.server_memory_mb, settings.server_sync):
-                return "embedded Valkey, starts and stops well; not running now (`tweetscore up` runs it)"
+                return "embedded Valkey starts and stops; not running now (`tweetscore up` runs it)"
         url = found.url
     else:
         url = str(settings.redis_url)
@@ -89,10 +107,10 @@ def _broker(settings: Settings) -> str:
 def _database(settings: Settings) -> str:
     database = open_sql(settings)
     database.close()
-    # Opened anew: what another process would see.
+    # Opened again, to check the schema that other processes see.
     again = open_database(settings.sql_url)
     found, known = migrate.check(again), newest_revision()
-    return f"{again.engine.dialect.name}, schema {found}" + ("" if found == known else f"; this release knows {known}")
+    return f"{again.engine.dialect.name}, schema {found}" + ("" if found == known else f"; this release has {known}")
 
 
 def _mecab(settings: Settings) -> str:
@@ -103,9 +121,9 @@ def _mecab(settings: Settings) -> str:
     words = tokenizer.word_tokenizer.tokenize("すもももももももものうち")
     if "すもも" not in words:
         raise TweetscoreError(
-            f"ipadic cuts the test sentence into {words}; reinstall with `pip install --force-reinstall ipadic`"
+            f"ipadic splits the test sentence into {words}; reinstall with `pip install --force-reinstall ipadic`"
         )
-    return f"{mecab_dictionary(tokenizer)} cuts words as it should"
+    return f"{mecab_dictionary(tokenizer)} splits words correctly"
 
 
 def _device(settings: Settings) -> str:
@@ -123,24 +141,27 @@ def _store(settings: Settings) -> str:
         store.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(store.folder, os.W_OK):
             raise TweetscoreError(
-                f"{store} cannot be written; set TWEETSCORE_MODEL_STORE and TWEETSCORE_DATASET_STORE to places of yours"
+                f"{store} cannot be written; set TWEETSCORE_MODEL_STORE and TWEETSCORE_DATASET_STORE to folders or "
+                "URLs that you can write to"
             )
     return f"models in {settings.models}, datasets in {settings.inputs}"
 
 
 def _base_model(settings: Settings) -> str:
-    from training.encoders import STARTER, looks_local, resolve_encoder
+    from training.encoders import STARTER, looks_local, resolve_base_model
     from training.storage import is_remote
 
     if settings.base_model != STARTER and not looks_local(settings.base_model):
-        return f"{settings.base_model}, fetched from the hub when a job needs it"
+        return f"{settings.base_model}, downloaded from the hub when a job needs it"
     if is_remote(settings.base_model):
-        return f"{settings.base_model}, fetched from its store when a job needs it"
-    return f"{settings.base_model}: {resolve_encoder(settings.base_model, None, settings.workshop().read_roots).folder}"
+        return f"{settings.base_model}, downloaded from its store when a job needs it"
+    return (
+        f"{settings.base_model}: {resolve_base_model(settings.base_model, None, settings.workshop().read_roots).folder}"
+    )
 
 
 def _champion(settings: Settings) -> str:
-    from worker.scorer import load_model, serving
+    from worker.scoring_model import load_model, serving_from
 
     database = open_sql(settings)
     with database.read() as session:
@@ -148,8 +169,8 @@ def _champion(settings: Settings) -> str:
         if version_id is None:
             return "none yet: tweets wait until a model is promoted"
         version = registry.get(session, version_id)
-    model = load_model(version, serving(settings))
+    model = load_model(version, serving_from(settings))
     return (
-        f"model {version_id} loads, its sha256 is right; {model.engine.name} {model.choice.why}; "
-        f"{model.token_budget} tokens a forward"
+        f"model {version_id} loads, its sha256 is correct; {model.engine.name} {model.choice.reason}; "
+        f"{model.token_budget} tokens per forward pass"
     )

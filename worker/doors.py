@@ -1,4 +1,4 @@
-"""Publishing and submitting with a nudge: what `import worker` and the command line share."""
+"""Publish tweets and submit training jobs, and nudge the workers. Used by `import worker` and the command line."""
 
 import logging
 import time
@@ -12,11 +12,11 @@ from redis import RedisError
 from worker.app import SCORING, TRAINING, make_app
 from worker.errors import StreamAway, StreamFull
 from worker.intake import submit_training as queue_job
-from worker.records import parse_object
-from worker.runtime import broker, open_sql, open_stream, returns
+from worker.runtime import broker, open_sql, open_stream, wait_for_broker
 from worker.settings import Settings, load_settings
 from worker.stream import FULL_WAIT_SECONDS, Stream
-from worker.xapi import flat_tweets
+from worker.tweet_record import parse_object
+from worker.x_api import flat_tweets
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ TASKS = {SCORING: "worker.tasks.score", TRAINING: "worker.tasks.train"}
 
 
 def nudge(app: Celery, queue: str) -> bool:
-    """Say that there is something to do. Returns whether the broker heard; workers also look for themselves."""
+    """Send a Celery message that starts work. Returns whether the broker accepted it; workers also poll for work."""
     try:
         app.send_task(TASKS[queue], queue=queue, ignore_result=True)
-    except (KombuError, RedisError, OSError) as error:  # kombu lets a refusal of the server's through as it is
-        log.info("no nudge, the broker does not take it: %s", type(error).__name__)
+    except (KombuError, RedisError, OSError) as error:  # kombu does not wrap errors that the server returns
+        log.info("no nudge was sent, the broker does not accept it: %s", type(error).__name__)
         return False
     return True
 
@@ -56,23 +56,23 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     return len(payloads)
 
 
-def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, say: Callable[[str], None]) -> None:
-    """Append records when there is room: past the high-water mark, or with the server full, wait and `say` so.
+def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, notify: Callable[[str], None]) -> None:
+    """Append records. Above the high-water mark, and while the server is full or away, wait and call `notify`.
 
-    A server that is away and comes back gets them again: those that it had taken are there twice then, and have one row
-    all the same.
+    After an outage the records are sent again. Those that the server had already appended are then twice in the stream;
+    each tweet still gets one row.
     """
     while True:
         try:
             stream.wait_for_room(
-                settings.high_water, lambda length: say(f"waiting, the stream holds {length:,} records")
+                settings.high_water, lambda length: notify(f"waiting, the stream holds {length:,} records")
             )
             stream.publish(payloads)
             return
         except StreamFull as error:
-            say(f"waiting: {error}")
+            notify(f"waiting: {error}")
             payloads = error.rest
         except StreamAway:
-            if not returns(settings, say):
+            if not wait_for_broker(settings, notify):
                 raise
         time.sleep(FULL_WAIT_SECONDS)

@@ -1,10 +1,10 @@
-"""The embedded Valkey server: started for a home, found by its socket, stopped by whoever owns it.
+"""The embedded Valkey server of a home: start it, find it by its socket, and stop it with its owner.
 
-It listens on a Unix socket alone, for its owner alone, and keeps an append-only file. Two locks guard a home. One is
-held by the process that owns the server, and falls when that process dies. The other is held by the server itself,
-through a descriptor it inherits: while it lives nobody can start a second one on the same files, even when its owner
-was killed. Such an orphan is adopted by the next one who asks for a server. The owner starts its server again when it
-ends, see `keeper`; others wait for that as long as the owner lives.
+The server listens only on a Unix socket that its user can open, and keeps an append-only file. Two locks protect a
+home. The owner lock is held by the process that owns the server, and is released when that process ends. The server
+lock is held by the server itself through an inherited descriptor: while it runs, no second server can start on the same
+files, even when the owner was killed. The next process that needs a server adopts such an orphan. The owner restarts a
+server that ends, see `keeper`; other processes wait for the restart while the owner lives.
 """
 
 import fcntl
@@ -22,15 +22,15 @@ from pathlib import Path
 import redis
 
 from worker import keeper
-from worker.answers import LOOK_SECONDS, Loading, ask, client_of, serves
+from worker.answers import POLL_SECONDS, Loading, connect_socket, loading_status, wait_until_ready
 from worker.errors import ServerFailed, ServerRunning
-from worker.keeper import Keeper, Place, locked, opened
+from worker.keeper import ServerPaths, ServerSupervisor, open_lock, try_lock
 
 log = logging.getLogger(__name__)
 
 MEMORY_MB = 1024
 SYNC = "everysec"
-# sun_path holds 108 bytes with its closing zero; the server itself adds a few letters while it binds.
+# sun_path holds 108 bytes including the final zero; the server appends a few characters while it binds.
 LONGEST_SOCKET_PATH = 90
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 
@@ -41,21 +41,21 @@ class Server:
 
     @property
     def url(self) -> str:
-        """For redis-py."""
+        """The URL for redis-py."""
         return f"unix://{self.socket}"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that owns a home's server, and what it says while the server is away."""
+    """The process that owns a home's server, and the status it published; empty while the server is ready."""
 
-    process: str
-    says: str
+    pid: str
+    status: str
 
 
 def socket_path(home: Path) -> Path:
-    """Where the home's server listens: in the home, or in a folder of this user's own when the home's path is too long
-    for a socket or holds characters that URLs would quote."""
+    """Where the home's server listens: in the home, or in a private temporary folder when the home's path is too long
+    for a socket or contains characters that a URL would quote."""
     path = home / "valkey" / "valkey.sock"
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH and PLAIN_PATH.fullmatch(str(path)):
         return path
@@ -63,106 +63,109 @@ def socket_path(home: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"tweetscore-{os.getuid()}" / f"{digest}.sock"
 
 
-# --- looking
+# --- status
 
 
 def find(home: Path) -> Server | None:
-    """The server that serves this home, None when there is none."""
-    return Server(socket_path(home)) if _look(home) is True else None
+    """Return the home's server when it is ready, else None."""
+    return Server(socket_path(home)) if _ready_or_loading(home) is True else None
 
 
-def trouble(home: Path) -> str | None:
-    """Why a server that should serve this home does not; None when nobody runs one, or when it serves."""
-    found = _look(home)
-    if isinstance(found, Loading):
-        return f"the embedded server is {found}"
-    kept = owner(home)
-    if found is True or kept is None:
+def failure_reason(home: Path) -> str | None:
+    """Return why the home's server is not ready; None when it is ready or when no process owns one."""
+    status = _ready_or_loading(home)
+    if isinstance(status, Loading):
+        return f"the embedded server is {status}"
+    current = owner(home)
+    if status is True or current is None:
         return None
-    return kept.says or _silent(home, kept)
+    return current.status or _silent_message(home, current)
 
 
 def owner(home: Path) -> Owner | None:
-    """The living process that owns the home's server, whether or not the server answers; None when there is none."""
+    """Return the live process that owns the home's server, whether or not the server answers; None when there is
+    none."""
     path = _owner_lock(home)
     if not path.exists():
         return None
-    with opened(path) as lock:
-        # Shared and for this moment alone: whoever wants to own the home tries again.
-        if locked(lock, fcntl.LOCK_SH):
+    with open_lock(path) as lock:
+        # A shared lock, held only for this check: a process that wants to own the home tries again.
+        if try_lock(lock, fcntl.LOCK_SH):
             return None
-        process, _, says = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")
-    return Owner(process, says)
+        pid, _, status = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")
+    return Owner(pid, status)
 
 
-def _look(home: Path) -> Loading | bool:
-    """How far the server has loaded, True when it serves, False when it does not answer."""
+def _ready_or_loading(home: Path) -> Loading | bool:
+    """Return True when the server is ready, its progress while it loads, False when it does not answer."""
     path = socket_path(home)
     if not path.exists():
         return False
-    with client_of(path) as client:
+    with connect_socket(path) as client:
         try:
-            return ask(client) or True
+            return loading_status(client) or True
         except redis.RedisError:
             return False
 
 
-def _silent(home: Path, kept: Owner) -> str:
+def _silent_message(home: Path, current: Owner) -> str:
     return (
-        f"process {kept.process} owns the embedded server of {home}, which gives no answer; end that process and start "
-        f"`tweetscore up` (log: {_place(home).log})"
+        f"process {current.pid} owns the embedded server of {home}, which does not answer; end that process and start "
+        f"`tweetscore up` (log: {_paths(home).log})"
     )
 
 
-def _place(home: Path) -> Place:
-    return Place(home / "valkey", socket_path(home))
+def _paths(home: Path) -> ServerPaths:
+    return ServerPaths(home / "valkey", socket_path(home))
 
 
 def _owner_lock(home: Path) -> Path:
     return home / "valkey" / "owner.lock"
 
 
-# --- waiting, owning
+# --- waiting and owning
 
 
-def served(home: Path, say: Callable[[str], None] = log.warning) -> Server | None:
-    """The server that another process owns, waited for while it loads or its owner starts it again.
+def wait_for_server(home: Path, notify: Callable[[str], None] = log.warning) -> Server | None:
+    """Wait for the server that another process owns, while it loads or is restarted.
 
-    None as soon as nobody owns it. Raises `ServerFailed` when it stays away for longer than a start again takes.
+    Returns None as soon as no process owns it. Raises `ServerFailed` when it is away for longer than a restart takes.
     """
-    said = ""
+    notified = ""
 
-    def abandoned() -> bool:
-        nonlocal said
-        kept = owner(home)
-        if kept is not None and kept.says != said:
-            said = kept.says
-            if said:
-                say(f"waiting: {said}")
-        return kept is None
+    def has_no_owner() -> bool:
+        nonlocal notified
+        current = owner(home)
+        if current is not None and current.status != notified:
+            notified = current.status
+            if notified:
+                notify(f"waiting: {notified}")
+        return current is None
 
-    with client_of(socket_path(home)) as client:
-        patience = keeper.LONGEST_PAUSE_SECONDS + keeper.START_SECONDS
-        if serves(client, patience, abandoned, lambda loading: say(f"waiting: the embedded server is {loading}")):
+    def on_loading(loading: Loading) -> None:
+        notify(f"waiting: the embedded server is {loading}")
+
+    with connect_socket(socket_path(home)) as client:
+        if wait_until_ready(client, keeper.LONGEST_PAUSE_SECONDS + keeper.START_SECONDS, has_no_owner, on_loading):
             return Server(socket_path(home))
-    kept = owner(home)
-    if kept is None:
+    current = owner(home)
+    if current is None:
         return None
-    raise ServerFailed(kept.says or _silent(home, kept))
+    raise ServerFailed(current.status or _silent_message(home, current))
 
 
 @contextmanager
 def running(
-    home: Path, memory_mb: int = MEMORY_MB, sync: str = SYNC, say: Callable[[str], None] = log.warning
+    home: Path, memory_mb: int = MEMORY_MB, sync: str = SYNC, notify: Callable[[str], None] = log.warning
 ) -> Iterator[Server]:
-    """A server on this home: the one somebody owns, or else one owned here and stopped at the end."""
+    """Yield the home's server: the one another process owns, or one that is started here and stopped at the end."""
     with ExitStack() as stack:
         server: Server | None = None
         while server is None:
             try:
-                server = stack.enter_context(owned(home, memory_mb, sync, say))
+                server = stack.enter_context(owned(home, memory_mb, sync, notify))
             except ServerRunning:
-                server = served(home, say)
+                server = wait_for_server(home, notify)
         yield server
 
 
@@ -171,53 +174,57 @@ def owned(
     home: Path,
     memory_mb: int = MEMORY_MB,
     sync: str = SYNC,
-    say: Callable[[str], None] = log.warning,
+    notify: Callable[[str], None] = log.warning,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[Server]:
-    """Start the home's server, or adopt an orphan, start it again when it ends, and stop it at the end.
+    """Start the home's server or adopt an orphan, restart it when it ends, and stop it at the end of the block.
 
-    Past `memory_mb` it refuses records. `sync` says when they are on the disk: `everysec`, or `always` before they are
-    acknowledged. `say` hears how far it has loaded, and of its ends. It is waited for until `give_up()`, then the block
-    begins without it. Raises `ServerRunning` when a living process owns one, `ServerFailed` with the server's own words
-    when it will not start.
+    Above `memory_mb` the server refuses records. With `sync` set to `everysec` records are on disk within about a
+    second, with `always` before they are acknowledged. `notify` receives loading progress and restarts. When
+    `give_up()` becomes true while the server starts, the block begins without it.
+
+    Raises `ServerRunning` when a live process owns the server, and `ServerFailed` with the server's last log line when
+    it does not start.
     """
-    place = _place(home)
-    place.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _make_private(place.socket.parent)
-    with opened(_owner_lock(home)) as lock:
-        if not _own(lock):
-            number = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")[0]
+    paths = _paths(home)
+    paths.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_private(paths.socket.parent)
+    with open_lock(_owner_lock(home)) as lock:
+        if not _acquire(lock):
+            pid = os.pread(lock, 4096, 0).decode(errors="replace").partition("\n")[0]
             raise ServerRunning(
-                f"a server already runs on {home} (owner: process {number}); use it, stop it, or set TWEETSCORE_HOME "
+                f"a server already runs on {home} (owner: process {pid}); use it, stop it, or set TWEETSCORE_HOME "
                 "to another folder"
             )
 
-        def note(says: str) -> None:
-            with suppress(OSError):  # a full disk, and the server may come back all the same
-                os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n{says}".encode()[:4096], 0))
+        def set_status(status: str) -> None:
+            with suppress(OSError):  # on a full disk: the server may become ready all the same
+                os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n{status}".encode()[:4096], 0))
 
-        note(f"process {os.getpid()} starts the embedded server")
-        kept = Keeper(place, memory_mb, sync, say, note)
-        kept.start(give_up)
-        note("")
+        set_status(f"process {os.getpid()} starts the embedded server")
+        supervisor = ServerSupervisor(paths, memory_mb, sync, notify, set_status)
+        supervisor.start(give_up)
+        set_status("")
         try:
-            yield Server(place.socket)
+            yield Server(paths.socket)
         finally:
-            kept.stop()
+            supervisor.stop()
 
 
-def _own(lock: int) -> bool:
-    """Take the lock, unless it is an owner who has it and not somebody who looks for one."""
-    while not locked(lock):
-        if not locked(lock, fcntl.LOCK_SH):
+def _acquire(lock: int) -> bool:
+    """Acquire the owner lock; False when an owner holds it. A process that only checks for an owner is waited for."""
+    while not try_lock(lock):
+        if not try_lock(lock, fcntl.LOCK_SH):
             return False
         fcntl.flock(lock, fcntl.LOCK_UN)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return True
 
 
 def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
-        raise ServerFailed(f"{folder} belongs to somebody else; set TWEETSCORE_HOME to a shorter path without spaces")
+        raise ServerFailed(
+            f"{folder} belongs to another user or is a link; set TWEETSCORE_HOME to a shorter path without spaces"
+        )
     folder.chmod(0o700)

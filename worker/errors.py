@@ -1,4 +1,4 @@
-"""What can go wrong around the stream and its server, each with a message a user can act on."""
+"""Errors of the worker package. Each message names the value and the remedy."""
 
 from collections.abc import Sequence
 
@@ -10,31 +10,31 @@ class BadSettings(TweetscoreError):
 
 
 class BadRequest(TweetscoreError):
-    """Raised when a command's options do not fit together."""
+    """Raised when the options of a command or call contradict each other or are out of range."""
 
 
 class JobFailed(TweetscoreError):
-    """Raised by the Celery task of a job that failed, with the job's sentence."""
+    """Raised by the Celery task of a job that failed, with the job's error message."""
 
 
 class BadRecord(TweetscoreError):
-    """Raised when a record or a line is no tweet: the message says why, never the text itself."""
+    """Raised when a record or a line is not a tweet. The message gives the reason and never quotes the text."""
 
 
 class StreamError(TweetscoreError):
-    """Raised when the stream's server cannot be reached or refuses."""
+    """Raised when the stream's server cannot be reached or refuses a command."""
 
 
 class StreamDenied(StreamError):
-    """Raised when the stream's server knows who asks and does not allow it."""
+    """Raised when the user of the stream's server lacks a permission."""
 
 
 class StreamAway(StreamError):
-    """Raised when the stream's server is away or loads its data: it may come back, and may have what was sent."""
+    """Raised when the stream's server does not answer or loads its data. The command may still have been executed."""
 
 
 class StreamFull(StreamError):
-    """Raised when the stream's server has no memory left for another record; `rest` are those it did not take."""
+    """Raised when the stream's server has no memory left for more records; `rest` holds those it did not accept."""
 
     def __init__(self, message: str, rest: Sequence[bytes] = ()) -> None:
         super().__init__(message)
@@ -42,16 +42,24 @@ class StreamFull(StreamError):
 
 
 class ServerRunning(TweetscoreError):
-    """Raised when a second embedded server is started on a home that has one."""
+    """Raised when an embedded server is started on a home that already has one."""
 
 
 class ServerFailed(TweetscoreError):
-    """Raised when the embedded server cannot start."""
+    """Raised when the embedded server does not start or does not answer."""
 
 
 class DeviceFull(TweetscoreError):
     """Raised when a batch does not fit into the memory of its device."""
 
 
+class DashboardUnavailable(TweetscoreError):
+    """Raised when the packages of the dashboard are not installed."""
+
+
+class EngineUnavailable(TweetscoreError):
+    """Raised when a package that an engine needs is not installed."""
+
+
 class TrialFailed(TweetscoreError):
-    """Raised when engines could not be tried out on a model; the one that serves goes on."""
+    """Raised when the engine trial of a model failed; the current engine stays in use."""

@@ -1,4 +1,4 @@
-"""Predictions into a file, a portion at a time: CSV, JSON lines or Parquet. Knows rows and formats, no command line."""
+"""Export predictions to CSV, JSON lines or Parquet, in chunks. Knows rows and formats, no command line."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from db.errors import NotFound
 from db.models import Prediction, Tweet
 from db.session import Database
 
-PORTION = 5_000
+CHUNK_ROWS = 5_000
 COLUMNS = (
     Tweet.tweet_id, Tweet.text, Tweet.author_id, Tweet.lang, Tweet.topic, Tweet.tweet_created_at, Tweet.received_at,
     Prediction.model_version_id, Prediction.label, Prediction.probability, Prediction.score_signed,
@@ -31,7 +31,7 @@ TYPES = {
     "probability": pa.float64(), "score_signed": pa.float64(),
 }  # fmt: skip
 SCHEMA = pa.schema([(column.key, TYPES.get(column.key, TEXT)) for column in COLUMNS])
-# A cell that begins so is a formula to a spreadsheet: https://owasp.org/www-community/attacks/CSV_Injection
+# Spreadsheets run a cell that begins with one of these as a formula: https://owasp.org/www-community/attacks/CSV_Injection
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 Rows = list[tuple[Any, ...]]
@@ -48,37 +48,37 @@ def export(
     excel: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write what a model (None: the champion) says of each tweet, in the order it was scored. Returns how many rows.
+    """Write the predictions of a model (None: the champion) in the order of scoring. Returns the number of rows.
 
-    `place` is a file, there whole or not at all, or `-`; `since` takes tweets written from then on, or come in when
-    they do not say. Raises `NotFound` when there is no such model. `progress` is told (rows, of how many).
+    `place` is a file, replaced atomically at the end, or `-`. `since` filters by the time a tweet was written, or
+    received when it has no time. Raises `NotFound` when the model does not exist. `progress` gets (rows, total).
     """
     with database.read() as session:
         version_id = model if model is not None else registry.assigned(session, registry.CHAMPION)
         if version_id is None:
             raise NotFound("there is no champion yet; train a model and promote it, or name one with --model")
         registry.get(session, version_id)
-        wanted = _wanted(version_id, since, topic)
-        total, done = session.scalar(select(func.count()).select_from(wanted.subquery())) or 0, 0
-        # In portions from the database too: neither side holds the whole.
-        answer = session.execute(wanted.execution_options(yield_per=PORTION))
+        query = _query(version_id, since, topic)
+        total, done = session.scalar(select(func.count()).select_from(query.subquery())) or 0, 0
+        # The database also sends the rows in chunks: neither side holds all of them.
+        answer = session.execute(query.execution_options(yield_per=CHUNK_ROWS))
         progress(0, total)
         with WRITERS[form](place, excel) as write:
-            for portion in answer.partitions(PORTION):
-                write([tuple(row) for row in portion])
-                done += len(portion)
+            for chunk in answer.partitions(CHUNK_ROWS):
+                write([tuple(row) for row in chunk])
+                done += len(chunk)
                 progress(done, max(total, done))
     return done
 
 
-def _wanted(version_id: int, since: datetime | None, topic: str | None) -> Any:
-    wanted: Any = select(*COLUMNS).join(Tweet, Tweet.tweet_id == Prediction.tweet_id)
-    wanted = wanted.where(Prediction.model_version_id == version_id)
+def _query(version_id: int, since: datetime | None, topic: str | None) -> Any:
+    query: Any = select(*COLUMNS).join(Tweet, Tweet.tweet_id == Prediction.tweet_id)
+    query = query.where(Prediction.model_version_id == version_id)
     if since is not None:
-        wanted = wanted.where(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) >= since)
+        query = query.where(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) >= since)
     if topic is not None:
-        wanted = wanted.where(Tweet.topic == topic)
-    return wanted.order_by(Prediction.scored_at, Prediction.tweet_id)
+        query = query.where(Tweet.topic == topic)
+    return query.order_by(Prediction.scored_at, Prediction.tweet_id)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _text_file(place: str, encoding: str) -> Iterator[TextIO]:
 
 @contextmanager
 def _draft(place: str) -> Iterator[Path]:
-    """A file beside the place, which takes it when it is whole."""
+    """A temporary file that replaces `place` when it is complete."""
     target = Path(place)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:

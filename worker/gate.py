@@ -1,7 +1,7 @@
-"""Whether a worker can work with its database: asked now and then, said when it changes.
+"""Checks whether a worker can use its database, and logs when that changes.
 
-A worker whose database is away when it starts, or has a schema older or newer than it can work with, holds nothing and
-waits. It goes on by itself.
+When the database is away at the start, or has a schema that this release cannot work with, the worker takes no work and
+waits. It continues as soon as a later check succeeds.
 """
 
 import logging
@@ -15,54 +15,55 @@ from db.session import Database
 log = logging.getLogger(__name__)
 
 
-class Gate:
-    """Asks at most every `every_seconds`, whoever wants to know. `opened` is set once it was open for the first time.
+class DatabaseGate:
+    """Open while the database can be used. Checks at most every `every_seconds`, from any thread.
 
-    `why` is the sentence that says what is waited for, None while the gate is open or nobody has asked.
+    `opened` is set when a check succeeds for the first time. `reason` is why the gate is closed; None while it is open
+    or before the first check.
     """
 
     def __init__(self, database: Database, every_seconds: float) -> None:
         self.opened = threading.Event()
-        self.why: str | None = None
+        self.reason: str | None = None
         self._database = database
         self._every_seconds = every_seconds
-        self._asked_at = -float("inf")
-        self._asking = threading.Lock()
+        self._checked_at = -float("inf")
+        self._lock = threading.Lock()
 
     def is_open(self, now: bool = False) -> bool:
-        """Whether there may be work; with `now` the database is asked at once."""
-        with self._asking:
-            if now or time.monotonic() - self._asked_at >= self._every_seconds:
-                self._ask()
-                self._asked_at = time.monotonic()
-            return self.why is None
+        """Whether work may begin; with `now` the database is checked at once."""
+        with self._lock:
+            if now or time.monotonic() - self._checked_at >= self._every_seconds:
+                self._check()
+                self._checked_at = time.monotonic()
+            return self.reason is None
 
     def wait(self, stopping: threading.Event) -> bool:
-        """Return True when it is open, False when `stopping` is set before."""
+        """Wait until the gate is open; returns False when `stopping` is set first."""
         while not self.is_open():
             if stopping.wait(self._every_seconds):
                 return False
         return True
 
-    def _ask(self) -> None:
+    def _check(self) -> None:
         try:
             migrate.prepare(self._database)
         except SchemaMismatch as error:
-            self._shut(str(error))
+            self._close(str(error))
         except DatabaseError as error:
-            # One that goes away later is waited for with the work in hand.
+            # After the first success an outage does not close the gate: the pipelines wait for the database themselves.
             if not self.opened.is_set():
-                self._shut(str(error))
+                self._close(str(error))
         else:
             self._open()
 
-    def _shut(self, why: str) -> None:
-        if why != self.why:
-            log.error("waiting, and taking no work: %s", why)
-        self.why = why
+    def _close(self, reason: str) -> None:
+        if reason != self.reason:
+            log.error("waiting, and taking no work: %s", reason)
+        self.reason = reason
 
     def _open(self) -> None:
-        if self.why is not None:
-            log.info("the database can be worked with now")
-        self.why = None
+        if self.reason is not None:
+            log.info("the database can be used now")
+        self.reason = None
         self.opened.set()

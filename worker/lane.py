@@ -1,6 +1,6 @@
-"""What a worker process holds for its one lane: the route, the stop signal, and the watcher that nudges.
+"""Worker lifecycle: run one pipeline at a time, poll for missed work, shut down cleanly.
 
-Celery runs tasks; this is what they run on. It is made once a process, when the worker starts.
+The Celery tasks call `WorkerProcess.run`. One object per kind of work is created when the Celery worker starts.
 """
 
 import logging
@@ -17,72 +17,79 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
-from training.devices import claim_devices
+from training.devices import claim_device
+from worker.champion import Champion
 from worker.errors import StreamError
-from worker.gate import Gate
-from worker.housekeeping import Chore, Housekeeper, scoring_chores, training_chores
-from worker.inbox import Inbox
-from worker.metrics import Looks
+from worker.exit_codes import POLLER_DIED_EXIT, STALLED_EXIT
+from worker.gate import DatabaseGate
+from worker.housekeeping import MaintenanceTask, MaintenanceThread, scoring_maintenance, training_maintenance
+from worker.inbox import RequestQueue
+from worker.metrics_endpoint import WorkerCollector
 from worker.pipeline import Limits, Pipeline
 from worker.processes import PARENT_VARIABLE
-from worker.pulse import PATIENCE, STALLED_EXIT, WATCHER_DIED_EXIT, Pulse, Stall, end_after, end_at_once
+from worker.pulse import SLOW_STALL_FACTOR, Heartbeat, StallDetector, end_after, end_at_once
 from worker.redis_client import connect_briefly
 from worker.runtime import open_guarded, open_stream, stream_url
-from worker.scorer import Champion, serving
+from worker.scoring_model import serving_from
 from worker.settings import Settings
 from worker.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
 
 
-class Lane:
-    """One route at a time in this process. A nudge while it runs is absorbed: the route sees new work by itself."""
+class WorkerProcess:
+    """Runs one pipeline at a time in this process.
+
+    A nudge during a run is merged into it: the run finds new work itself.
+    """
 
     kind: str
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         self.settings = settings
         self.stopping = threading.Event()
-        self.ended = threading.Event()
+        self.finished = threading.Event()
         self.database = open_guarded(settings)
-        self.gate = Gate(self.database, settings.watch_seconds)
-        # Asked by the pulse and by Prometheus, which must not wait as long for a broker as the route does.
-        self._gauge = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
-        self.looks = Looks(self.kind, self.state, self.model_version, self._gauge, self.database, self.engine)
+        self.gate = DatabaseGate(self.database, settings.watch_seconds)
+        # For heartbeat and metrics, which need a shorter timeout than the pipeline.
+        self._status_stream = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
+        self.collector = WorkerCollector(
+            self.kind, self.state, self.model_version, self._status_stream, self.database, self.engine
+        )
         self._nudge = nudge
         self._busy = threading.Lock()
         self._nudged = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._pulse = Pulse(settings.run, self.kind, self.state, self._ailing, lambda: self.gate.why)
-        self._grace = threading.Thread(
+        self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
+        self._heartbeat = Heartbeat(settings.run, self.kind, self.state, self._find_failure, lambda: self.gate.reason)
+        self._grace_timer = threading.Thread(
             target=end_after, args=(self.stopping, settings.grace_seconds), name="grace", daemon=True
         )
 
-    def claim(self, count: int) -> list[str]:
-        """So many devices, this process's until it ends: no other worker of this kind takes the same GPU."""
-        return claim_devices(self.settings.device, count, self.settings.run / "gpus", self.kind)
+    def claim(self) -> str:
+        """Claim a device until this process ends, so that no other worker of this kind uses the same GPU."""
+        return claim_device(self.settings.device, self.settings.run / "gpus", self.kind)
 
     def start(self) -> None:
-        self._watcher.start()
-        Housekeeper(self.chores(), self.stopping, self.gate.is_open).start()
-        self._pulse.start()
-        self._grace.start()
+        self._poller.start()
+        MaintenanceThread(self.maintenance_tasks(), self.stopping, self.gate.is_open).start()
+        self._heartbeat.start()
+        self._grace_timer.start()
 
     def stop(self) -> None:
-        """End after the step at hand; a lane that is idle is closed here, a busy one when its work returns."""
+        """Request a stop after the current step. An idle worker is closed here, a busy one when its run returns."""
         self.stopping.set()
-        if self._busy.acquire(blocking=False):  # and never released: nothing starts any more
+        if self._busy.acquire(blocking=False):  # never released, so that no run can begin
             self._close()
 
-    def end(self) -> None:
-        """Stop, and return when the work at hand is done: within the grace period, or this process is none any more."""
+    def stop_and_wait(self) -> None:
+        """Stop, and wait for current work. After the grace period a timer ends the process."""
         self.stop()
-        self.ended.wait()
+        self.finished.wait()
 
     def run(self) -> int:
-        """Work until there is nothing left. Returns how much was done; 0 when the lane was busy already.
+        """Work until there is nothing left. Returns how much was done; 0 when another thread is already working.
 
-        A nudge that comes while the work is ending is not lost: whoever works looks for one after letting go.
+        A nudge that arrives while a run ends is not lost: the running thread checks for one after it releases the lock.
         """
         done = 0
         self._nudged.set()
@@ -96,7 +103,7 @@ class Lane:
                     raise
             finally:
                 if self.stopping.is_set():
-                    self._close()  # and the lane stays busy: nothing starts any more
+                    self._close()  # the lock is not released, so that no run can begin
                 else:
                     self._busy.release()
         return done
@@ -105,61 +112,61 @@ class Lane:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Called once, when the lane will not work again."""
+        """Release resources. Called once, after the last run."""
 
     def _close(self) -> None:
-        self._pulse.stop()
+        self._heartbeat.stop()
         try:
             self.close()
         finally:
-            self.ended.set()
+            self.finished.set()
 
     def state(self) -> str:
-        """One word on what this lane is at, for those who look at its health."""
+        """The state shown in heartbeat and metrics: idle, working, waiting or ending."""
         if self.stopping.is_set():
             return "ending"
-        if self.gate.why is not None:
+        if self.gate.reason is not None:
             return "waiting"
         return "working" if self._busy.locked() else "idle"
 
     def model_version(self) -> int | None:
-        """Which model scores here, None where none does."""
+        """The id of the model version that scores in this process; None if there is none."""
         return None
 
     def engine(self) -> str | None:
-        """What runs that model, None where none does."""
+        """The name of the engine that runs that model; None if there is none."""
         return None
 
-    def stalled(self) -> str | None:
-        """Why the work at hand is taken to hang; None while it does not."""
+    def stall_reason(self) -> str | None:
+        """Why the current work counts as stalled; None while it progresses."""
         return None
 
-    def _ailing(self) -> tuple[int, str] | None:
+    def _find_failure(self) -> tuple[int, str] | None:
         if self.stopping.is_set():
-            return None  # the grace period is what counts now
-        if not self._watcher.is_alive():
-            return WATCHER_DIED_EXIT, "the thread that looks for work died; its error stands above"
-        why = self.stalled()
-        return (STALLED_EXIT, why) if why else None
+            return None  # the grace period applies now
+        if not self._poller.is_alive():
+            return POLLER_DIED_EXIT, "the thread that polls for work died; its error is logged above"
+        reason = self.stall_reason()
+        return (STALLED_EXIT, reason) if reason else None
 
-    def chores(self) -> list[Chore]:
-        """What is to be cleared away now and then, beside the work."""
+    def maintenance_tasks(self) -> list[MaintenanceTask]:
+        """Periodic cleanup that runs beside the work."""
         return []
 
     def has_work(self) -> bool:
-        """Look for work nobody announced, waiting for some up to `watch_seconds`."""
+        """Poll for work, for up to `watch_seconds`."""
         raise NotImplementedError
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         try:
-            self._look_for_work()
+            self._poll_until_stopped()
         except Exception:
-            # A worker without a watcher looks well and finds nothing.
-            log.exception("the watcher failed")
-            end_at_once(WATCHER_DIED_EXIT, "the thread that looks for work died; its error stands above")
+            # Without its poller a worker looks healthy but never finds work.
+            log.exception("the poller failed")
+            end_at_once(POLLER_DIED_EXIT, "the thread that polls for work died; its error is logged above")
 
-    def _look_for_work(self) -> None:
-        """The timer of the protocols: work that was never announced, or whose nudge was lost, is announced again."""
+    def _poll_until_stopped(self) -> None:
+        """Send a nudge when there is work, so that work without a nudge, or whose nudge was lost, is done."""
         parent = os.environ.get(PARENT_VARIABLE)
         while not self.stopping.is_set():
             if parent and os.getppid() != int(parent):
@@ -173,32 +180,32 @@ class Lane:
                 if self._busy.locked():
                     self.stopping.wait(self.settings.watch_seconds)
                 elif self.has_work():
-                    self._announce()
+                    self._nudge_or_run()
                     self.stopping.wait(self.settings.watch_seconds)
             except (TweetscoreError, SQLAlchemyError, KombuError, OSError) as error:
-                log.warning("cannot look for work, trying again: %s", error)
+                log.warning("cannot poll for work, trying again: %s", error)
                 self.stopping.wait(self.settings.watch_seconds)
 
-    def _announce(self) -> None:
+    def _nudge_or_run(self) -> None:
         try:
             self._nudge()
         except Exception as error:
-            # Nobody needs a nudge to work. A broker whose memory is full takes none, and working is what empties it.
-            log.warning("the broker takes no nudge, working without one: %s", error)
+            # A broker whose memory is full refuses nudges. Scoring frees its memory, so run in this thread.
+            log.warning("the broker accepts no nudge, working without one: %s", error)
             self.run()
 
 
-class ScoringLane(Lane):
+class ScoringWorker(WorkerProcess):
     kind = "scoring"
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
-        [device] = self.claim(1)
-        self.champion = Champion(self.database, serving(settings, device))
+        device = self.claim()
+        self.champion = Champion(self.database, serving_from(settings, device))
         self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
-        self._stall = Stall(settings.stall_seconds)
+        self._stall_detector = StallDetector(settings.stall_seconds)
 
     def work(self) -> int:
         return self.pipeline.drain()
@@ -212,25 +219,25 @@ class ScoringLane(Lane):
     def engine(self) -> str | None:
         return self.champion.engine
 
-    def stalled(self) -> str | None:
-        since, longest = self.champion.loading_since, PATIENCE * self.settings.stall_seconds
+    def stall_reason(self) -> str | None:
+        since, longest = self.champion.loading_since, SLOW_STALL_FACTOR * self.settings.stall_seconds
         if since is not None and time.monotonic() - since > longest:
             return f"a model has been loading for more than {longest:g} s"
-        return self._stall.found(self.pipeline.holds, self.pipeline.alive_at, self._depth)
+        return self._stall_detector.check(self.pipeline.holds, self.pipeline.alive_at, self._depth)
 
     def _depth(self) -> Depth | None:
         try:
-            return self._gauge.depth()
+            return self._status_stream.depth()
         except StreamError:
-            return None  # a broker that is away lets nothing grow
+            return None
 
-    def chores(self) -> list[Chore]:
-        return scoring_chores(self.database, self.settings, self.stopping)
+    def maintenance_tasks(self) -> list[MaintenanceTask]:
+        return scoring_maintenance(self.database, self.settings, self.stopping)
 
     def has_work(self) -> bool:
         self.stream.ensure_group()
-        self.stream.look_for_vanished()  # the route does, too, and may have nothing to read, or no model to read for
-        # Without a champion there is nothing to be done: asking says so once, and loads one early when there is one.
+        self.stream.detect_vanished()  # the pipeline does this only while it reads
+        # Without a champion nothing can be scored. Asking for it logs that once, and loads a new champion early.
         if self.champion.current() is None:
             self.stopping.wait(self.settings.watch_seconds)
             return False
@@ -238,8 +245,8 @@ class ScoringLane(Lane):
         if not depth.idle:
             return True
         if depth.length:
-            self.stream.trim()  # whoever scored these was ended before it could, or another group was behind
-        self.stream.wait_for_news(max(1, round(1000 * self.settings.watch_seconds)))
+            self.stream.trim()  # the worker that scored these ended before it trimmed, or another group was behind
+        self.stream.wait_for_record(max(1, round(1000 * self.settings.watch_seconds)))
         return not self.stream.depth().idle
 
     def close(self) -> None:
@@ -247,30 +254,33 @@ class ScoringLane(Lane):
         try:
             self.stream.leave()
         except StreamError as error:
-            log.warning("the consumer could not be taken off the list: %s", error)
+            log.warning("the consumer could not be removed from its group: %s", error)
 
 
-class TrainingLane(Lane):
+class TrainingWorker(WorkerProcess):
     kind = "training"
 
-    def __init__(self, settings: Settings, nudge: Callable[[], None], inbox: Inbox | None = None) -> None:
-        """`inbox` is where requests come in that are Celery messages."""
+    def __init__(
+        self, settings: Settings, nudge: Callable[[], None], request_queue: RequestQueue | None = None
+    ) -> None:
+        """`request_queue` holds Celery messages that ask for training; None to serve only jobs in SQL."""
         super().__init__(settings, nudge)
-        # Here, as a scorer has no use for what draws plots and writes TensorBoard, and starts sooner without.
+        # Imported here: a scoring worker needs neither plots nor TensorBoard, and starts faster without them.
         from training.job import run_next_job
         from worker.app import make_app
-        from worker.requests import Requests
+        from worker.requests import RequestThread
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        self.workshop = settings.workshop(self.claim(settings.train_processes))
+        self.workshop = settings.workshop(self.claim())
         self.requests = (
-            Requests(
-                settings, self.database, self.gate, inbox, make_app(settings), self.owner, self._announce, self.stopping
+            RequestThread(
+                settings, self.database, self.gate, request_queue, make_app(settings), self.owner, self._nudge_or_run,
+                self.stopping,
             )
-            if inbox
+            if request_queue
             else None
-        )
+        )  # fmt: skip
 
     def start(self) -> None:
         super().start()
@@ -286,8 +296,8 @@ class TrainingLane(Lane):
             done += 1
         return done
 
-    def chores(self) -> list[Chore]:
-        return training_chores(self.database, self.workshop, self.settings.checkpoint_days, self.stopping)
+    def maintenance_tasks(self) -> list[MaintenanceTask]:
+        return training_maintenance(self.database, self.workshop, self.settings.checkpoint_days, self.stopping)
 
     def has_work(self) -> bool:
         with self.database.read() as session:

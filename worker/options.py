@@ -1,4 +1,4 @@
-"""From `a=b,c=d` on the command line to what a configuration takes."""
+"""Parse option values such as `a=b,c=d` from the command line."""
 
 import json
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from training.errors import BadConfig
 
 
 def label_map(text: str | None) -> dict[str, str] | None:
-    """`negative,positive` allows these labels; `0=negative,1=positive` also gives them names."""
+    """Parse `--labels`: `negative,positive` allows these labels, `0=negative,1=positive` also renames them."""
     if text is None:
         return None
-    named = {}
+    names = {}
     for part in _parts("--labels", text):
         raw, equals, name = part.partition("=")
-        named[raw.strip()] = name.strip() if equals else raw.strip()
-        if not named[raw.strip()]:
+        names[raw.strip()] = name.strip() if equals else raw.strip()
+        if not names[raw.strip()]:
             raise BadConfig(f"--labels has {shown(part)}; write a=b, or a alone")
-    return named
+    return names
 
 
 def numbers(option: str, text: str | None) -> dict[str, float] | None:
-    """`good=1,bad=-1`."""
+    """Parse `good=1,bad=-1`."""
     if text is None:
         return None
     values = {}
@@ -36,7 +36,7 @@ def numbers(option: str, text: str | None) -> dict[str, float] | None:
 
 
 def pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """`name=value` each; a value that is JSON is taken as such, any other as text."""
+    """Parse `name=value` items; a value that is valid JSON is decoded, any other is text."""
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -1,10 +1,10 @@
-"""What failed and is tried again: after a pause that doubles as long as the same thing fails."""
+"""Exponential backoff for one failing item."""
 
 import time
 
 
 class Pause:
-    """Over at first, and for anything but what failed last."""
+    """A pause that doubles while the same item fails. It applies only to the item that failed last."""
 
     def __init__(self) -> None:
         self._of: int | None = None
@@ -12,11 +12,12 @@ class Pause:
         self._until = 0.0  # by `time.monotonic`
 
     def begin(self, of: int | None, first: float, longest: float) -> float:
-        """`of` has failed. Returns how many seconds it waits now."""
+        """Start a pause because `of` failed. Returns its length in seconds."""
         again = of == self._of and self._seconds > 0
         self._of, self._seconds = of, min(longest, 2 * self._seconds if again else first)
         self._until = time.monotonic() + self._seconds
         return self._seconds
 
     def over(self, of: int | None) -> bool:
+        """Whether `of` may be tried."""
         return of != self._of or time.monotonic() >= self._until

@@ -1,4 +1,4 @@
-"""Workers as child processes: started, watched, restarted, stopped. Knows processes, not what they do."""
+"""Supervise workers as child processes: start, watch, restart and stop them."""
 
 import os
 import signal
@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from worker.pulse import ENDINGS
+from worker.exit_codes import describe_exit
 from worker.settings import Settings, environment_name
 
-# Names the process a worker belongs to: it ends when that process is gone.
+# The process that supervises a worker; the worker ends when that process is gone.
 PARENT_VARIABLE = "TWEETSCORE_PARENT"
-# What a child may take beyond its own grace period before it is killed from outside.
+# A child that outlives its own grace period by this much is killed.
 KILL_AFTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-# A worker that lived this long was not killed by its own start.
+# After this uptime an exit does not count as a failed start, and the pause starts over.
 HEALTHY_SECONDS = 60.0
 
 
 @dataclass
-class Child:
+class ChildProcess:
     role: str
     log: Path
     process: subprocess.Popen[bytes]
@@ -34,20 +34,23 @@ class Child:
 
 
 @dataclass
-class Workers:
-    """The children of one `up` or `demo`."""
+class Supervisor:
+    """The worker processes of one `up`, `demo` or `train --wait`. `notify` receives messages for the user."""
 
     settings: Settings
-    say: Callable[[str], None]
-    children: list[Child] = field(default_factory=list)
+    notify: Callable[[str], None]
+    children: list[ChildProcess] = field(default_factory=list)
 
     def start(self, role: str) -> None:
-        of_role = sum(child.role == role for child in self.children)
-        log = self.settings.logs / (f"{role}-{of_role + 1}.log" if of_role else f"{role}.log")
-        self.children.append(Child(role, log, self._spawn(role, log), time.monotonic()))
+        same_role = sum(child.role == role for child in self.children)
+        log = self.settings.logs / (f"{role}-{same_role + 1}.log" if same_role else f"{role}.log")
+        self.children.append(ChildProcess(role, log, self._spawn(role, log), time.monotonic()))
 
     def watch(self) -> None:
-        """Restart what has died, after a pause that doubles while it keeps dying young. Call it every second or so."""
+        """Restart children that ended, after a pause that doubles while they end soon after the start.
+
+        Does not block; call it about once a second.
+        """
         now = time.monotonic()
         for child in self.children:
             code = child.process.poll()
@@ -57,8 +60,8 @@ class Workers:
                 if now - child.started_at >= HEALTHY_SECONDS:
                     child.pause = FIRST_PAUSE_SECONDS
                 child.restart_at = now + child.pause
-                self.say(
-                    f"the {child.role} worker ended ({ending(code)}), starting it again in {child.pause:.0f} s; "
+                self.notify(
+                    f"the {child.role} worker ended ({describe_exit(code)}), starting it again in {child.pause:.0f} s; "
                     f"log: {child.log}"
                 )
                 child.pause = min(LONGEST_PAUSE_SECONDS, 2 * child.pause)
@@ -67,7 +70,10 @@ class Workers:
                 child.restart_at = None
 
     def stop(self) -> None:
-        """End every child: it finishes its window or checkpoints its job; after the grace period it is killed."""
+        """Terminate every child and wait: it commits its window or checkpoints its job.
+
+        Kill it after the grace period.
+        """
         for child in self.children:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
@@ -77,12 +83,12 @@ class Workers:
             try:
                 child.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.say(f"the {child.role} worker did not end within {patience:.0f} s and was killed")
+                self.notify(f"the {child.role} worker did not end within {patience:.0f} s and was killed")
                 child.process.kill()
                 child.process.wait()
 
     def kill(self) -> None:
-        """End every child at once: nothing is lost, and what they held waits for others."""
+        """Kill every child. Records and jobs they held are taken over by other workers later."""
         for child in self.children:
             if child.process.poll() is None:
                 child.process.kill()
@@ -91,18 +97,18 @@ class Workers:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             return subprocess.Popen(
-                # -P: a folder named `worker` where the user happens to stand is none of ours.
+                # -P: do not import from a folder named `worker` in the current directory.
                 [sys.executable, "-P", "-m", "worker.cli", "worker", role],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **child_environment(self.settings), PARENT_VARIABLE: str(os.getpid())},
-                start_new_session=True,  # a Ctrl-C reaches us alone, and we stop the children in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the children in order
             )
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """The settings as a child reads them, so that values given in code hold there too."""
+    """Environment variables for a child process, so that settings given in code apply there too."""
     given = settings.model_dump(exclude_none=True, exclude_defaults=True)
     values = {
         name: ":".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in given.items()
@@ -110,31 +116,22 @@ def child_environment(settings: Settings) -> dict[str, str]:
     return {environment_name(name): value for name, value in values.items()}
 
 
-def let_waiting_threads_sleep() -> None:
-    """For a worker's process, before torch is loaded, which reads it then.
+def limit_spin_waiting() -> None:
+    """Limit how long OpenMP threads spin. Call this in a worker process before torch is loaded.
 
-    Threads that compute together wait for each other awake, by default for milliseconds. Beside another busy process, a
-    scorer above all, that halves the speed of training; waiting this briefly costs a tenth when there is none.
+    OpenMP threads spin for milliseconds while they wait for each other. Beside another busy process, such as a scoring
+    worker, that halves the speed of training. Without one, the lower limit costs about a tenth.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @contextmanager
-def workers(settings: Settings, roles: Sequence[str], say: Callable[[str], None]) -> Iterator[Workers]:
-    running = Workers(settings, say)
+def supervise(settings: Settings, roles: Sequence[str], notify: Callable[[str], None]) -> Iterator[Supervisor]:
+    """Start a worker for each role, and stop them all at the end."""
+    supervisor = Supervisor(settings, notify)
     try:
         for role in roles:
-            running.start(role)
-        yield running
+            supervisor.start(role)
+        yield supervisor
     finally:
-        running.stop()
-
-
-def ending(code: int) -> str:
-    """What a process's exit code says: `SIGKILL`, or `exit 75: it hung`."""
-    if code >= 0:
-        return f"exit {code}: {ENDINGS[code]}" if code in ENDINGS else f"exit {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+        supervisor.stop()

@@ -1,7 +1,8 @@
-"""A worker's signs of life: a file for whoever watches it from outside, and a watchdog that ends it when it hangs.
+"""Heartbeat files for health checks, and a watchdog that ends a worker process that hangs.
 
-HOME/run/KIND-HOST-PID.json is touched every few seconds while the process is well. It lies on disk, not on the broker
-or in SQL: a worker is not ill because they are away. The host is part of the name, since containers share a home.
+A healthy worker writes HOME/run/KIND-HOST-PID.json every few seconds. The file lies on local disk and not on the broker
+or in SQL, so an outage of either does not make workers look dead. The name contains the host because containers may
+share a home.
 """
 
 import contextlib
@@ -17,48 +18,40 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from worker.exit_codes import GRACE_EXIT, POLLER_DIED_EXIT
 from worker.stream import Depth
 
 log = logging.getLogger(__name__)
 
-PULSE_SECONDS = 2.0
-# A pulse this old is none any more: a busy machine may skip a few.
-FRESH_SECONDS = 20.0
-# Pulses of hosts that are gone, as containers are, are kept this long.
-FORGOTTEN_SECONDS = 86_400.0
-# What may well take long, such as loading a model, may take this many times the time of a stall.
-PATIENCE = 10
-# What `up` and an orchestrator's log read: the sysexits of an internal error and of a failure that may pass.
-WATCHER_DIED_EXIT = 70
-STALLED_EXIT = 75
-GRACE_EXIT = 76
-ENDINGS = {
-    WATCHER_DIED_EXIT: "it had lost its watcher",
-    STALLED_EXIT: "it hung",
-    GRACE_EXIT: "it did not end in time by itself",
-}
+HEARTBEAT_SECONDS = 2.0
+# A heartbeat is stale after this; a loaded machine may miss a few beats.
+STALE_SECONDS = 20.0
+# Heartbeats of other hosts, such as removed containers, are deleted after this.
+REMOVE_AFTER_SECONDS = 86_400.0
+# Loading a model may take this many times `stall_seconds`, and so may a window while no more tweets arrive.
+SLOW_STALL_FACTOR = 10
 
 
-class Pulse:
-    """Beats from a thread of its own.
+class Heartbeat:
+    """Writes the heartbeat file from its own thread and ends the process when `find_failure` reports a failure.
 
-    `ailing` says why the process should end, None while all is well; `waits_for` what keeps a healthy one from working.
-    None of them may wait long for anybody: a pulse that waits for a server looks like a dead worker.
+    `find_failure` returns an exit code and a reason, or None. `waiting_for` returns what a healthy worker waits for.
+    The callbacks must not block: a heartbeat that waits for a server looks like a dead worker.
     """
 
     def __init__(
-        self, folder: Path, kind: str, state: Callable[[], str], ailing: Callable[[], tuple[int, str] | None],
-        waits_for: Callable[[], str | None],
+        self, folder: Path, kind: str, state: Callable[[], str], find_failure: Callable[[], tuple[int, str] | None],
+        waiting_for: Callable[[], str | None],
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _clear(folder)
+        _remove_dead(folder)
         self._path = folder / f"{kind}-{socket.gethostname()}-{os.getpid()}.json"
         self._kind = kind
         self._state = state
-        self._ailing = ailing
-        self._waits_for = waits_for
+        self._find_failure = find_failure
+        self._waiting_for = waiting_for
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -67,56 +60,58 @@ class Pulse:
         self._done.set()
         self._path.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         try:
             while True:
-                if found := self._ailing():
-                    end_at_once(*found)
-                self._show()
-                if self._done.wait(PULSE_SECONDS):
-                    self._path.unlink(missing_ok=True)  # `stop` may have come while it was written
+                if failure := self._find_failure():
+                    end_at_once(*failure)
+                self._write()
+                if self._done.wait(HEARTBEAT_SECONDS):
+                    self._path.unlink(missing_ok=True)  # `stop` may have run while the file was written
                     return
         except Exception:
-            log.exception("the pulse failed")
-            end_at_once(WATCHER_DIED_EXIT, "nothing watches this worker any more; its error stands above")
+            log.exception("the heartbeat failed")
+            end_at_once(POLLER_DIED_EXIT, "the heartbeat thread died; its error is logged above")
 
-    def _show(self) -> None:
-        said = {"kind": self._kind, "pid": os.getpid(), "at": time.time(), "state": self._state()}
-        said |= {"waits_for": self._waits_for()}
+    def _write(self) -> None:
+        beat = {"kind": self._kind, "pid": os.getpid(), "at": time.time(), "state": self._state()}
+        beat |= {"waits_for": self._waiting_for()}
         try:
-            self._path.write_text(json.dumps(said))
+            self._path.write_text(json.dumps(beat))
         except OSError as error:
-            log.warning("the pulse could not be written: %s", error)
+            log.warning("the heartbeat could not be written: %s", error)
 
 
-def end_at_once(code: int, why: str) -> NoReturn:
-    """End this process where it stands; what it held is pending, what it leased will lapse."""
-    log.critical("ending at once: %s", why)
+def end_at_once(code: int, reason: str) -> NoReturn:
+    """End this process without cleanup: records it read stay pending, and its job's lease expires."""
+    log.critical("ending at once: %s", reason)
     for handler in logging.getLogger().handlers:
         handler.flush()
     os._exit(code)
 
 
 def end_after(stopping: threading.Event, grace_seconds: float) -> None:
-    """Wait until `stopping` is set, then end this process if it is there after the grace period. For a thread."""
+    """Wait for `stopping`, then end the process if it still runs after the grace period. Runs in a thread."""
     stopping.wait()
     time.sleep(grace_seconds)
-    end_at_once(GRACE_EXIT, f"the work at hand took longer than {grace_seconds:g} s to end")
+    end_at_once(GRACE_EXIT, f"the current work took longer than {grace_seconds:g} s to end")
 
 
 def end_at_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    # Not by the log: the thread that was interrupted may stand in the middle of it.
+    # Not through logging: the interrupted thread may hold the lock of a log handler.
     os.write(2, f"{signal.Signals(number).name}: ending at once\n".encode())
     os._exit(128 + number)
 
 
-def find_pulse(folder: Path, kind: str) -> tuple[str, float] | None:
-    """Process number and age in seconds of this host's freshest pulse of a kind. Clears away those of the dead."""
-    _clear(folder)
+def find_heartbeat(folder: Path, kind: str) -> tuple[str, float] | None:
+    """Return the process id and age in seconds of this host's newest heartbeat of a kind.
+
+    Deletes the heartbeats of dead processes.
+    """
+    _remove_dead(folder)
     found = []
     for path in folder.glob(f"{kind}-*.json"):
-        host, pid = _owner(path)
-        # A worker that ends takes its pulse along, now or in a moment.
+        host, pid = _host_and_pid(path)
         with contextlib.suppress(FileNotFoundError):
             if host == socket.gethostname():
                 found.append((max(0.0, time.time() - path.stat().st_mtime), pid))
@@ -126,62 +121,73 @@ def find_pulse(folder: Path, kind: str) -> tuple[str, float] | None:
     return pid, age
 
 
-def waits_for(folder: Path, kind: str, pid: str) -> str | None:
-    """What keeps a worker of this host from working, by its pulse."""
+def find_waiting_reason(folder: Path, kind: str, pid: str) -> str | None:
+    """Return what a worker of this host waits for before it can work, according to its heartbeat; None if nothing."""
     try:
-        why = json.loads((folder / f"{kind}-{socket.gethostname()}-{pid}.json").read_text()).get("waits_for")
-    except (OSError, ValueError, AttributeError):  # it ended, or is writing
+        reason = json.loads((folder / f"{kind}-{socket.gethostname()}-{pid}.json").read_text()).get("waits_for")
+    except (OSError, ValueError, AttributeError):  # the worker ended, or is writing the file
         return None
-    return None if why is None else str(why)
+    return None if reason is None else str(reason)
 
 
-def _clear(folder: Path) -> None:
-    """Take away the pulses of this host's dead processes, and of hosts that have been silent for long."""
+def _remove_dead(folder: Path) -> None:
+    """Delete the heartbeats of this host's dead processes and of hosts that have been silent for a day."""
     for path in folder.glob("*-*.json"):
-        host, pid = _owner(path)
+        host, pid = _host_and_pid(path)
         with contextlib.suppress(FileNotFoundError):
-            here = host == socket.gethostname()
-            gone = not Path(f"/proc/{pid}").exists() if here else time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS
-            if gone:
+            if host == socket.gethostname():
+                dead = not Path(f"/proc/{pid}").exists()
+            else:
+                dead = time.time() - path.stat().st_mtime > REMOVE_AFTER_SECONDS
+            if dead:
                 path.unlink()
 
 
-def _owner(path: Path) -> tuple[str, str]:
-    """Host and process number. The host may hold a `-` itself, so that `scorer` and `scorer-2` are told apart here."""
+def _host_and_pid(path: Path) -> tuple[str, str]:
+    """Split KIND-HOST-PID.json.
+
+    HOST may contain `-`, so the kind ends at the first dash and the pid starts at the last.
+    """
     name, _, pid = path.stem.rpartition("-")
     return name.partition("-")[2], pid
 
 
-class Stall:
-    """Whether a route that holds records has committed nothing for `seconds` while more and more wait."""
+class StallDetector:
+    """Detects a pipeline that holds records and commits nothing for `seconds` while the backlog grows."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._alive_at: float | None = None
-        self._then: Depth | None = None
+        self._depth_before: Depth | None = None
 
-    def found(self, holding: bool, alive_at: float, depth: Callable[[], Depth | None]) -> str | None:
-        """`alive_at` is the route's last sign of life (`time.monotonic`); `depth` is None while the broker is away."""
+    def check(self, holding: bool, alive_at: float, depth: Callable[[], Depth | None]) -> str | None:
+        """Return why the pipeline counts as stalled, or None.
+
+        `alive_at` is the time of its last commit or other progress (`time.monotonic`). `depth` returns None while the
+        broker is away.
+        """
         if not holding:
             self._alive_at = None
             return None
         if alive_at != self._alive_at:
-            self._alive_at, self._then = alive_at, None
-        if self._then is None:
-            self._then = depth()
+            self._alive_at, self._depth_before = alive_at, None
+        if self._depth_before is None:
+            self._depth_before = depth()
         silent = time.monotonic() - alive_at
         if silent < self._seconds:
             return None
-        says = f"nothing was committed for {silent:.0f} s"
+        reason = f"nothing was committed for {silent:.0f} s"
         now = depth()
-        if now is not None and self._then is not None and (more := _growth(self._then, now)) > 0:
-            return f"{says} while {more:,} more tweets came to wait; what this worker held is scored by another"
-        # It renews what it holds, so nobody else can have it: for good is too long, whether or not more comes.
-        return f"{says} of what this worker keeps from others" if silent > PATIENCE * self._seconds else None
+        if now is not None and self._depth_before is not None and (more := _growth(self._depth_before, now)) > 0:
+            return f"{reason} while {more:,} more tweets arrived; another worker scores the records this one held"
+        # The worker renews its records, so no other worker can claim them. Without new tweets allow more time.
+        if silent > SLOW_STALL_FACTOR * self._seconds:
+            return f"{reason} of the records that this worker holds"
+        return None
 
 
-def _growth(then: Depth, now: Depth) -> int:
-    """How many more wait to be read; by the stream's length when the server cannot tell."""
-    if then.lag is None or now.lag is None:
-        return now.length - then.length
-    return now.lag - then.lag
+def _growth(before: Depth, now: Depth) -> int:
+    """How many more records are unread; by the stream's length when the server does not report the lag."""
+    if before.lag is None or now.lag is None:
+        return now.length - before.length
+    return now.lag - before.lag

@@ -1,4 +1,4 @@
-"""redis-py: clients of the server that holds broker and stream, and its errors in our words."""
+"""redis-py clients of the server that holds broker and stream, and the conversion of redis-py's errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from redis.retry import Retry
 
 from worker.errors import StreamAway, StreamDenied, StreamError, StreamFull
 
-# Past this a silent server counts as gone; no command may block as long.
+# After this a silent server counts as gone, so blocking commands must return earlier.
 CLIENT_TIMEOUT_SECONDS = 15
 FULL = "the stream's server has reached its maxmemory; start scoring workers or raise it"
 
 
 def connect(url: str) -> "redis.Redis":
-    """A client that keeps trying for a few seconds when the server is away, and notices a dead connection.
+    """A client that retries for a few seconds while the server is away, and detects a dead connection.
 
-    Raises `StreamError` for what is no URL of a server.
+    Raises `StreamError` when `url` is not the URL of a Redis server.
     """
     try:
         client = redis.Redis.from_url(
@@ -29,21 +29,21 @@ def connect(url: str) -> "redis.Redis":
             retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
             retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
         )
-        client.connection_pool.make_connection()  # dials nobody, and sees every option
+        client.connection_pool.make_connection()  # validates every option without connecting
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        # What redis-py says of it may hold the password.
-        raise StreamError("it cannot be read; write it as redis://host:6379/0 or unix:///path/to.sock") from error
+        # redis-py's own message is left out: it may contain the password.
+        raise StreamError("it is not a valid URL; write it as redis://host:6379/0 or unix:///path/to.sock") from error
     return client
 
 
 def connect_briefly(url: str) -> "redis.Redis":
-    """A client for a look: it gives up after some seconds, so that a half-open server does not hold whoever looks."""
+    """A client for status checks: it does not retry and times out after two seconds."""
     return redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0))
 
 
 @contextmanager
 def converted() -> Iterator[None]:
-    """redis-py's errors end here."""
+    """Convert redis-py's errors to `StreamError` and its subclasses."""
     try:
         yield
     except redis.RedisError as error:
@@ -60,5 +60,5 @@ def converted() -> Iterator[None]:
 
 
 def out_of_memory(answer: object) -> bool:
-    # A script that is refused says so in words of its own.
+    # A Lua script that is refused raises a plain ResponseError whose text contains OOM.
     return isinstance(answer, redis.OutOfMemoryError) or (isinstance(answer, redis.RedisError) and "OOM" in str(answer))

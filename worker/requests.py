@@ -1,9 +1,10 @@
-"""Requests to train that come as Celery messages: message -> row -> outcome, from a thread of a training worker.
+"""Training requests that arrive as Celery messages: message -> row -> outcome, in a thread of a training worker.
 
-A message waits in its queue until its request is a row (`worker.inbox`), so that a database that is away costs time and
-no request. While a job of this worker runs, Celery's result backend is told how far it is. When a job has ended,
-whoever worked it, its message is given to Celery once more: the task then returns the outcome, and Celery stores it and
-runs what is chained behind it. That is done again until it is noted in the row, so a crash repeats and loses nothing.
+A message stays in its queue until its request is a row (`worker.inbox`), so an outage of the database loses no request.
+While a job of this worker runs, its progress is written to Celery's result backend. When a job has ended, in any
+worker, its message is passed to Celery again: the task returns the outcome, and Celery stores it and runs callbacks and
+chained tasks. This is repeated until the row is marked as answered, so a crash may repeat the outcome but does not lose
+it.
 """
 
 import logging
@@ -23,47 +24,50 @@ from db.models import TrainingJob
 from db.session import Database
 from training import failpoint
 from worker import results
-from worker.gate import Gate
-from worker.inbox import CANCEL, Inbox, Request, is_message, read_request
+from worker.gate import DatabaseGate
+from worker.inbox import CANCEL, Request, RequestQueue, is_message, read_request
 from worker.intake import accept_request
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# An outcome that was given to Celery and not noted as told is told again after this.
-ANSWER_SECONDS = 60.0
+# A message that was passed to Celery again and not marked as answered is repeated after this.
+RESEND_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 5.0
-# What may go well when it is tried again.
-PASSING = (SQLAlchemyError, TweetscoreError, KombuError, RedisError, OSError)
-# Cancelled by `AsyncResult.revoke()` before their message came; most ids on a shared broker are other programs'.
+# Errors after which the same step may succeed later.
+TRANSIENT_ERRORS = (SQLAlchemyError, TweetscoreError, KombuError, RedisError, OSError)
+# How many revoked ids are remembered, and for how long. On a shared broker most belong to other programs.
 REVOKED_IDS, REVOKED_SECONDS = 10_000, 3 * 3600
 
 
-class Requests:
-    """`owner` is whose jobs are reported, `wake` is called when there may be a job to run."""
+class RequestThread:
+    """Stores requests as jobs and reports their progress and outcome.
+
+    `owner` is the lease owner whose running jobs are reported. `wake` is called when there may be a job to run.
+    """
 
     def __init__(
-        self, settings: Settings, database: Database, gate: Gate, inbox: Inbox, app: Celery, owner: str,
+        self, settings: Settings, database: Database, gate: DatabaseGate, queue: RequestQueue, app: Celery, owner: str,
         wake: Callable[[], None], stopping: threading.Event,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._database = database
         self._gate = gate
-        self._inbox = inbox
+        self._queue = queue
         self._app = app
         self._owner = owner
         self._wake = wake
         self._stopping = stopping
         self._revoked = LimitedSet(maxlen=REVOKED_IDS, expires=REVOKED_SECONDS)
         self._to_cancel: set[str] = set()
-        self._told: dict[int, tuple[str, Any]] = {}
+        self._reported: dict[int, tuple[str, Any]] = {}
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def revoke(self, ids: Iterable[str]) -> None:
-        """Cancel the jobs of these requests soon, and those whose message is still to come. From any thread."""
+        """Cancel the jobs of these requests, also when their message arrives later. May be called from any thread."""
         for id_ in ids:
             self._revoked.add(id_)
             self._to_cancel.add(id_)
@@ -75,47 +79,47 @@ class Requests:
                 if self._gate.wait(self._stopping):
                     self._step()
                 pause = 0.1
-            except PASSING as error:
-                said = getattr(error, "orig", None) or error
-                log.warning("requests to train wait, trying again in %.1f s: %s", pause, said)
+            except TRANSIENT_ERRORS as error:
+                reason = getattr(error, "orig", None) or error
+                log.warning("training requests wait, trying again in %.1f s: %s", pause, reason)
                 self._stopping.wait(pause)
                 pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
             except Exception:
-                log.exception("requests to train wait, trying again in %.0f s", LONGEST_PAUSE_SECONDS)
+                log.exception("training requests wait, trying again in %.0f s", LONGEST_PAUSE_SECONDS)
                 self._stopping.wait(LONGEST_PAUSE_SECONDS)
 
     def _step(self) -> None:
-        for raw in self._inbox.take(self._settings.watch_seconds):
+        for raw in self._queue.take(self._settings.watch_seconds):
             self._accept(raw)
         self._cancel_revoked()
-        self._report()
-        self._answer()
+        self._report_progress()
+        self._send_finished()
 
     def _accept(self, raw: bytes) -> None:
         failpoint.passing("taken")
         if not is_message(raw):
-            log.warning("something in the queue is no message of Celery's and was thrown away, %d bytes", len(raw))
-            self._inbox.drop(raw)
+            log.warning("dropped %d bytes from the queue that are not a Celery message", len(raw))
+            self._queue.drop(raw)
             return
         request = read_request(raw)
         if request is not None:
             try:
-                self._keep(request)
+                self._store(request)
             except Exception as error:
-                if _may_pass(error):
+                if _is_transient(error):
                     raise
-                # It would fail for ever, and hold up what is behind it; its sender is told that it failed.
-                log.warning("a request to train cannot be kept: %s", type(error).__name__)
+                # A retry would fail too and block the requests behind it. The task reports the failure to the sender.
+                log.warning("a training request cannot be stored: %s", type(error).__name__)
         failpoint.passing("accepted")
-        self._inbox.forward(raw)
-        if request is not None and request.asks_to_train:
+        self._queue.forward(raw)
+        if request is not None and request.is_training_request:
             self._wake()
 
-    def _keep(self, request: Request) -> None:
-        """Make rows of what a message asks for, before Celery sees it."""
+    def _store(self, request: Request) -> None:
+        """Write the request to SQL before Celery receives the message."""
         if request.task == CANCEL:
             cancel(self._database, request.arguments.get("job_id"), request.arguments.get("request_id"))
-        if not request.asks_to_train:
+        if not request.is_training_request:
             return
         ended = None
         if request.id in self._revoked:
@@ -124,10 +128,10 @@ class Requests:
             ended = "cancelled", f"the request expired at {request.expires_at}, before a worker took it"
         job = accept_request(self._settings, self._database, request, ended)
         if job.state == "failed":
-            # Why, its row says: the reason quotes what was sent.
-            log.warning("job %d was refused; `tweetscore jobs show %d` says why", job.id, job.id)
-        if job.finished_at and job.message is None:  # sent again after all was told: `_report` tells the backend again
-            self._told[job.id] = "", None
+            # The reason is only in the row: it quotes what was sent.
+            log.warning("job %d was refused; see `tweetscore jobs show %d`", job.id, job.id)
+        if job.finished_at and job.message is None:  # a repeated request of an answered job: report its result again
+            self._reported[job.id] = "", None
 
     def _cancel_revoked(self) -> None:
         for id_ in list(self._to_cancel):
@@ -136,48 +140,49 @@ class Requests:
             if found is not None and found.finished_at is None:
                 with self._database.begin() as session:
                     jobs.request_cancel(session, found.id)
-                log.info("job %d: asked to stop", found.id)
+                log.info("job %d: cancellation requested", found.id)
             self._to_cancel.discard(id_)
 
-    def _report(self) -> None:
-        """Tell the backend how far this worker's jobs are, and what became of those it last told about."""
-        told: list[tuple[TrainingJob, tuple[str, Any] | None]] = []
+    def _report_progress(self) -> None:
+        """Write the progress of this worker's jobs to the result backend, and the result of those that no longer
+        run."""
+        changed: list[tuple[TrainingJob, tuple[str, Any] | None]] = []
         with self._database.read() as session:
             running = {job.id: job for job in jobs.held_by(session, self._owner)}
             for job in running.values():
-                if (found := results.state_of(session, job)) != self._told.get(job.id):
-                    told.append((job, found))
-            for id_ in set(self._told) - set(running):
+                if (found := results.state_of(session, job)) != self._reported.get(job.id):
+                    changed.append((job, found))
+            for id_ in set(self._reported) - set(running):
                 job = jobs.get(session, id_)
-                # One that a message asked for is answered below, with what is linked to it.
+                # The outcome of a job that has a message is reported by `_send_finished`, which also runs callbacks.
                 if job.finished_at is None or job.message is None:
-                    told.append((job, results.state_of(session, job)))
-        for job, found in told:
+                    changed.append((job, results.state_of(session, job)))
+        for job, found in changed:
             results.publish(self._app, job, found)
             if found is not None and job.state == "running":
-                self._told[job.id] = found
+                self._reported[job.id] = found
             else:
-                self._told.pop(job.id, None)
+                self._reported.pop(job.id, None)
 
-    def _answer(self) -> None:
-        """Give Celery the messages of jobs that have ended."""
+    def _send_finished(self) -> None:
+        """Pass the messages of finished jobs to Celery again."""
         with self._database.read() as session:
             if not jobs.any_unanswered(session):
                 return
         with self._database.begin() as session:
-            due = jobs.claim_answers(session, ANSWER_SECONDS)
+            due = jobs.claim_answers(session, RESEND_SECONDS)
         for message in filter(None, (job.message for job in due)):
-            self._inbox.send(message)
+            self._queue.send_again(message)
 
 
-def _may_pass(error: Exception) -> bool:
-    return isinstance(error, PASSING) and not isinstance(error, DataError)
+def _is_transient(error: Exception) -> bool:
+    return isinstance(error, TRANSIENT_ERRORS) and not isinstance(error, DataError)
 
 
 def cancel(database: Database, job_id: Any, request_id: Any) -> TrainingJob | None:
-    """Cancel a job by its id or that of its request; of a request that is still to come, note that it is cancelled.
+    """Cancel a job by its id or its request's id. A request that has not arrived yet is stored as cancelled.
 
-    None for a job that is not there.
+    Returns None when there is no job with this id.
     """
     with database.begin() as session:
         if request_id is not None:
@@ -186,5 +191,5 @@ def cancel(database: Database, job_id: Any, request_id: Any) -> TrainingJob | No
                 ended=("cancelled", results.REVOKED),
             )  # fmt: skip
             return job if job.finished_at else jobs.request_cancel(session, job.id)
-        there = isinstance(job_id, int) and session.get(TrainingJob, job_id) is not None
-        return jobs.request_cancel(session, job_id) if there else None
+        exists = isinstance(job_id, int) and session.get(TrainingJob, job_id) is not None
+        return jobs.request_cancel(session, job_id) if exists else None

@@ -1,4 +1,4 @@
-"""What Celery's result backend says of a job, derived from its row. The row is the truth; this may be written again."""
+"""Celery states and results of training jobs, derived from their rows. Writing them again is harmless."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ REVOKED = "the job was cancelled"
 
 
 def state_of(session: Session, job: TrainingJob) -> tuple[str, Any] | None:
-    """Celery's state of a job and what goes with it; None of one that waits, of which Celery says PENDING by itself."""
+    """Return the Celery state of a job and its result. None for a queued job: Celery reports PENDING by itself."""
     if job.state == "running":
         if not job.step:
             return states.STARTED, {"job_id": job.id}
@@ -30,15 +30,15 @@ def state_of(session: Session, job: TrainingJob) -> tuple[str, Any] | None:
     return (states.REVOKED, TaskRevokedError(job.error or REVOKED)) if job.state == "cancelled" else None
 
 
-def publish(app: Celery, job: TrainingJob, found: tuple[str, Any] | None) -> None:
-    """Write what `state_of` found of a job into the backend. What is linked or chained behind the job hears nothing."""
-    if found is not None:
-        state, result = found
+def publish(app: Celery, job: TrainingJob, state_and_result: tuple[str, Any] | None) -> None:
+    """Write the result of `state_of` to the result backend. This does not run callbacks or chained tasks."""
+    if state_and_result is not None:
+        state, result = state_and_result
         app.backend.store_result(job.request_id, result, state)
 
 
 def _result(session: Session, job: TrainingJob) -> dict[str, Any]:
-    """`metrics` are those of the whole test split, by name."""
+    """The return value of the task. `metrics` holds the figures of the whole test split by name."""
     version = registry.of_job(session, job.id)
     if version is None:
         return {"job_id": job.id, "model_version_id": None, "metrics": {}}

@@ -1,12 +1,11 @@
-"""The settings: read from the environment once, validated, frozen. Everything below receives values.
+"""The settings. They are read from the environment once, validated and frozen; other modules receive their values.
 
-Every name is `TWEETSCORE_` and the field in capitals; the two everybody knows, `REDIS_URL` and `DATABASE_URL`, stand
-alone, and so do the files with their passwords. The defaults are the embedded ones: a Valkey and an SQLite file below
-the home. A variable that is empty counts as unset, as in a compose file's `NAME: ${NAME:-}`.
+The name of a variable is `TWEETSCORE_` and the field in capitals. The common names `REDIS_URL` and `DATABASE_URL` have
+no prefix, and neither do the files with their passwords. By default broker and database are embedded: a Valkey and an
+SQLite file in the home. An empty variable counts as unset, as in a compose file's `NAME: ${NAME:-}`.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -21,15 +20,10 @@ from training.cache import Cache
 from training.config import PRESETS
 from training.errors import BadConfig
 from training.storage import Store, is_remote, local_path
-from training.workshop import Workshop
+from training.workshop import TrainingContext
+from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.redis_client import connect
-
-# By name, so that the settings need not import the libraries.
-ENGINES = (
-    "openvino-int8", "openvino-bfloat16", "openvino-float32", "torch-float16", "torch-bfloat16", "torch-float32",
-)  # fmt: skip
-
 
 WITH_PASSWORD = ("redis", "database", "reader")
 
@@ -39,16 +33,18 @@ class Settings(BaseSettings):
         env_prefix="TWEETSCORE_", env_ignore_empty=True, frozen=True, extra="ignore", populate_by_name=True
     )
 
-    home: Path = Field(Path("~/.tweetscore"), description="everything tweetscore keeps on this machine")
+    home: Path = Field(
+        Path("~/.tweetscore"), description="folder of all local files: database, models, logs and caches"
+    )
     redis_url: str | None = Field(
         None,
         validation_alias=AliasChoices("REDIS_URL", "redis_url"),
-        description="Redis or Valkey for broker and stream; unset: the embedded Valkey",
+        description="Redis or Valkey server of broker and stream; unset: the embedded Valkey",
     )
     redis_password_file: Path | None = Field(
         None,
         validation_alias=AliasChoices("REDIS_PASSWORD_FILE", "redis_password_file"),
-        description="file with the password of the user that `REDIS_URL` names, as secrets are handed to containers",
+        description="file with the password of the user in `REDIS_URL`, such as a container secret",
     )
     database_url: str | None = Field(
         None,
@@ -58,21 +54,21 @@ class Settings(BaseSettings):
     database_password_file: Path | None = Field(
         None,
         validation_alias=AliasChoices("DATABASE_PASSWORD_FILE", "database_password_file"),
-        description="the same for `DATABASE_URL`",
+        description="file with the password of the user in `DATABASE_URL`",
     )
     reader_url: str | None = Field(
         None,
-        description="the database as a PostgreSQL role that may only look (`tweetscore db grant-readonly`), for "
-        "`query`, plots and exports; unset: `DATABASE_URL` in read-only transactions",
+        description="the database with a read-only PostgreSQL role (`tweetscore db grant-readonly`), for `query` and "
+        "exports; unset: `DATABASE_URL` in read-only transactions",
     )
-    reader_password_file: Path | None = Field(None, description="the same for `TWEETSCORE_READER_URL`")
-    result_url: str | None = Field(
-        None, description="where Celery keeps the results of jobs, any backend of Celery's; unset: the broker"
+    reader_password_file: Path | None = Field(
+        None, description="file with the password of the user in `TWEETSCORE_READER_URL`"
     )
+    result_url: str | None = Field(None, description="Celery result backend for the results of jobs; unset: the broker")
     default_queue: bool = Field(
         False,
-        description="training workers also take requests to train from Celery's default queue `celery`; the tasks of "
-        "other programs stay there",
+        description="training workers also read training requests from Celery's default queue `celery`; tasks of other "
+        "programs stay there",
     )
     model_store: str | None = Field(
         None, description="folder or URL (`s3://bucket/models`) of trained models; unset: `models` in the home"
@@ -84,90 +80,95 @@ class Settings(BaseSettings):
     )
     checkpoint_store: str | None = Field(
         None,
-        description="folder or URL of the checkpoints of running jobs, which another machine can then go on from; "
+        description="folder or URL of the checkpoints of running jobs, from which another machine can resume them; "
         "unset: `jobs` in the home",
     )
     cache_mb: int = Field(
-        20_000, ge=1, le=100_000_000, description="most MiB of copies kept here of what lies behind such URLs"
+        20_000, ge=1, le=100_000_000, description="maximum size in MiB of the local cache of files from these URLs"
     )
     read_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (), description="further folders that jobs may read datasets and base models from, separated by `:`"
+        (), description="additional folders that jobs may read datasets and base models from, separated by `:`"
     )
-    base_model: str = Field("starter", min_length=1, description="base model of a job that names none")
-    preset: str = Field("fast", description="preset of a job that names none: `guide` or `fast`")
+    base_model: str = Field("starter", min_length=1, description="base model of jobs that do not name one")
+    preset: str = Field("fast", description="preset of jobs that do not name one: `guide` or `fast`")
     device: str = Field(
         "auto",
-        description="`cpu`, `cuda:1`, or `auto` and `cuda`: the first GPU that no other worker of the kind has",
-    )
-    train_processes: int = Field(
-        1, ge=1, le=64, description="processes that train one job together, each on a GPU of its own, or on the CPU"
+        description="`cpu`, `cuda:1`, or `auto` and `cuda`: the first GPU that no other worker of this kind uses",
     )
     engine: str = Field(
         "auto",
-        description="what runs the model when scoring: `auto` takes the fastest that agrees with float32; or one of "
-        "`openvino-int8`, `openvino-bfloat16`, `openvino-float32`, `torch-float16`, `torch-bfloat16`, `torch-float32`",
+        description="engine that runs the model when scoring: `auto` selects the fastest that agrees with float32; or "
+        "one of " + ", ".join(f"`{name}`" for name in ENGINES),
     )
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
     group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
-    window_tweets: int = Field(512, ge=1, le=100_000, description="most tweets read, scored and committed together")
+    window_tweets: int = Field(
+        512, ge=1, le=100_000, description="maximum number of tweets in a window: read, scored and committed together"
+    )
     token_budget: int | None = Field(
         None,
         ge=64,
         le=10_000_000,
-        description="most tokens, padding included, of one forward; unset: what a sweep finds for model and device",
-    )
-    repeat_cache: int = Field(
-        0, ge=0, le=100_000_000, description="texts whose scores are kept for repeats in later windows; 0: none"
+        description="maximum number of tokens in a forward pass, with padding; unset: measured for model and device",
     )
     min_idle_seconds: float = Field(
-        60, gt=0, le=86_400, description="after this long without a renewal a record is taken from its worker"
+        60, gt=0, le=86_400, description="another worker claims a record that its worker has not renewed for this long"
     )
     linger_seconds: float = Field(10, ge=0, le=3600, description="an idle scoring task ends after this long")
-    watch_seconds: float = Field(
-        1, gt=0, le=3600, description="how often an idle worker looks for work nobody announced"
-    )
+    watch_seconds: float = Field(1, gt=0, le=3600, description="interval at which an idle worker polls for work")
     high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
     server_memory_mb: int = Field(
-        1024, ge=4, le=10_000_000, description="memory of the embedded server in MiB; full, publishers wait"
+        1024,
+        ge=4,
+        le=10_000_000,
+        description="memory limit of the embedded server in MiB; publishers wait while it is full",
     )
     server_sync: str = Field(
         "everysec",
-        description="when the embedded server's records are on the disk: `everysec`, or `always` before they are "
-        "acknowledged, which publishes more slowly",
+        description="when the embedded server syncs records to disk: `everysec`, or `always` before they are "
+        "acknowledged, which slows publishing down",
     )
 
     retention_days: float | None = Field(
         None,
         gt=0,
         le=36_500,
-        description="tweets and dead letters are deleted so long after they came in; unset: never",
+        description="tweets and dead letters are deleted this long after they were received; unset: never",
     )
-    window_days: float = Field(
-        30, gt=0, le=36_500, description="rows of `scoring_windows` are deleted so long after their window"
-    )
+    window_days: float = Field(30, gt=0, le=36_500, description="rows of `scoring_windows` are deleted after this long")
     checkpoint_days: float = Field(
-        7, gt=0, le=36_500, description="so long after a job failed `tweetscore jobs retry` goes on from its checkpoint"
+        7,
+        gt=0,
+        le=36_500,
+        description="checkpoints of a failed job are kept this long, so that `tweetscore jobs retry` can resume it",
     )
     stall_seconds: float = Field(
         300,
         gt=0,
         le=86_400,
-        description="a worker that holds tweets and commits none for so long, while more wait, is ended",
+        description="a worker that holds tweets and commits none for this long, while more arrive, is ended",
     )
-    grace_seconds: float = Field(30, gt=0, le=3600, description="what a worker told to end may take for it")
-    lease_seconds: float = Field(60, gt=0, le=86_400, description="a job whose worker is silent this long is resumed")
-    max_attempts: int = Field(3, ge=1, le=100, description="starts of a job before it fails for good")
+    grace_seconds: float = Field(30, gt=0, le=3600, description="maximum time that a worker may take to stop")
+    lease_seconds: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="another worker resumes a job whose worker has not renewed its lease for this long",
+    )
+    max_attempts: int = Field(3, ge=1, le=100, description="maximum number of attempts of a job before it fails")
 
     metrics_port: int | None = Field(
         None,
         ge=0,
         le=65_535,
-        description="each worker answers `/metrics` on the first free port from this one on, 0 takes any; unset: none",
+        description="each worker serves `/metrics` on the first free port from this one on; 0: any port; unset: none",
     )
-    metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is answered on")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is served on")
 
-    failpoints: str = Field("", description="where a worker is made to die, sleep or fail, to rehearse faults")
+    failpoints: str = Field(
+        "", description="points in the code at which a worker dies, sleeps or fails, for tests of faults"
+    )
 
     @field_validator("home")
     @classmethod
@@ -176,7 +177,7 @@ class Settings(BaseSettings):
 
     @field_validator("model_store", "dataset_store", "checkpoint_store", mode="before")
     @classmethod
-    def _place(cls, value: Any) -> Any:
+    def _folder_or_url(cls, value: Any) -> Any:
         if not isinstance(value, str | Path):
             return value
         text = str(value)
@@ -249,7 +250,7 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether broker and stream live in the embedded server."""
+        """Whether broker and stream run on the embedded server."""
         return self.redis_url is None
 
     @property
@@ -257,7 +258,7 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.home / 'tweetscore.db'}"
 
     @property
-    def asking_url(self) -> str:
+    def query_url(self) -> str:
         return self.reader_url or self.sql_url
 
     @property
@@ -266,11 +267,11 @@ class Settings(BaseSettings):
 
     @property
     def inputs(self) -> Store:
-        """What jobs are made from: datasets, and base models below `encoders`."""
+        """The store of submitted datasets, and of local base models below `encoders`."""
         return self._store(self.dataset_store, "datasets")
 
-    def _store(self, place: str | None, otherwise: str) -> Store:
-        return Store(place or self.home / otherwise, Cache(self.home / "cache", self.cache_mb * 1024 * 1024))
+    def _store(self, location: str | None, default_folder: str) -> Store:
+        return Store(location or self.home / default_folder, Cache(self.home / "cache", self.cache_mb * 1024 * 1024))
 
     @property
     def boards(self) -> Path:
@@ -278,31 +279,31 @@ class Settings(BaseSettings):
 
     @property
     def run(self) -> Path:
-        """Where running workers leave their pulse."""
+        """Heartbeats, locks and GPU claims of running workers."""
         return self.home / "run"
 
     @property
     def engines(self) -> Path:
-        """What workers of this machine share about engines, beside what the model store keeps."""
+        """Engine choices that workers of this machine share when the model store cannot be written."""
         return self.home / "engines"
 
     @property
     def logs(self) -> Path:
         return self.home / "logs"
 
-    def workshop(self, devices: Sequence[str] | None = None) -> Workshop:
-        """`devices` are those a worker has claimed; by default as the settings have them, for all to use."""
+    def workshop(self, device: str | None = None) -> TrainingContext:
+        """`device` is the one a worker has claimed; by default that of the settings, unclaimed."""
         checkpoints = self._store(self.checkpoint_store, "jobs")
         inputs = self.inputs
-        return Workshop(
+        return TrainingContext(
             model_store=self.models,
             input_store=inputs,
-            # A remote store is followed from a folder here, which the trainer writes to.
+            # The trainer writes to a local folder, which is mirrored to a remote store.
             jobs_folder=self.home / "jobs" if checkpoints.remote else checkpoints.folder,
             checkpoint_store=checkpoints if checkpoints.remote else None,
             boards_folder=self.boards,
             read_roots=(*(() if inputs.remote else (inputs.folder,)), *self.read_roots),
-            devices=devices or [self.device] * self.train_processes,
+            device=device or self.device,
             lease_seconds=self.lease_seconds,
             max_attempts=self.max_attempts,
         )
@@ -318,7 +319,7 @@ def _expanded(path: Path) -> Path:
 def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed.
 
-    The home is made, for its owner alone: it holds other people's words.
+    Creates the home with access for its owner only, because it contains tweets.
     """
     try:
         settings = Settings(**overrides)
@@ -329,13 +330,13 @@ def load_settings(**overrides: Any) -> Settings:
         settings.home.chmod(0o700)
     except OSError as error:
         raise BadSettings(
-            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; name a folder of yours"
+            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; choose a folder that you can write to"
         ) from error
     return settings.model_copy(update={f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD})
 
 
 def _with_password(settings: Settings, name: str) -> str | None:
-    """A URL with the password that a file holds; one that has a password keeps it."""
+    """Add the password from its file to a URL that has none."""
     url: str | None = getattr(settings, f"{name}_url")
     file: Path | None = getattr(settings, f"{name}_password_file")
     if url is None or file is None:
@@ -348,10 +349,10 @@ def _with_password(settings: Settings, name: str) -> str | None:
             f"{name_of_file} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
         ) from error
     parts = urlsplit(url)
-    who, at, where = parts.netloc.rpartition("@")
-    if ":" in who or not at:
+    user, at, host = parts.netloc.rpartition("@")
+    if ":" in user or not at:
         return url
-    return urlunsplit(parts._replace(netloc=f"{who}:{quote(password, safe='')}@{where}"))
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 
 
 def environment_name(field: str) -> str:
@@ -362,6 +363,6 @@ def _sentence(fault: Any) -> str:
     field = str(fault["loc"][0]) if fault["loc"] else "settings"
     name = field if field.isupper() else environment_name(field)
     message = fault["msg"].removeprefix("Value error, ")
-    # A URL may carry a password.
+    # Leave out the value of a URL: it may contain a password.
     value = "" if name.endswith("_URL") else f" is {shown(fault['input'])}"
     return f"{name}{value}: {message[0].lower()}{message[1:]}"

@@ -1,36 +1,37 @@
-"""What people see: tables and bars. Takes rows, prints them; decides nothing."""
+"""Terminal output of the command line: tables, progress bars and JSON."""
 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from db import jobs, registry
-from db.models import FINISHED_STATES, EpochMetric, ModelVersion, TrainingJob
-from db.session import Database
-from worker.choices import Choice
+from worker.engine_choice import Choice
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+if TYPE_CHECKING:  # for `--help`, which prints nothing of this
+    from rich.progress import Progress, ProgressColumn
+
+    from db.models import EpochMetric, ModelVersion, TrainingJob
+    from db.session import Database
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
-SAID_EVERY_SECONDS = 10.0
+PROGRESS_SECONDS = 10.0
 FIGURES_OF_A_MODEL = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
-# How a request's sender is answered: no concern of people's.
+# Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
@@ -40,7 +41,7 @@ def line(text: str) -> None:
 
 
 def aside(text: str) -> None:
-    """A line beside the answer, which may be read by a program."""
+    """Print a line to standard error, so that standard output holds only the result."""
     errors.print(text, markup=False, soft_wrap=True)
 
 
@@ -60,41 +61,43 @@ def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[
     return shown
 
 
-def bar(*columns: ProgressColumn, on: Console | None = None) -> Progress:
-    """A bar with its percentage, then `columns`; the time left, guessed, when there are none."""
+def bar(*columns: "ProgressColumn", on: Console | None = None) -> "Progress":
+    """A progress bar with its percentage, then `columns`; the estimated time left by default."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     last = columns or (TimeRemainingColumn(),)
     return Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *last, console=on or console,
-        # What is printed meanwhile must not follow a bar to standard error.
+        # Do not redirect standard output to a bar that is on standard error.
         redirect_stdout=on is None, redirect_stderr=on is None,
     )  # fmt: skip
 
 
 @contextmanager
-def long_work(what: str, *columns: ProgressColumn, prints: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on standard error while work goes on, a line every ten seconds where there is no terminal.
+def long_work(what: str, *columns: "ProgressColumn", prints: bool = False) -> Iterator[Callable[..., None]]:
+    """Show progress on standard error: a bar on a terminal, otherwise a line every ten seconds.
 
-    Gives a function to be told (done, total if known, words). With `prints` the work itself is seen on standard output:
-    on a terminal that is enough.
+    Yields a function that takes (done, total or None, text). With `prints` the work writes to standard output itself,
+    so no bar is shown when that is a terminal.
     """
-    progress, said_at = bar(*columns, on=errors), time.monotonic()
-    shown = progress.add_task(what, total=None, says="")
+    progress, printed_at = bar(*columns, on=errors), time.monotonic()
+    shown = progress.add_task(what, total=None, text="")
 
-    def tell(done: int, total: int | None, says: str = "") -> None:
-        nonlocal said_at
-        progress.update(shown, completed=done, total=total, says=says)
-        if not errors.is_terminal and time.monotonic() - said_at > SAID_EVERY_SECONDS:
-            said_at = time.monotonic()
+    def update(done: int, total: int | None, text: str = "") -> None:
+        nonlocal printed_at
+        progress.update(shown, completed=done, total=total, text=text)
+        if not errors.is_terminal and time.monotonic() - printed_at > PROGRESS_SECONDS:
+            printed_at = time.monotonic()
             of = f" of {total:,}" if total else ""
-            errors.print(f"{what}: {says or f'{done:,}{of}'}", markup=False)
+            errors.print(f"{what}: {text or f'{done:,}{of}'}", markup=False)
 
     progress.disable = not errors.is_terminal or (prints and console.is_terminal)
     with progress:
-        yield tell
+        yield update
 
 
 def findings(found: dict[str, Any]) -> None:
-    """What `data check` found."""
+    """Print the findings of `data check`."""
     tokens = found["tokens"]
     table(
         f"{found['file']}: {found['format']}, {found['encoding']}",
@@ -122,12 +125,21 @@ def findings(found: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: None) -> TrainingJob:
-    """Show a job until it ends, from its rows alone, so from any machine: on a terminal a bar and its epochs, elsewhere
-    a line an epoch. Returns the ended job."""
-    told = 0
-    progress = bar(TextColumn("{task.fields[says]}"))
-    shown = progress.add_task(f"job {job_id} queued", total=None, says="")
+def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
+    """Show a job until it ends: a bar and its epochs on a terminal, otherwise one line per epoch. Returns the ended
+    job.
+
+    Reads only SQL, so it works on any machine. `watch` is called on every poll.
+    """
+    from rich.live import Live
+    from rich.progress import TextColumn
+
+    from db import jobs
+    from db.models import FINISHED_STATES
+
+    printed = 0
+    progress = bar(TextColumn("{task.fields[text]}"))
+    shown = progress.add_task(f"job {job_id} queued", total=None, text="")
     with Live(progress, console=console, auto_refresh=False) as live:
         while True:
             with database.read() as session:
@@ -137,14 +149,14 @@ def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: 
                 description=f"job {job_id} {job.state}",
                 total=job.total_steps,
                 completed=job.step,
-                says=pace(job),
+                text=pace(job),
             )
             if console.is_terminal:
                 live.update(Group(progress, *([epochs_shown(done)] if done else [])), refresh=True)
             else:
-                for epoch in done[told:]:
+                for epoch in done[printed:]:
                     console.print(f"job {job_id}: {epoch_line(epoch)}")
-                told = len(done)
+                printed = len(done)
             if job.state in FINISHED_STATES:
                 live.update(progress, refresh=True)  # the epochs follow in the summary
                 return job
@@ -152,27 +164,27 @@ def follow(database: Database, job_id: int, watch: Callable[[], None] = lambda: 
             time.sleep(POLL_SECONDS)
 
 
-def pace(job: TrainingJob) -> str:
-    """Loss, samples a second and the time left, as far as they are known."""
-    says = [] if job.loss is None else [f"loss {job.loss:.3f}"]
+def pace(job: "TrainingJob") -> str:
+    """Loss, samples per second and time left, as far as known."""
+    parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
-        says.append(f"{job.samples_per_second:.0f} samples/s")
+        parts.append(f"{job.samples_per_second:.0f} samples/s")
         left = job.config["epochs"] * job.data_report["sizes"]["train"] * (1 - job.step / job.total_steps)
-        says.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
-    return ", ".join(says)
+        parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
+    return ", ".join(parts)
 
 
-def epoch_line(epoch: EpochMetric) -> str:
+def epoch_line(epoch: "EpochMetric") -> str:
     return (
         f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
         f"Validation Accuracy = {epoch.valid_accuracy:.4f}"
     )
 
 
-def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
+def epochs_shown(epochs: "Sequence[EpochMetric]") -> Table:
     kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
     return as_table(
-        "Epochs (kept: the last that the validation rows cannot tell from the best)",
+        "Epochs (kept: the last whose validation result does not differ significantly from the best)",
         ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
         [
             (
@@ -185,12 +197,12 @@ def epochs_shown(epochs: Sequence[EpochMetric]) -> Table:
 
 
 def engine_table(choice: Choice) -> None:
-    """What was tried to score with a model on one machine, the engine that serves first."""
+    """Print the engines that were tried for a model on one machine; the selected one comes first."""
     table(
-        f"Engines on {choice.hardware}; {choice.token_budget} tokens a forward",
-        ["engine", "tweets/s", "what was found"],
+        f"Engines on {choice.hardware}; {choice.token_budget} tokens per forward pass",
+        ["engine", "tweets/s", "finding"],
         [
-            (trial.engine, trial.tweets_per_second and f"{trial.tweets_per_second:.0f}", trial.says or "not needed")
+            (trial.engine, trial.tweets_per_second and f"{trial.tweets_per_second:.0f}", trial.verdict or "not needed")
             for trial in sorted(choice.trials, key=lambda trial: not trial.serves)
         ],
     )
@@ -200,8 +212,8 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
     return [{"metric": metric, "label": label, "value": value} for (metric, label), value in sorted(figures.items())]
 
 
-def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> None:
-    """Test figures of a model beside the baselines'. Of single labels micro-F1 is accuracy, by definition."""
+def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
+    """Print a model's test metrics beside those of the baselines. For single labels micro-F1 equals accuracy."""
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -226,11 +238,13 @@ def test_table(version: ModelVersion, figures: dict[tuple[str, str], float]) -> 
     )
 
 
-def job_summary(database: Database, job: TrainingJob) -> None:
-    """A job's epochs and figures, or why it failed."""
+def job_summary(database: "Database", job: "TrainingJob") -> None:
+    """Print a job's epochs and metrics, or why it failed."""
+    from db import jobs, registry
+
     state = f"[{COLORS.get(job.state, 'white')}]{job.state}[/]"
-    says = f", {pace(job)}" if job.state == "running" and pace(job) else ""
-    console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{says}")
+    progress = f", {pace(job)}" if job.state == "running" and pace(job) else ""
+    console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{progress}")
     if job.data_report:
         report = job.data_report
         sizes, encoding = report["sizes"], report.get("encoding", "UTF-8")
@@ -244,7 +258,8 @@ def job_summary(database: Database, job: TrainingJob) -> None:
         )
         if guide and report["also_in_training"]["test"]:
             console.print(
-                f"{report['also_in_training']['test']} test rows have a text that was trained on: figures are too good"
+                f"{report['also_in_training']['test']} test rows have a text that is also in the training rows: "
+                "the test metrics are too optimistic"
             )
         for note in report.get("notes", ()):
             console.print(f"note: {note}", markup=False)
@@ -260,7 +275,7 @@ def job_summary(database: Database, job: TrainingJob) -> None:
 
 
 def fields(row: Any) -> dict[str, Any]:
-    """A table row as a dictionary, for `--json`, without what only workers read."""
+    """A table row as a dictionary for `--json`, without the columns in `INTERNAL`."""
     return {column.name: getattr(row, column.key) for column in row.__table__.columns if column.name not in INTERNAL}
 
 

@@ -1,14 +1,14 @@
-"""The stream of tweets and its protocol. Knows bytes; knows no SQL, no model and no tweet's meaning.
+"""The stream of tweets and its protocol. It handles bytes and does not parse tweets; it uses neither SQL nor models.
 
 Keys
     KEY             a stream; one record is one tweet: field `tweet`, a JSON object with `v`, `id` and `text`
-    KEY:suspects    a hash, record id -> how often it was scored alone; an entry lives until its record is acknowledged
-    KEY:books       a hash: what each group was given, so that what vanishes unread is noticed; see lua/read.lua
-    KEY:erased      a hash of records that are gone from the stream and still in somebody's hands; see lua/claim.lua
+    KEY:suspects    a hash, record id -> how often it was scored alone; deleted when the record is acknowledged
+    KEY:books       a hash of counters per group, to detect records that are erased unread; see lua/read.lua
+    KEY:erased      a hash of records that were erased from the stream while a consumer holds them; see lua/claim.lua
 
-Anyone may XADD to KEY, without MAXLEN or MINID, which erase what nobody has scored. Scoring workers read it through one
-consumer group: a record stays pending with its reader until its prediction is committed, and passes to another reader
-when the first has not renewed it for min-idle.
+Any client may XADD to KEY, but without MAXLEN or MINID, which erase records that are not scored yet. Scoring workers
+read the stream through one consumer group: a record stays pending with its consumer until its prediction is committed.
+When the consumer has not renewed it for `min_idle`, another consumer claims it.
 """
 
 import importlib.resources
@@ -30,24 +30,27 @@ log = logging.getLogger(__name__)
 
 SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "sweep", "trim")
 FIELD = b"tweet"
-# A Python date ends with the year 9999.
+# The end of the year 9999, the last one a Python datetime can hold.
 LAST_MS = 253_402_300_799_000
 WIRE_VERSION = 1
-# Above this many deliveries a record is a suspect: it was in a window that ended badly, twice.
+# A record with more deliveries is a suspect: two windows that contained it failed or ended their worker.
 TRUSTED_DELIVERIES = 2
-# A suspect that ended badly this often when scored alone is the culprit.
+# A suspect that failed this often when scored alone is moved to `dead_letters`.
 MAX_ISOLATED_ATTEMPTS = 3
 PUBLISH_CHUNK = 250
 CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
-# Less than a client waits for a silent server.
+# Shorter than the client's socket timeout.
 LONGEST_BLOCK_MS = 5_000
-STILL_IN_LOG = "what was deleted is still in the append-only file"
+STILL_IN_LOG = "the deleted records are still in the append-only file"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One delivery of a stream entry. `payload` is the tweet field, None when the entry has none; `fields` are all."""
+    """One delivery of a stream entry.
+
+    `payload` is its field `tweet`, None when it has none; `fields` holds all fields.
+    """
 
     id: str
     payload: bytes | None
@@ -55,8 +58,11 @@ class Record:
     fields: dict[bytes, bytes] = field(default_factory=dict)
 
     @property
-    def came_in(self) -> datetime:
-        """When, by the server's clock: the first half of a record's id. Anybody may XADD an id of his own."""
+    def received_at(self) -> datetime:
+        """When the server appended the record, from its id.
+
+        Clients can choose record ids, so the timestamp is clamped.
+        """
         return datetime.fromtimestamp(min(int(self.id.partition("-")[0]), LAST_MS) / 1000, UTC)
 
     @property
@@ -66,7 +72,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Depth:
-    """Records in the stream, not yet read (None: the server cannot tell), and read but not acknowledged."""
+    """Records in the stream (`length`), not read yet (`lag`, None when the server does not report it), and read but not
+    acknowledged (`pending`)."""
 
     length: int
     lag: int | None
@@ -79,7 +86,8 @@ class Depth:
 
 @dataclass(frozen=True)
 class Vanished:
-    """Records that were erased before they were scored, and when that was last noticed (Unix seconds, 0: never)."""
+    """How many records were erased before they were scored, and when that was last detected (Unix seconds, 0:
+    never)."""
 
     records: int
     at: int
@@ -102,37 +110,37 @@ class Stream:
     # --- publishing
 
     def publish(self, payloads: Sequence[bytes]) -> None:
-        """Append records in order, in pipelined chunks. Raises `StreamFull`, which knows those that were not taken."""
+        """Append records in order, in pipelined chunks. Raises `StreamFull` with the records that were not accepted."""
         for start in range(0, len(payloads), PUBLISH_CHUNK):
             chunk = payloads[start : start + PUBLISH_CHUNK]
             with converted():
                 pipe = self._redis.pipeline(transaction=False)
                 for payload in chunk:
                     pipe.xadd(self.key, {FIELD: payload})
-                answers = pipe.execute(raise_on_error=False)
-                full = [payload for payload, answer in zip(chunk, answers, strict=True) if out_of_memory(answer)]
-                for answer in answers:
-                    if isinstance(answer, Exception) and not out_of_memory(answer):
-                        raise answer
-            if full:
-                raise StreamFull(FULL, [*full, *payloads[start + PUBLISH_CHUNK :]])
+                replies = pipe.execute(raise_on_error=False)
+                refused = [payload for payload, reply in zip(chunk, replies, strict=True) if out_of_memory(reply)]
+                for reply in replies:
+                    if isinstance(reply, Exception) and not out_of_memory(reply):
+                        raise reply
+            if refused:
+                raise StreamFull(FULL, [*refused, *payloads[start + PUBLISH_CHUNK :]])
 
     def add(self, entries: Sequence[dict[bytes, bytes]]) -> None:
-        """Append entries with all their fields, each whole or not at all."""
+        """Append entries with all their fields in one transaction."""
         with converted():
             pipe = self._redis.pipeline(transaction=True)
             for fields in entries:
                 pipe.xadd(self.key, dict(fields.items()))
             pipe.execute()
 
-    def wait_for_room(self, high_water: int, waiting: Callable[[int], None], max_seconds: float | None = None) -> None:
-        """Return when the stream holds at most `high_water` records; until then call `waiting` with its length.
+    def wait_for_room(self, high_water: int, on_wait: Callable[[int], None], max_seconds: float | None = None) -> None:
+        """Wait until the stream holds at most `high_water` records. Meanwhile call `on_wait` with its length.
 
-        Who may only add, and not ask, adds: a full server still makes him wait.
+        Clients that may not call XLEN skip the check.
         """
         started = time.monotonic()
         while (length := self._length_if_allowed()) > high_water:
-            waiting(length)
+            on_wait(length)
             if max_seconds is not None and time.monotonic() - started > max_seconds:
                 raise StreamFull(
                     f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
@@ -156,24 +164,27 @@ class Stream:
             self._run("group", self.group)
 
     def read(self, count: int, block_ms: int | None) -> list[Record]:
-        """Up to `count` new records, at once when there are any; else wait up to `block_ms` for the first.
+        """Read up to `count` new records. When there are none, wait up to `block_ms` for the first.
 
-        A group that is gone (FLUSHALL, a new server) is made again at 0, so that nothing in the stream is skipped.
+        A missing group (FLUSHALL, a new server) is created again at 0, so that no record in the stream is skipped.
         """
         with converted():
-            records, last_id = self._take(count)
+            records, last_id = self._read_new(count)
             if not records and last_id is not None and block_ms is not None:
                 self._redis.xread({self.key: last_id}, count=1, block=block_ms)
-                records, _ = self._take(count)
+                records, _ = self._read_new(count)
         return records
 
-    def look_for_vanished(self) -> None:
-        """Notice what was erased before anybody read it, when nobody reads. Reading does it, too."""
-        with converted():
-            self._take(0)
+    def detect_vanished(self) -> None:
+        """Detect records that were erased before they were read.
 
-    def _take(self, count: int) -> tuple[list[Record], Any]:
-        """New records, and the last id that the stream gave out; None for it when the group had to be made."""
+        `read` does this too; use this while nothing is read.
+        """
+        with converted():
+            self._read_new(0)
+
+    def _read_new(self, count: int) -> tuple[list[Record], Any]:
+        """Return new records and the stream's last generated id; None for the id when the group had to be created."""
         try:
             entries, last_id, vanished = self._run("read", self.group, self.consumer, count)
         except redis.ResponseError as error:
@@ -181,48 +192,53 @@ class Stream:
                 raise
             self.ensure_group()
             return [], None
-        self._warn(vanished, "before anybody read them")
+        self._warn_vanished(vanished, "before they were read")
         return [_record(id_, fields, 1) for id_, fields in entries], last_id
 
     def claim_idle(self, min_idle_ms: int, count: int) -> list[Record]:
-        """Take over up to `count` records that their readers have not renewed for `min_idle_ms`."""
+        """Claim up to `count` records that their consumers have not renewed for `min_idle_ms`."""
         records: list[Record] = []
         start = "-"
         with converted():
             while len(records) < count:
-                most = min(count - len(records), CLAIM_CHUNK)
+                limit = min(count - len(records), CLAIM_CHUNK)
                 try:
-                    entries, last_id, vanished = self._run("claim", self.group, self.consumer, min_idle_ms, most, start)
+                    entries, last_id, vanished = self._run(
+                        "claim", self.group, self.consumer, min_idle_ms, limit, start
+                    )
                 except redis.ResponseError as error:
                     if "NOGROUP" not in str(error):
                         raise
                     self.ensure_group()
                     return []
-                self._warn(vanished, "while a worker that is gone held them")
+                self._warn_vanished(vanished, "while a worker that has ended held them")
                 records += [_record(*entry) for entry in entries]
                 if not last_id:
                     break
                 start = f"({_text(last_id)}"
         return records
 
-    def _warn(self, vanished: int, when: str) -> None:
+    def _warn_vanished(self, vanished: int, when: str) -> None:
         if vanished:
-            log.warning("%d records of %r were erased %s; XADD without MAXLEN and MINID", vanished, self.key, when)
+            log.warning("%d records of %r were erased %s; call XADD without MAXLEN and MINID", vanished, self.key, when)
 
-    def wait_for_news(self, block_ms: int) -> None:
-        """Sleep until somebody adds a record, at most `block_ms`. Reads nothing and takes nothing."""
+    def wait_for_record(self, block_ms: int) -> None:
+        """Wait until a record is added, at most `block_ms`. Does not read it."""
         with converted():
             self._redis.xread({self.key: "$"}, count=1, block=min(block_ms, LONGEST_BLOCK_MS))
 
-    # --- holding and letting go
+    # --- pending records
 
     def renew(self, ids: Sequence[str]) -> int:
-        """Prove this consumer alive for the records it holds. Returns how many of them it still does."""
+        """Reset the idle time of this consumer's records. Returns how many of them it still holds."""
         with converted():
             return int(self._run("renew", self.group, self.consumer, *ids)) if ids else 0
 
     def count_isolated(self, id_: str, by: int = 1) -> int:
-        """Note, before a suspect is scored alone, that it is; returns how often that is now. -1 takes one back."""
+        """Count an attempt to score a suspect alone, before it begins; returns the attempts so far.
+
+        `by=-1` reverts one.
+        """
         with converted():
             return int(self._scripts["count"](keys=[f"{self.key}:suspects"], args=[id_, by]))
 
@@ -236,24 +252,27 @@ class Stream:
                 pipe.execute()
 
     def trim(self) -> int:
-        """Remove what no group needs any more; returns how many records."""
+        """Remove the records that every group has acknowledged; returns how many."""
         with converted():
             return int(self._run("trim"))
 
     def leave(self) -> None:
-        """Take this consumer off the group's list, unless it still holds something somebody must claim."""
+        """Remove this consumer from the group unless it still holds records, which another consumer must claim."""
         with converted():
             self._run("sweep", self.group, 0, self.consumer)
 
     def sweep(self, idle_ms: int) -> int:
-        """Take consumers off the list that hold nothing and have not asked for `idle_ms`; returns how many."""
+        """Remove consumers that hold no records and have been idle for `idle_ms`; returns how many.
+
+        A live consumer registers again on its next read.
+        """
         with converted():
             return int(self._run("sweep", self.group, idle_ms))
 
-    # --- taking out for good
+    # --- deletion
 
-    def every(self, count: int) -> Iterator[list[Record]]:
-        """All records of the stream, pending ones too, `count` at a time."""
+    def scan(self, count: int) -> Iterator[list[Record]]:
+        """Iterate over all records of the stream, including pending ones, in lists of up to `count`."""
         start = "-"
         while True:
             with converted():
@@ -264,13 +283,13 @@ class Stream:
             start = f"({_text(entries[-1][0])}"
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Delete records, whoever holds them: their readers go on, and nobody takes them over."""
+        """Delete records. A consumer that already holds one still scores it; no other consumer can claim it."""
         with converted():
             for start in range(0, len(ids), CLAIM_CHUNK):
                 self._run("remove", *ids[start : start + CLAIM_CHUNK])
 
-    def held(self) -> set[str]:
-        """The ids of all records that somebody holds, deleted ones too."""
+    def pending_ids(self) -> set[str]:
+        """The ids of all pending records, including deleted ones."""
         found: set[str] = set()
         start = "-"
         with converted():
@@ -287,22 +306,22 @@ class Stream:
                 start = f"({_text(rows[-1]['message_id'])}"
 
     def rewrite_log(self) -> None:
-        """Have the server write its append-only file anew, without what was removed, and wait for it.
+        """Rewrite the server's append-only file without the removed records, and wait for it.
 
-        Raises `StreamError` when it may not or could not: what was removed is still in the file.
+        Raises `StreamError` when that is not allowed or fails: the removed records are then still in the file.
         """
-        self._log_state()  # a rewrite that is under way may have begun before the removal
+        self._wait_for_rewrite()  # a rewrite that is already running may have begun before the removal
         try:
             with converted():
                 self._redis.bgrewriteaof()
         except StreamDenied as error:
             raise StreamDenied(f"{error}; {STILL_IN_LOG} until an administrator runs BGREWRITEAOF") from error
-        status = self._log_state()["aof_last_bgrewrite_status"]
+        status = self._wait_for_rewrite()["aof_last_bgrewrite_status"]
         if status != "ok":
-            raise StreamError(f"{STILL_IN_LOG}: its rewrite ended with {status!r}; look into the server's log")
+            raise StreamError(f"{STILL_IN_LOG}: its rewrite ended with {status!r}; read the server's log")
 
-    def _log_state(self) -> dict[str, Any]:
-        """What the server tells of its append-only file, once no rewrite is under way."""
+    def _wait_for_rewrite(self) -> dict[str, Any]:
+        """Wait until no rewrite is running or scheduled; returns the server's persistence section of INFO."""
         while True:
             with converted():
                 state: dict[str, Any] = self._redis.info("persistence")
@@ -310,7 +329,7 @@ class Stream:
                 return state
             time.sleep(0.05)
 
-    # --- looking
+    # --- status
 
     def depth(self) -> Depth:
         with converted():
@@ -323,7 +342,7 @@ class Stream:
             length = int(self._redis.xlen(self.key))
         for group in groups:
             if _text(group["name"]) == self.group:
-                # Redis 7.0 counts what was erased unread as unread for ever.
+                # Redis 7.0 keeps counting records that were erased unread, so cap the lag at the length.
                 lag = None if group["lag"] is None else min(int(group["lag"]), length)
                 return Depth(length, lag, int(group["pending"]))
         return Depth(length, length, 0)
@@ -335,7 +354,7 @@ class Stream:
         return Vanished(int(records or 0), int(at or 0))
 
     def oldest(self) -> datetime | None:
-        """When the record came in that has waited longest for its acknowledgement; None when there is none."""
+        """When the oldest record without an acknowledgement was received; None when there is none."""
         with converted():
             try:
                 groups = {_text(group["name"]): group for group in self._redis.xinfo_groups(self.key)}
@@ -350,11 +369,11 @@ class Stream:
                 if "no such key" not in str(error):
                     raise
                 return None
-        return Record(_text(waiting[0][0]), None, 0).came_in if waiting and waiting[0][0] else None
+        return Record(_text(waiting[0][0]), None, 0).received_at if waiting and waiting[0][0] else None
 
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:
-    """From names and values in turns, as scripts give them."""
+    """Build a record from the script's flat list of field names and values."""
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     return Record(_text(id_), named.get(FIELD), deliveries, named)
 

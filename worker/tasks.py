@@ -1,4 +1,4 @@
-"""The Celery tasks: nudges of a few lines, and the outcome of a job. The data is in the stream and in SQL."""
+"""The Celery tasks: nudges, and the outcome of a job. Records are in the stream and jobs in SQL."""
 
 import logging
 import signal
@@ -16,79 +16,81 @@ from celery.signals import (
 )
 from celery.utils.nodenames import worker_direct
 from celery.worker.control import control_command
-from celery.worker.control import ok as flagged
-from celery.worker.control import revoke as revoke_others
+from celery.worker.control import ok as ok_reply
+from celery.worker.control import revoke as celery_revoke
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import NotFound, TweetscoreError
 from training import failpoint
-from worker import logs, metrics, requests, results
+from worker import logs, metrics_endpoint, requests, results
 from worker.app import SCORING, TRAINING, app
 from worker.errors import JobFailed
-from worker.inbox import Inbox
-from worker.lane import Lane, ScoringLane, TrainingLane
-from worker.pulse import end_at_signal
+from worker.exit_codes import BAD_SETTINGS_EXIT
+from worker.inbox import RequestQueue
+from worker.lane import ScoringWorker, TrainingWorker, WorkerProcess
+from worker.pulse import end_at_once, end_at_signal
 from worker.redis_client import connect
 from worker.runtime import stream_url
 from worker.settings import load_settings
 
 log = logging.getLogger(__name__)
 
-lanes: dict[str, Lane] = {}
+# What this process runs, by the name of the Celery queue it consumes.
+workers: dict[str, WorkerProcess] = {}
 
 
 @app.task(name="worker.tasks.score")
 def score() -> int:
-    """There may be tweets in the stream. Returns how many were scored."""
-    return lanes[SCORING].run() if SCORING in lanes else 0
+    """Score the tweets in the stream. Returns how many were scored."""
+    return workers[SCORING].run() if SCORING in workers else 0
 
 
-class Outcome(Task):  # type: ignore[misc]
-    """Returns the outcome of a job. When Celery has stored it and started what follows, the row notes that."""
+class JobOutcomeTask(Task):  # type: ignore[misc]
+    """Marks the job's row as answered after Celery has stored the outcome and started callbacks and chained tasks."""
 
     def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
-        self._note(task_id)
+        self._mark_answered(task_id)
 
     def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         if isinstance(exc, JobFailed):
-            self._note(task_id)
+            self._mark_answered(task_id)
 
-    def _note(self, task_id: str) -> None:
-        if TRAINING in lanes:
-            with lanes[TRAINING].database.begin() as session:
+    def _mark_answered(self, task_id: str) -> None:
+        if TRAINING in workers:
+            with workers[TRAINING].database.begin() as session:
                 jobs.answered(session, task_id)
 
 
-@app.task(name="worker.tasks.train", base=Outcome, bind=True, ignore_result=False, throws=(JobFailed,))
+@app.task(name="worker.tasks.train", base=JobOutcomeTask, bind=True, ignore_result=False, throws=(JobFailed,))
 def train(self: Task, dataset: str | None = None, preset: str | None = None, **options: Any) -> Any:
-    """Without `dataset`, there may be a job to run: a nudge. With it, what became of the job that was asked for.
+    """Without `dataset`, a nudge: run the queued jobs. With `dataset`, return the outcome of the job it requested.
 
-    A client that only knows Celery sends `kwargs={"dataset": path, ...}` to the queue `training`. The message's id is
-    the job's `request_id`: the same message twice is one job. `worker.requests` has made it a row before it comes here,
-    and sends it here again when the job has ended.
+    A plain Celery client sends `kwargs={"dataset": path, ...}` to the queue `training`. The message's id is the job's
+    `request_id`, so the same message twice creates one job. `worker.requests` creates the row before Celery receives
+    the message, and sends the message again when the job has ended.
 
-    Returns {"job_id", "model_version_id", "metrics"}; raises `JobFailed` with the job's sentence.
+    Returns {"job_id", "model_version_id", "metrics"}; raises `JobFailed` with the job's error message.
     """
-    lane = lanes.get(TRAINING)
-    if lane is None:
+    worker = workers.get(TRAINING)
+    if worker is None:
         raise Ignore
     if dataset is None:
-        return lane.run()
-    return _outcome(self, lane)
+        return worker.run()
+    return _outcome(self, worker)
 
 
-def _outcome(task: Task, lane: Lane) -> dict[str, Any]:
-    """Raises `Ignore`, which tells nobody anything, while the job goes on and once its outcome was told."""
+def _outcome(task: Task, worker: WorkerProcess) -> dict[str, Any]:
+    """Raises `Ignore`, which stores no result, while the job runs and after its outcome was stored."""
     id_ = task.request.id
     try:
-        with lane.database.read() as session:
+        with worker.database.read() as session:
             job = jobs.of_request(session, id_)
             if job is None:
-                raise JobFailed("the request could not be stored as a job; look at its arguments, then send it again")
+                raise JobFailed("the request could not be stored as a job; check its arguments and send it again")
             found = results.state_of(session, job) if job.finished_at and job.message is not None else None
     except SQLAlchemyError as error:
-        raise Ignore from error  # it is sent again
+        raise Ignore from error  # `worker.requests` sends the message again
     if found is None:
         raise Ignore
     _, result = found
@@ -97,7 +99,7 @@ def _outcome(task: Task, lane: Lane) -> dict[str, Any]:
     if job.state == "cancelled":
         task.backend.mark_as_revoked(id_, str(result), request=task.request, store_result=True)
         task.send_event("task-revoked", terminated=False, signum=None, expired=False)
-        with lane.database.begin() as session:
+        with worker.database.begin() as session:
             jobs.answered(session, id_)
         raise Ignore
     return dict(result)
@@ -105,14 +107,14 @@ def _outcome(task: Task, lane: Lane) -> dict[str, Any]:
 
 @app.task(name="worker.tasks.cancel", ignore_result=False, throws=(NotFound,))
 def cancel(job_id: int | None = None, request_id: str | None = None) -> dict[str, Any]:
-    """Stop a job: at once when it waits, within a few steps when it runs. Returns its {"job_id", "state"}.
+    """Cancel a job: a queued one at once, a running one within a few steps. Returns {"job_id", "state"}.
 
-    `request_id` is the id of the message that asked for the job, which need not have come yet.
+    `request_id` is the id of the message that requests the job; that message may arrive later.
     """
-    lane = lanes.get(TRAINING)
-    if lane is None:
+    worker = workers.get(TRAINING)
+    if worker is None:
         raise Ignore
-    job = requests.cancel(lane.database, job_id, request_id)
+    job = requests.cancel(worker.database, job_id, request_id)
     if job is None:
         raise NotFound(f"there is no job {job_id}; name one as job_id, or its message as request_id")
     return {"job_id": job.id, "state": job.state}
@@ -120,39 +122,40 @@ def cancel(job_id: int | None = None, request_id: str | None = None) -> dict[str
 
 @control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
 def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
-    """`AsyncResult.revoke()`: a training worker cancels the job that has this request's id."""
-    lane = lanes.get(TRAINING)
-    if not isinstance(lane, TrainingLane) or lane.requests is None:
-        return revoke_others(state, task_id, terminate, signal, **options)
+    """Handle `AsyncResult.revoke()`: a training worker cancels the job with this request id."""
+    worker = workers.get(TRAINING)
+    if not isinstance(worker, TrainingWorker) or worker.requests is None:
+        return celery_revoke(state, task_id, terminate, signal, **options)
     ids = {str(id_) for id_ in (task_id if isinstance(task_id, list | tuple | set) else [task_id])}
-    lane.requests.revoke(ids)
-    return flagged(f"tasks {ids} flagged as revoked")
+    worker.requests.revoke(ids)
+    return ok_reply(f"tasks {ids} flagged as revoked")
 
 
 @task_revoked.connect(sender=train)
-def _note_expired(request: Any, **_: Any) -> None:
-    """A message that Celery itself found expired: its job was cancelled for that, and the backend says so."""
-    train._note(request.id)
+def _mark_expired(request: Any, **_: Any) -> None:
+    """Celery found the message expired and stored that result; the job was cancelled for the same reason."""
+    train._mark_answered(request.id)
 
 
 @celeryd_after_setup.connect
 def _start(sender: str, instance: Any, **_: Any) -> None:
-    """Before Celery speaks to the broker: a worker empties a full one, whether or not Celery can start."""
+    """Start before Celery connects to the broker: a full broker may refuse Celery until this worker has freed
+    memory."""
     queues = instance.app.amqp.queues
     try:
-        _open_lanes(sender, set(queues.consume_from))
+        _start_workers(sender, set(queues.consume_from))
     except TweetscoreError as error:
-        # Celery would log what a signal's handler raises, and run a worker that does nothing.
-        log.critical("%s", error)
-        raise SystemExit(2) from error
-    queues.deselect(TRAINING)  # which `worker.inbox` reads
-    _await_database()
+        # Celery logs an exception of a signal handler and runs on without a pipeline. It also drops the code of a
+        # SystemExit raised here, so that the process would end with 0.
+        end_at_once(BAD_SETTINGS_EXIT, str(error))
+    queues.deselect(TRAINING)  # `worker.inbox` reads this queue
+    _wait_for_database()
 
 
-def _await_database() -> None:
-    """Take no message before there is a database to work with: others may have one, and a request waits on the broker.
+def _wait_for_database() -> None:
+    """Consume no message before the database can be used: another worker may have one, and requests wait on the broker.
 
-    Celery listens for signals later. Told to end meanwhile, this worker ends: it holds nothing.
+    Celery installs its signal handlers later, so handle signals here. The worker holds nothing and may exit at once.
     """
 
     def end(*_: Any) -> NoReturn:
@@ -160,66 +163,67 @@ def _await_database() -> None:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
     try:
-        for lane in lanes.values():
-            lane.gate.opened.wait()
+        for worker in workers.values():
+            worker.gate.opened.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _open_lanes(hostname: str, queues: set[str]) -> None:
-    """A worker serves the queues it was told to consume."""
+def _start_workers(hostname: str, queues: set[str]) -> None:
+    """Start a worker for each queue that this Celery worker consumes."""
     settings = load_settings()
     failpoint.arm(settings.failpoints)
     failpoint.passing("starting")
-    # A worker that found work nudges itself: on the shared queue a busy neighbour might take the nudge and drop it.
-    own = worker_direct(hostname)
+    # The poller nudges its own worker: on the shared queue a busy worker could take the nudge and drop it.
+    own_queue = worker_direct(hostname)
     if SCORING in queues:
-        lanes[SCORING] = ScoringLane(settings, lambda: score.apply_async(queue=own, retry=False))
+        workers[SCORING] = ScoringWorker(settings, lambda: score.apply_async(queue=own_queue, retry=False))
     if TRAINING in queues:
-        inbox = Inbox(connect(stream_url(settings)), TRAINING, own.name, settings.default_queue)
-        lanes[TRAINING] = TrainingLane(
-            settings, lambda: train.apply_async(queue=own, retry=False, ignore_result=True), inbox
+        request_queue = RequestQueue(connect(stream_url(settings)), TRAINING, own_queue.name, settings.default_queue)
+        workers[TRAINING] = TrainingWorker(
+            settings, lambda: train.apply_async(queue=own_queue, retry=False, ignore_result=True), request_queue
         )
     if settings.metrics_port is not None:
-        metrics.serve(settings.metrics_host, settings.metrics_port, [lane.looks for lane in lanes.values()])
-    for lane in lanes.values():
-        lane.start()
+        collectors = [worker.collector for worker in workers.values()]
+        metrics_endpoint.serve(settings.metrics_host, settings.metrics_port, collectors)
+    for worker in workers.values():
+        worker.start()
 
 
 @worker_ready.connect
-def _answer_quit(**_: Any) -> None:
-    """Celery's own answer to SIGQUIT waits for the work at hand without telling it to stop."""
+def _handle_sigquit(**_: Any) -> None:
+    """Celery's own handler of SIGQUIT waits for the current task without asking it to stop."""
     signal.signal(signal.SIGQUIT, end_at_signal)
 
 
 @worker_shutting_down.connect
-def _stop_lanes(sig: str, **_: Any) -> None:
-    """The first signal to end, in the main thread: what is at hand is finished within the grace period.
+def _stop_workers(sig: str, **_: Any) -> None:
+    """Handle the first signal, in the main thread: current work may finish within the grace period.
 
-    A second signal ends the process at once: it is listened for first, since a lane that stops takes leave of a server
-    that may be silent. One that comes while Celery still answers the first makes it send this twice.
+    A second signal ends the process at once. Its handlers are installed first, because `stop` talks to servers that may
+    not answer. When the second signal arrives while Celery still handles the first, Celery calls this function again.
     """
     if signal.getsignal(signal.SIGTERM) is end_at_signal:
         end_at_signal(signal.Signals[sig], None)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, end_at_signal)
-    for lane in lanes.values():
-        lane.stop()
+    for worker in workers.values():
+        worker.stop()
 
 
 @worker_shutdown.connect
-def _end_lanes(**_: Any) -> None:
-    """Celery waits for its tasks; a watcher that works without a nudge is none."""
-    for lane in lanes.values():
-        lane.end()
+def _wait_for_workers(**_: Any) -> None:
+    """Celery does not wait for work that a poller started, so wait for it here."""
+    for worker in workers.values():
+        worker.stop_and_wait()
 
 
 @setup_logging.connect
 def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
     logs.set_up()
-    # Celery logs every nudge it receives and ends; the routes log what was done.
+    # Celery logs the start and end of every nudge; the pipelines log what was done.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # With a traceback every second while the broker's memory is full; what fails for good is an error.
+    # While the broker's memory is full kombu logs a traceback every second; permanent failures are logged as errors.
     logging.getLogger("kombu.transport.redis").setLevel(logging.ERROR)

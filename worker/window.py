@@ -1,4 +1,4 @@
-"""A window on its way: what was read together, what became of it, and the rows it ends as. Knows no server."""
+"""A window: records read together, the tweets parsed from them, and the rows they become. No server is used here."""
 
 import logging
 import time
@@ -12,27 +12,23 @@ from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.records import OPTIONAL, Tweet, pack_fields, parse_payload
-from worker.scorer import Model, Scores, describe
+from worker.scoring_model import Scores, ScoringModel, prediction_rows
 from worker.stream import Record
+from worker.tweet_record import OPTIONAL, Tweet, pack_fields, parse_payload
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 STAGES = ("read", "tokenise", "forward", "store")
-TALLY_SECONDS = 10.0
+LOG_SECONDS = 10.0
 
 
 @dataclass
 class Window:
-    """Records scored by one model: tweets to score, records to bury, and where the milliseconds went.
-
-    `counted` when it is a suspect alone, whose attempt was counted before it began.
-    """
+    """Records scored by one model: tweets to score, dead letters to bury, and the milliseconds of each stage."""
 
     records: list[Record]
-    model: Model
-    counted: bool = False
+    model: ScoringModel
     started_at: datetime = field(default_factory=utc_now)
     tweets: list[tuple[Record, Tweet]] = field(default_factory=list)
     dead: list[dict[str, Any]] = field(default_factory=list)
@@ -40,8 +36,8 @@ class Window:
     scores: Scores | None = None
     ms: dict[str, float] = field(default_factory=lambda: {f"{stage}_ms": 0.0 for stage in STAGES})
 
-    def took(self, stage: str, began: float) -> None:
-        """Note the time of a stage since `began`, by `time.perf_counter`."""
+    def set_time(self, stage: str, began: float) -> None:
+        """Set the time of a stage that began at `began` (`time.perf_counter`)."""
         self.ms[f"{stage}_ms"] = 1000 * (time.perf_counter() - began)
 
     @property
@@ -53,8 +49,8 @@ class Window:
         return [record.id for record in self.records]
 
 
-def named(step: Callable[..., Result]) -> Callable[..., Result]:
-    """A method over a window, which is named in all it logs: by its first record, and the model that scores it."""
+def log_context(step: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate a method that takes a window: its log lines name the window's first record and the model version."""
 
     @wraps(step)
     def run(route: Any, window: Window, *more: Any) -> Result:
@@ -64,8 +60,8 @@ def named(step: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def parse(window: Window) -> None:
-    """Records to tweets; what is no tweet is marked for burial and leaves the others alone."""
+def add_tweets(window: Window) -> None:
+    """Parse the records of a window; a malformed record becomes a dead letter, the others are not affected."""
     window.tweets = []
     buried = {letter["record_id"] for letter in window.dead}
     for record in window.records:
@@ -95,18 +91,14 @@ def tweet_rows(window: Window) -> list[dict[str, Any]]:
             "text": tweet.text,
             **{key: getattr(tweet, key) for key in OPTIONAL},
             "tweet_created_at": tweet.created_at,
-            "received_at": record.came_in,
+            "received_at": record.received_at,
         }
         for record, tweet in window.tweets
     ]
 
 
-def prediction_rows(window: Window, scores: Scores) -> list[dict[str, Any]]:
-    now, model = utc_now(), window.model
-    return [
-        {"tweet_id": tweet.id, "model_version_id": model.version_id, "scored_at": now, **said}
-        for (_, tweet), said in zip(window.tweets, describe(model.spec, scores.probabilities), strict=True)
-    ]
+def stored_predictions(window: Window, scores: Scores) -> list[dict[str, Any]]:
+    return prediction_rows(window.model, [tweet.id for _, tweet in window.tweets], scores)
 
 
 def window_row(window: Window, scores: Scores, worker: str) -> dict[str, Any]:
@@ -122,8 +114,8 @@ def window_row(window: Window, scores: Scores, worker: str) -> dict[str, Any]:
     }
 
 
-class Tally:
-    """Says in the log what became of the windows since it last did, every few seconds."""
+class ThroughputLog:
+    """Logs tweets, padding and times of the windows committed, every few seconds."""
 
     def __init__(self) -> None:
         self._clear()
@@ -141,10 +133,11 @@ class Tally:
             self._padded += window.scores.padded_tokens
         for stage in STAGES:
             self._ms[stage] += window.ms[f"{stage}_ms"]
-        if time.monotonic() - self._since >= TALLY_SECONDS:
-            self.say()
+        if time.monotonic() - self._since >= LOG_SECONDS:
+            self.flush()
 
-    def say(self) -> None:
+    def flush(self) -> None:
+        """Log the windows since the last time, if any."""
         if self._windows:
             log.info(
                 "scored %d tweets in %d windows, padding %.2f; ms a window: %s",

@@ -1,8 +1,8 @@
-"""What it takes to load a model, in memory and time: `python -m tests.benchmarks.loading [--small]`.
+"""Memory and time of loading a model: `python -m tests.benchmarks.loading [--small]`.
 
-In a process each: a model is loaded with no choice of an engine kept, so on plain torch; its engines are tried out; it
-is loaded with the engine that was kept. Memory is what is the process's alone and no file's, at its peak and when all
-is done; of a trial, which has a process for itself, all that the process has.
+Each in a process of its own: load a model without a saved choice, so on float32 torch; try its engines; load it with
+the saved engine. Memory is the anonymous memory of the process, at its peak and at the end; of a trial, which has its
+own process, all of it.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from tests.benchmarks.models import base_artifact, starter_artifact
 from training.artifact import WEIGHTS, load_artifact
 from training.paths import file_sha256
 from training.sealed import SUMS
-from worker.lineup import place, ready_engine
-from worker.tryout import Order, run
+from worker.engine_selection import choice_folder, load_engine
+from worker.engine_trial import TrialRequest, run_trial
 
 LOOK_SECONDS = 0.005
 
@@ -43,15 +43,15 @@ def load(folder: Path, trial: bool) -> dict[str, object]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began, sha256, device = time.perf_counter(), file_sha256(folder / SUMS), torch.device("cpu")
-    kept = [place(folder, sha256, device, "auto")]
+    folders = [choice_folder(folder, sha256, device, "auto")]
     if trial:
-        run(Order(str(folder), sha256, "cpu", "auto", list(map(str, kept))))
+        run_trial(TrialRequest(str(folder), sha256, "cpu", "auto", list(map(str, folders))))
         name = "all"
     else:
         artifact = load_artifact(folder, sha256)
-        engine, _, _ = ready_engine(artifact, device, "auto", kept)
+        engine, _, _ = load_engine(artifact, device, "auto", folders)
         name = engine.name
-        del artifact  # a scorer keeps the engine alone
+        del artifact  # a scoring worker keeps only the engine
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
@@ -68,7 +68,7 @@ def load(folder: Path, trial: bool) -> dict[str, object]:
 
 
 def measure(small: bool) -> list[dict[str, object]]:
-    """One line a load: base size and the starter."""
+    """One line per load, for base size and the starter."""
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         made = {"base": Path(scratch) / "base", "starter": Path(scratch) / "starter"}
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", action="store_true", help="a few layers instead of base size")
     parser.add_argument("--load", type=Path)
-    parser.add_argument("--trial", action="store_true", help="with --load: try the engines out")
+    parser.add_argument("--trial", action="store_true", help="with --load: try the engines")
     given = parser.parse_args()
     if given.load:
         print(json.dumps(load(given.load, given.trial)))

@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel
 from training.artifact import make_reference, make_spec, save_artifact
 from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.data import Split, read_rows, split_rows
-from training.encoders import STARTER_FOLDER, Encoder
+from training.dataset import Split, read_rows, split_rows
+from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.evaluate import predict
 from training.model import Classifier, build_model
 from training.text import TextEncoder, load_tokenizer
@@ -39,7 +39,9 @@ def base_artifact(folder: Path, small: bool = False) -> str:
 def starter_artifact(folder: Path) -> str:
     """The starter encoder under a fitted head, saved as an artifact. Returns its sha256."""
     config = make_config("fast", pooling="pooler")
-    return _save(folder, build_model(Encoder("starter", STARTER_FOLDER), 3, config), config, "starter", fit=True)
+    return _save(
+        folder, build_model(BaseModelFolder("starter", STARTER_FOLDER), 3, config), config, "starter", fit=True
+    )
 
 
 def operations_per_token(model: Classifier) -> int:
@@ -65,7 +67,7 @@ def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fi
         _fit_head(model, rows(few), few.targets, config, tokenizer.pad_token_id)
     valid = rows(data.valid)
     logits = predict(model, valid, data.valid.targets, config, 64, tokenizer.pad_token_id, CPU).logits
-    spec = make_spec(data.labels, config, Encoder(name, STARTER_FOLDER), tokenizer)
+    spec = make_spec(data.labels, config, BaseModelFolder(name, STARTER_FOLDER), tokenizer)
     return save_artifact(folder, model, tokenizer, spec, make_reference(valid, logits))
 
 

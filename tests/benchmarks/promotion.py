@@ -1,7 +1,7 @@
-"""From a promotion to rows, of a real scoring worker: `python -m tests.benchmarks.promotion [--base]`.
+"""Time from a promotion to the first rows of a scoring worker: `python -m tests.benchmarks.promotion [--base]`.
 
-The first model of a worker that waits for one, then a stream that never runs dry: seconds until the first row, until
-the better engine has taken over, and tweets a second before and after. `--base` takes a model of BERT-base size.
+A worker without a model and a stream that is never empty: seconds until the first row and until the faster engine takes
+over, and tweets a second before and after. `--base` takes a model of BERT-base size.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from db.models import ModelVersion
 from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
 from worker import embedded
-from worker.choices import kept_choices
 from worker.demo import SAMPLE
+from worker.engine_choice import saved_choices
 from worker.runtime import open_sql, open_stream
 from worker.settings import Settings, load_settings
 from worker.stream import Stream
 
 LOOK_SECONDS = 0.02
-AHEAD = 2_000  # tweets that always wait
+AHEAD = 2_000  # tweets that are always in the stream
 SPAN_SECONDS = 10.0
 LONGEST_SECONDS = 600.0
 TOOK_OVER = ("takes over", "stays;")
@@ -52,7 +52,7 @@ def measure(base: bool, limit: float) -> dict[str, object]:
                 stream = open_stream(settings, server.url)
                 version = _promote(database, made, sha256)
                 found = _watched(settings, database, stream, version, log, limit)
-                tried = [trial for choice in kept_choices(made, settings.engines) for trial in choice.trials]
+                tried = [trial for choice in saved_choices(made, settings.engines) for trial in choice.trials]
                 return {**found, "trials": {trial.engine: trial.tweets_per_second for trial in tried}}
             finally:
                 worker.terminate()
@@ -134,6 +134,6 @@ def _wait(condition) -> None:  # type: ignore[no-untyped-def]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", action="store_true", help="a model of BERT-base size")
-    parser.add_argument("--seconds", type=float, default=LONGEST_SECONDS, help="look for at most so long")
+    parser.add_argument("--seconds", type=float, default=LONGEST_SECONDS, help="most seconds to measure")
     given = parser.parse_args()
     print(json.dumps(measure(given.base, given.seconds), ensure_ascii=False, indent=1))

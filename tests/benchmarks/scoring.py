@@ -1,6 +1,6 @@
-"""How fast tweets are scored, beside what else could be done on this machine: `python -m tests.benchmarks.scoring`.
+"""Speed of scoring compared with other ways on the same machine: `python -m tests.benchmarks.scoring`.
 
-Every figure is a ratio of two speeds taken in turns in one run, or a latency; medians with their least and greatest.
+Every figure is a ratio of two speeds measured alternately in one run, or a latency: median, least and greatest.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from transformers import PreTrainedTokenizerBase
 from tests.benchmarks import bulk, models, peers
 from tests.benchmarks.system import System, tweets
 from training.artifact import load_artifact
-from training.batches import pad_arrays
+from training.batches import pad_arrays, plan_batches
 from training.text import TextEncoder, encode
-from worker.batch import plan_batches
+from worker.engine_selection import choice_folder, load_engine
+from worker.engine_trial import TrialRequest, run_trial
 from worker.engines import Batch, hardware
-from worker.lineup import pick_engine
-from worker.scorer import Model
+from worker.scoring_model import ScoringModel
 from worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
-# Real tweets where they lie beside the project; the sample's own elsewhere.
+# Real tweets if the file exists beside the project; else the sample's.
 REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
 SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
 LABELS = ["negative", "neutral", "positive"]
@@ -42,7 +42,7 @@ LABELS = ["negative", "neutral", "positive"]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: in full, or as little as shows that all of it runs."""
+    """The amount of work: in full, or as little as proves that everything runs."""
 
     tweets: int = 1_000
     slow_tweets: int = 48  # for the guide's loop, which takes a fiftieth of the speed
@@ -64,7 +64,7 @@ SMALL = Size(
 
 @dataclass(frozen=True)
 class Figure:
-    """A median with its least and greatest value, what is to be reached, and what lies behind it."""
+    """A median with its least and greatest value, and the values behind it."""
 
     value: float
     least: float
@@ -73,15 +73,18 @@ class Figure:
 
 
 class Measured:
-    """An artifact with everything that measures it: its tweets, its engine in this process, and a system around it."""
+    """An artifact to measure: its tweets, its engine in this process, and a system of workers around it."""
 
     def __init__(self, bench: "Bench", name: str, make: Callable[[Path], str]) -> None:
         self.bench, self.name = bench, name
         self.folder = bench.scratch / name
         self.sha256 = make(self.folder)
         artifact = load_artifact(self.folder, self.sha256)
-        engine, choice = pick_engine(artifact, self.sha256, torch.device("cpu"), "auto")
-        self.model = Model(0, artifact, engine, choice)
+        device = torch.device("cpu")
+        folders = [choice_folder(self.folder, self.sha256, device, "auto")]
+        run_trial(TrialRequest(str(self.folder), self.sha256, "cpu", "auto", list(map(str, folders))))
+        engine, choice, _ = load_engine(artifact, device, "auto", folders)
+        self.model = ScoringModel(0, artifact, engine, choice)
         self.operations_per_token = models.operations_per_token(artifact.model)
 
     @cached_property
@@ -97,12 +100,12 @@ class Measured:
 
     @cached_property
     def batches(self) -> list[list[Batch]]:
-        """The tweets as the worker's windows cut them: tokenised, equal ones once, sorted, padded."""
+        """The batches of a worker's windows: tokenised, without equal rows, sorted, padded."""
         windows = _chunks(self.model.tokenise(self.bench.texts), load_settings().window_tweets)
         cut = []
         for window in windows:
             rows = list(dict.fromkeys(map(tuple, window)))
-            plan = plan_batches([len(row) for row in rows], self.model.token_budget)
+            plan = plan_batches([len(row) for row in rows], token_budget=self.model.token_budget)
             cut.append([pad_arrays([rows[i] for i in batch], 0) for batch in plan])
         return cut
 
@@ -114,7 +117,7 @@ class Measured:
         return len(self.bench.texts) / (perf_counter() - began)
 
     def bare_gops(self) -> float:
-        """1e9 operations a second of the engine alone, those on padding included: the device does them too."""
+        """1e9 operations a second of the engine alone, padding included."""
         tokens = sum(ids.size for window in self.batches for ids, _ in window)
         return self.bare() / len(self.bench.texts) * tokens * self.operations_per_token / 1e9
 
@@ -129,7 +132,7 @@ class Bench:
         self.source = self.scratch / "tweets.jsonl"
         self.source.write_text("".join(kept), encoding="utf-8")
         self.texts: list[str] = [json.loads(line)["text"] for line in kept]
-        # Fewer tweets in the file than asked for are gone through again.
+        # A shorter file is cycled.
         self.texts = [self.texts[i % len(self.texts)] for i in range(size.tweets)]
 
     @cached_property
@@ -139,11 +142,11 @@ class Bench:
     @cached_property
     def starter(self) -> Measured:
         if self.size.small:
-            return self.base  # to be loaded, tried out and started once more would show nothing
+            return self.base  # a second system would prove nothing more
         return Measured(self, "starter", models.starter_artifact)
 
     def ratio(self, ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> Figure:
-        """Ours over theirs, in turns; the first of ours is to warm up."""
+        """Ours over theirs, measured alternately after a warm-up of ours."""
         ours()
         pairs = [(ours(), theirs()) if i % 2 else (theirs(), ours())[::-1] for i in range(rounds)]
         ratios = [left / right for left, right in pairs]
@@ -164,7 +167,7 @@ class Bench:
             return self.ratio(self.base.end_to_end, lambda: len(self.texts) / seconds(), self.size.slow_rounds)
 
     def end_to_end_over_guide(self) -> Figure:
-        # Spread over the file, so that the few are as long as the many.
+        # Spread over the file, so that the few have the same lengths as all.
         few = self.texts[:: max(1, len(self.texts) // self.size.slow_tweets)][: self.size.slow_tweets]
         label = peers.guide(self.base.folder, few)
         return self.ratio(self.base.end_to_end, _speed(label, few), self.size.slow_rounds)
@@ -229,7 +232,7 @@ class Bench:
 
     @cached_property
     def idle_extra_ms(self) -> tuple[list[float], list[float]]:
-        """One tweet to an idle worker, minus its bare forward: a worker still lingering, and one asleep until woken."""
+        """Latency of one tweet minus its bare forward: a worker that lingers, and one that must be nudged."""
         with System(
             self.scratch / "home-woken", self.starter.folder, self.starter.sha256, LABELS,
             environment={"TWEETSCORE_LINGER_SECONDS": "0"},
@@ -258,7 +261,7 @@ class Bench:
         return Figure(found["total_seconds"], found["total_seconds"], found["total_seconds"], found)
 
 
-# What is measured, and what each is to reach: at least, or, where less is better, at most.
+# The figures and their targets: at least, or at most where less is better.
 AT_LEAST = {
     "end_to_end_over_pipeline": 8.0,
     "end_to_end_over_infinity": 3.5,
@@ -288,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(machine)
     print(f"{'figure':32}{'median':>10}{'least':>10}{'greatest':>10}  asked")
     for key, figure in found.items():
-        # So few tweets say nothing about speed.
+        # The small form has no targets: too few tweets.
         asked = "" if size.small else f"{_asked(key)} {_reached(key, figure)}"
         print(f"{key:32}{figure.value:10.3f}{figure.least:10.3f}{figure.greatest:10.3f}  {asked}")
     if options.json:
@@ -303,9 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scoring", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and what lies behind them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and their details")
     parser.add_argument("--only", action="append", choices=KEYS, metavar="NAME", help=f"one of {', '.join(KEYS)}")
-    parser.add_argument("--small", action="store_true", help="as little as shows that all of it runs")
+    parser.add_argument("--small", action="store_true", help="as little as proves that everything runs")
     parser.add_argument(
         "--tweets", type=Path, metavar="FILE", default=REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS,
         help="JSONL with an id and a text a line",
@@ -329,7 +332,7 @@ def _reached(key: str, figure: Figure) -> str:
 
 
 def _speed(work: Callable[[], object], texts: Sequence[str]) -> Callable[[], float]:
-    """Texts a second of a piece of work over them."""
+    """Texts a second of a function that works on all of them."""
 
     def measure() -> float:
         began = perf_counter()

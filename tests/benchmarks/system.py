@@ -21,7 +21,7 @@ from db import migrate, registry
 from db.models import ModelVersion, Prediction
 from db.session import Database, open_database
 from worker import embedded
-from worker.processes import Workers, workers
+from worker.processes import Supervisor, supervise
 from worker.runtime import open_stream
 from worker.settings import load_settings
 from worker.stream import Stream
@@ -56,8 +56,8 @@ def tweets(n: int, source: Path, *, ids_from: int | None = None) -> list[bytes]:
     """`n` wire records with consecutive ids and the texts of a JSONL file, whose lines have an `id` and a `text`.
 
     Unless `ids_from` says otherwise, ids go on where the last call ended, so that no call is a replay of another. An
-    id always has the same text: the file is cycled. Equal texts of a window, or of a worker with a repeat cache, are
-    scored once: a file shorter than the window, or any cycling beside such a cache, measures less work than it seems.
+    id always has the same text: the file is cycled. Equal texts of a window are scored once: a file shorter than the
+    window measures less work than it seems.
     """
     first = fresh_ids(n) if ids_from is None else ids_from
     with source.open(encoding="utf-8") as lines:
@@ -135,7 +135,7 @@ class System:
         self.stream: Stream
         self.look: Look
         self.version_id: int
-        self.workers: Workers
+        self.workers: Supervisor
         self._nudge: Callable[[], bool]
 
     def __enter__(self) -> Self:
@@ -177,7 +177,7 @@ class System:
         stack.callback(celery.close)
         self._nudge = lambda: nudge(celery, SCORING)
         self.version_id = self._promote()
-        self.workers = stack.enter_context(workers(settings, ["score"] * self.scorers, log.warning))
+        self.workers = stack.enter_context(supervise(settings, ["score"] * self.scorers, log.warning))
 
     def _promote(self) -> int:
         with self.database.begin() as session:

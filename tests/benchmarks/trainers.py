@@ -28,8 +28,8 @@ from transformers import (
 from tests.benchmarks.peers import GuideDataset
 from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.data import Split
-from training.encoders import Encoder
+from training.dataset import Split
+from training.encoders import BaseModelFolder
 from training.evaluate import metrics
 from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
@@ -44,7 +44,7 @@ def ours(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
     """Samples a second of one epoch of `fit`, checkpoints on disk and TensorBoard in its place."""
     tokenizer = load_tokenizer(folder)
     rows = TextEncoder(tokenizer)(texts, config.max_length)
-    model = build_model(Encoder("encoder", folder), len(LABELS), config)
+    model = build_model(BaseModelFolder("encoder", folder), len(LABELS), config)
     split = Split(list(texts), _targets(len(texts)), list(range(len(texts))))
     few = Split(split.texts[:32], split.targets[:32], split.row_numbers[:32])
     steps: list[float] = []
@@ -120,7 +120,7 @@ def hugging_face(
 
 def guide(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
     """Samples a second of the guide's loop over texts padded to 200 tokens, its head and its loss; float32."""
-    model = build_model(Encoder("encoder", folder), 2, make_config("guide", pooling="pooler"))
+    model = build_model(BaseModelFolder("encoder", folder), 2, make_config("guide", pooling="pooler"))
     tokenizer = load_tokenizer(folder)
     loader = DataLoader(GuideDataset(texts, tokenizer), batch_size=config.train_batch_size, shuffle=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)

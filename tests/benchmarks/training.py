@@ -29,8 +29,8 @@ from training.calibrate import fit_temperature
 from training.checkpoint import Checkpoints
 from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.data import Rows, Split, read_rows, split_rows
-from training.encoders import STARTER, STARTER_FOLDER, Encoder
+from training.dataset import Rows, Split, read_rows, split_rows
+from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
 from training.evaluate import model_figures, predict
 from training.fit import FitInputs, Hooks, fit
 from training.model import build_model
@@ -196,12 +196,12 @@ class Quality:
         tokenizer = load_tokenizer(STARTER_FOLDER)
         encode, pad_id = TextEncoder(tokenizer), tokenizer.pad_token_id
         rows = [encode(split.texts, config.max_length) for split in (fitted, valid, test)]
-        model = build_model(Encoder(STARTER, STARTER_FOLDER), len(labels), config)
+        model = build_model(BaseModelFolder(STARTER, STARTER_FOLDER), len(labels), config)
         with tempfile.TemporaryDirectory() as scratch:
             history = fit(
                 model, FitInputs(fitted, valid, rows[0], rows[1], labels, config, pad_id), device=trainers.CPU,
                 checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board", hooks=Hooks(),
-            ).history  # fmt: skip
+            )  # fmt: skip
         logits = [
             predict(model, ids, split.targets, config, 64, pad_id, trainers.CPU).logits
             for ids, split in ((rows[1], valid), (rows[2], test))

@@ -20,21 +20,23 @@ import psutil
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
 from worker.app import TRAINING
-from worker.inbox import Inbox
-from worker.lane import Lane, ScoringLane, TrainingLane
+from worker.inbox import RequestQueue
+from worker.lane import ScoringWorker, TrainingWorker, WorkerProcess
 from worker.redis_client import connect
 from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a lane loads when it is to train
+FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a worker loads when it is to train
 
 
-def make_lane(role: str, settings: Settings, nudge: Callable[[], None]) -> Lane:
+def make_worker(role: str, settings: Settings, nudge: Callable[[], None]) -> WorkerProcess:
     if role == "score":
-        return ScoringLane(settings, nudge)
+        return ScoringWorker(settings, nudge)
     # What is handed on to Celery is read by nobody here.
-    return TrainingLane(settings, nudge, Inbox(connect(stream_url(settings)), TRAINING, f"{TRAINING}:{os.getpid()}"))
+    return TrainingWorker(
+        settings, nudge, RequestQueue(connect(stream_url(settings)), TRAINING, f"{TRAINING}:{os.getpid()}")
+    )
 
 
 class Actor:
@@ -102,14 +104,14 @@ def _act(role: str, given: dict[str, Any]) -> None:
     logging.basicConfig(filename=path, level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     failpoint.arm(settings.failpoints)
     nudged = threading.Event()
-    lane = make_lane(role, settings, nudged.set)
-    signal.signal(signal.SIGTERM, lambda *_: lane.stop())
-    lane.start()
-    while not lane.stopping.is_set():
+    worker = make_worker(role, settings, nudged.set)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    worker.start()
+    while not worker.stopping.is_set():
         if nudged.wait(0.05):
             nudged.clear()
             try:
-                lane.run()
+                worker.run()
             except Exception:  # as Celery does with a task: said, and the next nudge is worked for
                 logging.exception("the run failed")
 

@@ -32,7 +32,7 @@ def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkp
         job = world.ends(job_id, "failed")
     assert "could not be written" in job.error
     assert "File too large" in job.error
-    assert "make room" in job.error
+    assert "free disk space" in job.error
     assert {path.name: (path / "SHA256SUMS").read_bytes() for path in kept.glob("step-*")} == before
     with world.database.begin() as session:
         jobs.retry(session, job_id)
@@ -114,7 +114,7 @@ def test_27_a_checkpoint_torn_in_mid_write_or_flipped_is_passed_over_aloud(
         file.write(bytes([byte[0] ^ 1]))
     with world.worker("train") as heir:
         job = world.ends(job_id, "succeeded")
-        assert f"checkpoint {steps[-1]} cannot be used, trying the one before" in heir.said()
+        assert f"checkpoint {steps[-1]} cannot be used, trying the previous one" in heir.said()
         assert "sha256 differs" in heir.said()
         assert "goes on from step 2" in heir.said()
     assert job.attempts == 2

@@ -166,7 +166,7 @@ def test_a_request_to_train_that_comes_while_the_database_is_away_is_a_job_when_
         wait_until(lambda: failed(before))
         with away():
             asked = world.ask("/etc/passwd")
-            wait_until(lambda: "requests to train wait" in trainer.said())
+            wait_until(lambda: "training requests wait" in trainer.said())
             until = time.monotonic() + (15 if world.database.engine.dialect.name == "sqlite" else 1)
             wait_until(lambda: time.monotonic() > until)
             assert trainer.alive

@@ -31,11 +31,11 @@ from tests.faults.commands import worker
 from tests.test_readme import ROOT, section
 from tests.world import World
 from training.config import make_config
-from training.data import find_dataset
-from training.encoders import Encoder, resolve_encoder
+from training.dataset import find_dataset
+from training.encoders import BaseModelFolder, resolve_base_model
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
 from training.model import build_model
-from training.paths import folder_of
+from training.paths import folder_from_url
 from training.text import load_tokenizer
 from worker import embedded
 from worker.app import SCORING, broker_url, make_app
@@ -74,7 +74,7 @@ def test_a_dataset_outside_its_roots_is_refused_however_it_is_named(tmp_path: Pa
 )
 def test_a_base_model_that_is_no_hub_name_and_in_no_root_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelUnavailable):
-        resolve_encoder(name, None, [tmp_path])
+        resolve_base_model(name, None, [tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_model_outside_the_store_is_never_loaded(tmp_path: Path, url: str) -> 
     (tmp_path / "x").mkdir()
     (store / "link").symlink_to(tmp_path / "x")
     (store / "model").mkdir()
-    assert folder_of((store / "model").as_uri(), store) == store / "model"
+    assert folder_from_url((store / "model").as_uri(), store) == store / "model"
     with pytest.raises(BadArtifact) as refused:
-        folder_of(url.format(store=store.as_uri()), store)
+        folder_from_url(url.format(store=store.as_uri()), store)
     assert "\n" not in str(refused.value)
 
 
@@ -114,7 +114,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, tiny_encoder: P
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('ran')\n")
     for load in (
         lambda: load_tokenizer(folder),
-        lambda: build_model(Encoder("coded", folder), 2, make_config("fast", pooling="mean")),
+        lambda: build_model(BaseModelFolder("coded", folder), 2, make_config("fast", pooling="mean")),
     ):
         with pytest.raises(ModelUnavailable) as refused:
             load()
@@ -140,7 +140,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path, tiny_encoder: P
     ):
         write(folder / "pytorch_model.bin")
         with pytest.raises(ModelUnavailable):
-            build_model(Encoder(name, folder), 2, make_config("fast", pooling="mean"))
+            build_model(BaseModelFolder(name, folder), 2, make_config("fast", pooling="mean"))
         assert not marker.exists()
 
 
@@ -197,13 +197,13 @@ def test_the_folders_below_the_home_are_their_owners_alone(own: World, labelled_
 
 
 def acl_lines() -> list[str]:
-    lines = re.findall(r"^    (ACL SETUSER .*)$", section("Security"), re.MULTILINE)
+    lines = re.findall(r"^    (ACL SETUSER .*)$", section("Security", "docs/operations.md"), re.MULTILINE)
     return [line.replace("PASSWORD", PASSWORDS[line.split()[2]]) for line in lines]
 
 
 @pytest.fixture
 def guarded(own: World) -> Iterator[World]:
-    """The embedded server with the README's users and no other."""
+    """The embedded server with the users of docs/operations.md and no other."""
     with embedded.owned(own.settings.home):
         raw = own.raw
         for line in acl_lines():

@@ -66,7 +66,7 @@ def test_11_a_log_with_its_tail_cut_off_starts_without_the_last_record_and_it_is
     os.truncate(log_file(home), log_file(home).stat().st_size - 30)
     with embedded.owned(home) as server, redis.Redis.from_url(server.url) as client:
         assert client.xrange("tweets") == whole[:-1]
-    assert "the last records before a crash are lost" in caplog.text
+    assert "the last records before the crash are lost" in caplog.text
     caplog.clear()
     with embedded.owned(home):
         assert caplog.text == "", "it is mended now"

@@ -24,7 +24,7 @@ from worker import embedded, keeper
 from worker.doctor import examine
 from worker.doors import send
 from worker.errors import ServerFailed, ServerRunning
-from worker.health import Ill, ask_health
+from worker.health import Unhealthy, check_health
 from worker.runtime import broker, open_stream
 from worker.settings import Settings, load_settings
 
@@ -71,7 +71,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
 ) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with embedded.owned(home, say=said.append) as server:
+    with embedded.owned(home, notify=said.append) as server:
         fill(server)
         before = contents(server)
         with (home / "valkey" / "valkey.log").open("a") as log:
@@ -85,7 +85,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
         pid = kill(server)
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before
-        wait_until(lambda: said[-1] == "the embedded server serves again")
+        wait_until(lambda: said[-1] == "the embedded server is ready again")
     log_path = home / "valkey" / "valkey.log"
     assert said[::2] == [
         f"the embedded server was ended by SIGKILL, starting it again in {pause} s; log: {log_path}"
@@ -96,7 +96,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
 def test_an_adopted_orphan_that_ends_is_started_again_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with orphan(home) as pid, embedded.owned(home, sync="always", say=said.append) as server:
+    with orphan(home) as pid, embedded.owned(home, sync="always", notify=said.append) as server:
         before = contents(server)
         with redis.Redis.from_url(server.url) as client:
             assert client.config_get("appendfsync") == {"appendfsync": "always"}, "the adopter's, not the dead owner's"
@@ -112,7 +112,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_
 ) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with embedded.owned(home, say=said.append) as server:
+    with embedded.owned(home, notify=said.append) as server:
         fill(server, 200)
         before = contents(server)
         path = log_file(home)
@@ -122,7 +122,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_
         path.write_bytes(whole[:middle] + b"\xff" * 60 + whole[middle + 60 :])
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: any(re.search("(?i)did not start: bad file format", line) for line in said))
-        wait_until(lambda: "ad file format" in (embedded.trouble(home) or ""))
+        wait_until(lambda: "ad file format" in (embedded.failure_reason(home) or ""))
         path.write_bytes(whole)
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before
@@ -134,7 +134,7 @@ def test_a_server_that_ends_without_a_word_is_not_given_those_of_an_earlier_one(
     with embedded.owned(home), (home / "valkey" / "valkey.log").open("a") as log:
         log.write("1:M 01 Jan 2026 00:00:00.000 # Something else was the matter\n")
     monkeypatch.setattr(keeper, "get_binary_path", lambda: Path("/bin/false"))
-    with pytest.raises(ServerFailed, match=r"did not start: it left no word \(log: .*valkey\.log\)"):
+    with pytest.raises(ServerFailed, match=r"did not start: its log is empty \(log: .*valkey\.log\)"):
         embedded.owned(home).__enter__()
 
 
@@ -160,22 +160,22 @@ def test_health_and_doctor_say_that_a_killed_server_is_started_again_and_a_publi
 ) -> None:
     quick_pauses(monkeypatch, 600)
     said: list[str] = []
-    with embedded.owned(settings.home, say=said.append) as server:
+    with embedded.owned(settings.home, notify=said.append) as server:
         stream = open_stream(settings, server.url)
         kill(server)
         wait_until(lambda: said)
         says = f"the embedded server was ended by SIGKILL; process {os.getpid()} starts it again"
-        with pytest.raises(Ill, match=says):
-            ask_health(settings, "broker")
-        assert {check.name: check.says for check in examine(settings)}["broker"] == says
+        with pytest.raises(Unhealthy, match=says):
+            check_health(settings, "broker")
+        assert {check.name: check.finding for check in examine(settings)}["broker"] == says
         monkeypatch.setattr(keeper, "LONGEST_PAUSE_SECONDS", 0.5)
         monkeypatch.setattr(keeper, "START_SECONDS", 0.5)
         waiting: list[str] = []
         with pytest.raises(ServerFailed, match=says):
             send(stream, [wire(1)], settings, waiting.append)
         assert waiting == [f"waiting: {says}"]
-    with pytest.raises(Ill, match=f"no server runs on {settings.home}; start `tweetscore up`"):
-        ask_health(settings, "broker")
+    with pytest.raises(Unhealthy, match=f"no server runs on {settings.home}; start `tweetscore up`"):
+        check_health(settings, "broker")
 
 
 def test_a_publisher_with_a_server_of_its_own_goes_on_when_that_was_killed(
@@ -201,7 +201,7 @@ def test_a_publisher_is_told_soon_when_server_and_owner_are_both_gone(settings: 
         owner.wait()
         kill(server)
         began = time.monotonic()
-        with pytest.raises(ServerFailed, match=r"is gone, and so is the process that ran it; start `tweetscore up`"):
+        with pytest.raises(ServerFailed, match=r"and the process that owned it are gone; start `tweetscore up`"):
             send(stream, [wire(1)], settings, lambda _: None)
         assert time.monotonic() - began < 20
 
@@ -236,9 +236,9 @@ def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_f
         owner.start()
         began = time.monotonic()
         try:
-            wait_until(lambda: "loading" in (embedded.trouble(own.settings.home) or "") or not owner.is_alive())
-            with pytest.raises(Ill, match=r"^the embedded server is loading, \d+ %(, about \d+ s left)?$"):
-                ask_health(own.settings, "broker")
+            wait_until(lambda: "loading" in (embedded.failure_reason(own.settings.home) or "") or not owner.is_alive())
+            with pytest.raises(Unhealthy, match=r"^the embedded server is loading, \d+ %(, about \d+ s left)?$"):
+                check_health(own.settings, "broker")
             assert embedded.find(own.settings.home) is None
             with broker(own.settings, waiting.append):
                 took = time.monotonic() - began
@@ -255,7 +255,7 @@ def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_f
 
 
 def _own_until(home: Path, say: Callable[[str], None], ends: threading.Event) -> None:
-    with embedded.owned(home, say=say):
+    with embedded.owned(home, notify=say):
         ends.wait()
 
 

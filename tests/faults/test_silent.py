@@ -31,7 +31,7 @@ from tests.faults.commands import worker
 from tests.test_metrics import scraped
 from tests.world import World
 from worker import embedded, health
-from worker.scorer import Model
+from worker.scoring_model import ScoringModel
 from worker.settings import load_settings
 from worker.stream import Stream
 
@@ -124,7 +124,7 @@ def test_a_window_in_hand_waits_for_a_silent_database_says_so_and_is_stored_once
     promote: Any, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     bench = Bench(opened, stream, raw, tiny_artifact, promote)
-    route = bench.worker(bench.holding(Model))
+    route = bench.worker(bench.holding(ScoringModel))
     stream.ensure_group()
     stream.publish([wire(i) for i in range(30)])
     thread = threading.Thread(target=route.drain)
@@ -173,7 +173,7 @@ def test_a_statement_that_was_under_way_when_the_server_fell_silent_is_given_up(
                 session.execute(text("SELECT 1"))
             session.rollback()
             with pytest.raises(TweetscoreError, match=r"gave no answer|timeout"):
-                health.ask_health(load_settings(database_url=url), "db")
+                health.check_health(load_settings(database_url=url), "db")
     with opened.read() as session:
         assert session.scalar(text("SELECT 1")) == 1
 
@@ -206,7 +206,7 @@ def test_what_the_url_says_of_time_holds(url: str, more: str, then: str) -> None
 
 @pytest.mark.storm
 @on_a_socket
-def test_a_worker_notices_a_silent_database_in_the_time_the_readme_names(
+def test_a_worker_notices_a_silent_database_in_the_time_the_documentation_names(
     postgres: Server, url: str, opened: Database, quick: dict[str, Any], server: embedded.Server,
     promote: Callable[..., int],
 ) -> None:  # fmt: skip
@@ -224,8 +224,8 @@ def test_a_worker_notices_a_silent_database_in_the_time_the_readme_names(
             world.stream.publish([wire(i) for i in range(30, 60)])
             wait_until(lambda: scraped(port)["database_up", ""] == 0)
             assert time.monotonic() - began < 5
-            with pytest.raises(health.Ill):
-                health.ask_health(world.settings, "db")
+            with pytest.raises(health.Unhealthy):
+                health.check_health(world.settings, "db")
             scorer.says("the database does not answer")
             assert time.monotonic() - began < 25
             assert scorer.process.poll() is None

@@ -29,7 +29,7 @@ from tests.servers import server_pid
 from tests.world import World
 from training.artifact import make_spec, save_artifact
 from training.config import make_config
-from training.encoders import STARTER, STARTER_FOLDER, Encoder
+from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
 from training.model import build_model
 from training.text import load_tokenizer
 from worker import embedded
@@ -103,7 +103,11 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
 def starter_world(own: World, tmp_path: Path) -> World:
     """The starter encoder under an untrained head as champion: as large as what users score with."""
     config = make_config("fast", base_model=STARTER)
-    encoder, tokenizer, labels = Encoder(STARTER, STARTER_FOLDER), load_tokenizer(STARTER_FOLDER), ["bad", "good"]
+    encoder, tokenizer, labels = (
+        BaseModelFolder(STARTER, STARTER_FOLDER),
+        load_tokenizer(STARTER_FOLDER),
+        ["bad", "good"],
+    )
     folder = own.settings.models.folder / "job-0-1"
     model = build_model(encoder, 2, config)
     sha256 = save_artifact(folder, model, tokenizer, make_spec(labels, model.config, encoder, tokenizer))

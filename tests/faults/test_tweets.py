@@ -4,9 +4,6 @@ import shutil
 import signal
 import time
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from db import registry
 from db.models import ModelVersion, Prediction, Tweet
 from tests.bench import DRAINED, Bench, wire
@@ -16,7 +13,6 @@ from tests.world import World
 from worker.stream import Depth, Record, Stream
 
 POISON = "毒"
-CALM = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20).filter(str.strip)
 
 
 def test_02_records_of_a_worker_killed_between_read_and_commit_are_claimed_after_min_idle(world: World) -> None:
@@ -57,47 +53,26 @@ def test_04_only_the_record_whose_scoring_kills_its_process_is_dead_lettered(wor
     assert world.scored() == {str(i) for i in range(20) if i != 7}
 
 
-MALFORMED = st.one_of(
-    st.binary(max_size=40),
-    st.just(b'{"v":1,"text":"no id"}'),
-    st.just(b'{"v":1,"id":"1"}'),
-    st.just(b'{"v":1,"id":{"a":1},"text":"x"}'),
-    st.just(b'{"v":1,"id":"1","text":["x"]}'),
-    st.just(wire("big", "雨" * 350_000)),
-    st.just(b'{"v":1,"id":"1","text":"half \\ud83d"}'),
-    st.just(b'{"v":1,"id":"1","text":"nul \\u0000"}'),
-    st.just(b'{"v":9,"id":"1","text":"later"}'),
-    st.just(b'{"v":1,"id":"1","text":"x","created_at":"yesterday"}'),
-)
-
-
 def test_05_a_malformed_record_is_dead_lettered_with_a_reason_and_its_window_mates_are_scored(bench: Bench) -> None:
+    """`test_records` has every reason, `test_fuzz` random records."""
     bench.promote()
-    sent: dict[str, str] = {}
-    worker = bench.worker()
-
-    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], database=None)
-    @given(st.lists(st.one_of(MALFORMED, CALM), min_size=2, max_size=12))
-    def through_the_route(records: list[bytes | str]) -> None:
-        payloads = []
-        for record in records:
-            if isinstance(record, str):
-                sent[f"good-{len(sent)}"] = record
-                payloads.append(wire(f"good-{len(sent) - 1}", record))
-            else:
-                payloads.append(record)
-        before = len(bench.dead())
-        bench.stream.publish(payloads)
-        worker.drain()
-        assert bench.stream.depth() == DRAINED
-        assert len(bench.dead()) - before == sum(isinstance(record, bytes) for record in records)
-
-    through_the_route()
-    assert sent
-    assert set(bench.scored()) == set(sent)
-    for letter in bench.dead():
-        assert letter["reason"]
-        assert "\n" not in letter["reason"]
+    malformed = {
+        b"{": "not JSON", b"\xff\xfe": "not UTF-8", b'{"id": "1"}': "no text", wire("1", "a\0"): "NUL",
+        wire("1", "あ" * 400_000): "400,000 characters", wire("1", v=2): "wire version '2'",
+    }  # fmt: skip
+    bench.raw.xadd(bench.stream.key, {"twet": "misspelled"})
+    for i, payload in enumerate(malformed):
+        bench.stream.publish([payload, wire(f"good-{i}")])
+    assert bench.worker().drain() == len(malformed)
+    assert set(bench.scored()) == {f"good-{i}" for i in range(len(malformed))}
+    letters = {letter["payload"]: letter for letter in bench.dead()}
+    assert set(letters) == {b"", *malformed}
+    assert "no field 'tweet'" in letters[b""]["reason"]
+    for payload, reason in malformed.items():
+        assert reason in letters[payload]["reason"]
+        assert "\n" not in letters[payload]["reason"]
+        assert letters[payload]["attempts"] == 1
+    assert bench.stream.depth() == DRAINED
 
 
 def test_06_a_slow_but_live_worker_keeps_its_records(world: World) -> None:

@@ -21,7 +21,7 @@ from tests.faults.actors import wait_for_log
 from tests.faults.commands import command
 from tests.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
 from tests.world import World, on_postgresql
-from worker.health import ask_health
+from worker.health import check_health
 from worker.runtime import open_guarded
 
 # Nobody claims what a slow machine lets wait: each tweet passes once, or something is wrong.
@@ -85,7 +85,7 @@ def test_an_upgrade_is_rolled_under_load_and_nothing_is_lost_or_twice(
         with publishing(world) as sent:
             for worker in (scorer, trainer):
                 worker.says(f"this release needs {NEXT} or newer; let its owner run `tweetscore db upgrade`")
-            wait_until(lambda: "it waits: the database has schema" in ask_health(world.settings, "training"))
+            wait_until(lambda: "it waits: the database has schema" in check_health(world.settings, "training"))
             more_come(world)
             assert world.job(job_id).state == "queued"
 
@@ -128,7 +128,7 @@ def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_
                 wait_for_log(one, f"has schema {NEXT} for releases with migration {NEXT} or newer, ")
         scored = world.predictions()
         assert scored < len(sent)
-        wait_until(lambda: "; upgrade tweetscore and start it again" in ask_health(world.settings, "scoring"))
+        wait_until(lambda: "; upgrade tweetscore and start it again" in check_health(world.settings, "scoring"))
         wait_for_log(trainer, f"job {job_id}: left to its lease: the database has schema {NEXT}")
         trainer.send(signal.SIGTERM)
         assert trainer.ended() == 0, "a worker that waits ends when it is told to"

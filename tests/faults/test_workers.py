@@ -21,8 +21,9 @@ from tests.world import World, on_postgresql, on_sqlite
 from worker import embedded
 from worker.app import broker_url
 from worker.errors import StreamFull
+from worker.exit_codes import BAD_SETTINGS_EXIT, GRACE_EXIT, STALLED_EXIT
 from worker.processes import child_environment
-from worker.pulse import FRESH_SECONDS, GRACE_EXIT, PULSE_SECONDS, STALLED_EXIT
+from worker.pulse import HEARTBEAT_SECONDS, STALE_SECONDS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -72,10 +73,20 @@ def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) ->
     client.conf.update(task_serializer="pickle", accept_content=["pickle"])
     with worker(world.given, "score") as scorer:
         client.send_task("worker.tasks.score", queue="scoring")
-        scorer.says("dropped a message that is no task of this worker")
+        scorer.says("dropped a message that is not a task of this worker")
         world.stream.publish([wire(1)])
         wait_until(lambda: world.predictions() == 1)
         assert scorer.process.poll() is None
+
+
+@on_sqlite
+def test_a_worker_with_bad_settings_exits_with_2_and_names_the_setting(own: World) -> None:
+    with (
+        embedded.owned(own.settings.home),
+        worker(own.given, "score", metrics_port=0, metrics_host="192.0.2.1") as scorer,
+    ):
+        assert scorer.ended() == BAD_SETTINGS_EXIT == 2
+    assert "TWEETSCORE_METRICS_HOST is '192.0.2.1'" in scorer.said()
 
 
 @on_postgresql
@@ -127,7 +138,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         up.says(f"exit {STALLED_EXIT}: it hung), starting it again in 1 s")
         log = (own.settings.logs / "score.log").read_text()
         assert "nothing was committed for" in log
-        assert "more tweets came to wait" in log
+        assert "more tweets arrived" in log
         up.send(signal.SIGTERM)
         wait_until(lambda: "ending:" in up.said())
         up.send(signal.SIGTERM)
@@ -143,7 +154,7 @@ def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> Non
     with embedded.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:
         own.stream.publish([wire(0)])
         wait_until(lambda: own.predictions() == 1)
-        until = time.monotonic() + 3 * PULSE_SECONDS
+        until = time.monotonic() + 3 * HEARTBEAT_SECONDS
         wait_until(lambda: time.monotonic() > until)
         own.stream.publish([wire(1)])
         wait_until(lambda: own.predictions() == 2)
@@ -236,9 +247,9 @@ def test_health_answers_for_workers_broker_and_database(
             assert ask("training")[0] == 1
             scorer.send(signal.SIGSTOP)
             (pulse,) = own.settings.run.glob("scoring-*")
-            old = time.time() - 2 * FRESH_SECONDS
+            old = time.time() - 2 * STALE_SECONDS
             os.utime(pulse, (old, old))
-            assert "gave no sign of life for" in ask("scoring")[1]
+            assert "has written no heartbeat for" in ask("scoring")[1]
             scorer.kill()
         code, says = ask("scoring")
         assert (code, "no scoring worker of this host" in says) == (1, True)

@@ -1,18 +1,19 @@
 #!lua flags=allow-oom
--- Take over what consumers hold and have not renewed, and count what vanished in their hands.
+-- Claim records that consumers have not renewed, and count those that were erased while a consumer held them.
 --
 -- KEYS[1]      the stream
--- KEYS[2]      the books, a hash
--- KEYS[3]      the erased, a hash: `ID GROUP` -> who held it, empty when we took it out ourselves
+-- KEYS[2]      the books, a hash of counters, see read.lua
+-- KEYS[3]      the erased, a hash: `ID GROUP` -> the consumer that held it, empty when remove.lua deleted it
 -- ARGV[1]      the group
 -- ARGV[2]      the consumer
--- ARGV[3]      how many milliseconds a record must not have been renewed
--- ARGV[4]      how many records to look at
--- ARGV[5]      where to begin: -, or ( and an id
--- Returns records, each as {id, fields, deliveries}, the id of the last one looked at, and how many vanished.
+-- ARGV[3]      minimum milliseconds since the last renewal
+-- ARGV[4]      maximum number of records to examine
+-- ARGV[5]      start: -, or ( and an id
+-- Returns the records, each as {id, fields, deliveries}, the id of the last one examined, and how many vanished.
 --
--- XCLAIM takes a record that is no longer in the stream off the list and does not give it. Whoever still holds such a
--- record scores and acknowledges it; it vanished when its holder is gone too. XAUTOCLAIM would take it from the living.
+-- XCLAIM removes a record that is no longer in the stream from the pending list and does not return it. A consumer that
+-- holds such a record still scores and acknowledges it, so the record counts as vanished only when the consumer is gone
+-- too. XAUTOCLAIM would also remove it from the list of a live consumer.
 
 local function member(id)
     return id .. ' ' .. ARGV[1]
@@ -35,16 +36,16 @@ for id, _ in pairs(deliveries) do
     end
 end
 
--- What a holder lost from its list by renewing it, see renew.lua.
+-- Records that renew.lua removed from the pending list of a consumer that no longer exists.
 if redis.call('HLEN', KEYS[3]) > 0 then
-    local there = {}
+    local exists = {}
     for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-        there[consumer[2]] = true
+        exists[consumer[2]] = true
     end
     local erased = redis.call('HGETALL', KEYS[3])
     for i = 1, #erased, 2 do
         local id, group = string.match(erased[i], '^(%S+) (.*)$')
-        if group == ARGV[1] and not there[erased[i + 1]] then
+        if group == ARGV[1] and not exists[erased[i + 1]] then
             local held = erased[i + 1] == '' and #redis.call('XPENDING', KEYS[1], group, id, id, 1) == 1
             if not held then
                 redis.call('HDEL', KEYS[3], erased[i])

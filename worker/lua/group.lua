@@ -1,19 +1,19 @@
 #!lua flags=allow-oom
--- Make the group at the beginning of the stream, and the stream if there is none.
+-- Create the group at the start of the stream, and the stream if it does not exist.
 --
 -- KEYS[1]      the stream
 -- KEYS[2]      the books, see read.lua
 -- ARGV[1]      the group
--- Returns OK, also when the group is there already.
+-- Returns OK, also when the group exists.
 --
--- Allowed when memory is full: without its group nobody could read what fills it.
+-- Allowed when memory is full: without the group no worker can read the records that fill it.
 
-local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
-if made['err'] and not string.find(made['err'], 'BUSYGROUP', 1, true) then
-    return made
+local created = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if created['err'] and not string.find(created['err'], 'BUSYGROUP', 1, true) then
+    return created
 end
-if not made['err'] then
-    -- What is gone by now went before this group's time.
+if not created['err'] then
+    -- Records erased before the group existed do not count as vanished.
     local stream = redis.call('XINFO', 'STREAM', KEYS[1])
     local added, length
     for i = 1, #stream, 2 do

@@ -1,8 +1,8 @@
--- Take our messages out of a queue that other programs use too; theirs stay where they are.
+-- Take our messages out of a queue that other programs use too; their messages stay in place.
 --
--- KEYS[1]      the queue, its oldest message last
+-- KEYS[1]      the queue, with the oldest message last
 -- KEYS[2]      the list of taken messages
--- ARGV[1]      how many messages to look at
+-- ARGV[1]      maximum number of messages to examine
 -- ARGV[2..]    the names of our tasks
 -- Returns how many were taken.
 

@@ -1,20 +1,20 @@
 #!lua flags=allow-oom
--- Give a consumer what its group has not been given, and count what vanished before anybody was given it.
+-- Read new records for a consumer, and count records that were erased before the group read them.
 --
 -- KEYS[1]      the stream
--- KEYS[2]      the books, a hash
+-- KEYS[2]      the books, a hash with the counters of each group
 -- ARGV[1]      the group
 -- ARGV[2]      the consumer
--- ARGV[3]      how many records at most; 0 only counts
--- Returns the records, the last id that the stream gave out, and how many vanished since the last look.
+-- ARGV[3]      maximum number of records; 0 reads none and only counts
+-- Returns the records, the last id that the stream generated, and how many vanished since the last call.
 --
--- A record was given to the group, or waits to be, or is gone. The books hold how many were given or are accounted for
--- otherwise (`settled`), as of the last id that was given (`last`). Once no record up to that id is left, all that are
--- gone should be those: XINFO knows how many were ever added and how many are there, and what is more vanished unread.
--- Reading is done here, in the same step, since a read passes over what vanished before it. A last id that is not the
--- books' own was read past them, by a worker of an earlier release or by hand: then they begin anew, and count nothing.
+-- The books store `last`, the last id that was delivered to the group, and `settled`, how many records up to it were
+-- delivered or are otherwise accounted for. When the stream holds no record up to `last`, the number of records that are
+-- gone, entries-added minus length in XINFO, should equal `settled`; any more were erased unread.
+-- The read happens in the same script, because XREADGROUP skips erased records silently. When the group's last delivered
+-- id differs from `last`, another client has read from the group: then the books start over, and nothing is counted.
 --
--- Allowed when memory is full: reading is what empties it.
+-- Allowed when memory is full: reading leads to trimming, which frees memory.
 
 local LAST, SETTLED = 'last ' .. ARGV[1], 'settled ' .. ARGV[1]
 
@@ -26,7 +26,7 @@ local function named(list)
     return found
 end
 
-local function given_last()
+local function last_delivered()
     local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
     for _, fields in ipairs(groups['err'] and {} or groups) do
         local group = named(fields)
@@ -36,7 +36,7 @@ local function given_last()
     end
 end
 
-local last = given_last()
+local last = last_delivered()
 if last == nil then
     return redis.error_reply('NOGROUP there is no such group')
 end
@@ -44,7 +44,7 @@ local stream = named(redis.call('XINFO', 'STREAM', KEYS[1]))
 local booked = redis.call('HMGET', KEYS[2], LAST, SETTLED)
 local known = booked[1] == last
 local settled, vanished = tonumber(booked[2] or 0), 0
--- A server before Redis 7 does not say how many were added: nothing is counted there.
+-- Servers before Redis 7 do not report entries-added: nothing is counted there.
 if stream['entries-added'] and #redis.call('XRANGE', KEYS[1], '-', last, 'COUNT', 1) == 0 then
     local gone = stream['entries-added'] - stream['length']
     if known and gone > settled then

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Delete records because somebody asked for it, and enter it into the books of every group: these did not vanish.
+-- Delete records on request, and update the books of every group so that they do not count as vanished.
 --
 -- KEYS[1]      the stream
 -- KEYS[2]      the books, see read.lua
 -- KEYS[3]      the erased, see claim.lua
 -- ARGV[1..]    record ids
--- Returns how many were there.
+-- Returns how many existed.
 
 local groups = {}
 local found = redis.pcall('XINFO', 'GROUPS', KEYS[1])

@@ -1,14 +1,13 @@
--- Take consumers off a group's list that hold nothing any more.
+-- Remove idle consumers that hold no records from a group.
 --
 -- KEYS[1]      the stream
 -- ARGV[1]      the group
--- ARGV[2]      how many milliseconds a consumer must have been silent
--- ARGV[3]      the only consumer to look at; all of them when it is missing
--- Returns how many were taken off.
+-- ARGV[2]      minimum idle time in milliseconds
+-- ARGV[3]      the only consumer to examine; all of them when missing
+-- Returns how many were removed.
 --
--- XGROUP DELCONSUMER throws away what its consumer holds: those records are pending with nobody and never claimed. So
--- looking and removing are one step here, and whoever holds a record stays. A consumer that was only asleep is made again
--- by its next read.
+-- XGROUP DELCONSUMER also deletes the consumer's pending entries, and those records could never be claimed. So check and
+-- removal are one step here, and a consumer that holds records stays. A live consumer registers again on its next read.
 
 local removed = 0
 local found, consumers = pcall(redis.call, 'XINFO', 'CONSUMERS', KEYS[1], ARGV[1])

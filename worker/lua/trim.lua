@@ -1,11 +1,11 @@
--- Remove the records that no group needs any more.
+-- Remove the records that every group has acknowledged.
 --
 -- KEYS[1]      the stream
 -- Returns how many were removed.
 --
--- A group still needs everything it was not given yet, and everything it was given and has not acknowledged. The
--- smallest such id over all groups is where the stream may begin. Never MAXLEN: it counts, and throws away records that
--- are being scored. Without any group nothing is removed, since nobody has said that he is done.
+-- A group needs the records that it has not read and those that it has not acknowledged. The stream may begin at the
+-- smallest such id over all groups. MAXLEN is not used: it would remove records that are being scored. Without a group
+-- nothing is removed.
 
 local function split(id)
     local ms, seq = string.match(id, '^(%d+)-(%d+)$')
@@ -31,7 +31,7 @@ local found = pcall(function()
             first = pending[2]
         else
             local ms, seq = split(group['last-delivered-id'])
-            -- Past 2^53 a number of Lua's has no successor: then the last record stays.
+            -- Above 2^53 a Lua number has no exact successor: keep the last record.
             first = seq < 2 ^ 53 and string.format('%.0f-%.0f', ms, seq + 1) or group['last-delivered-id']
         end
         if needed == nil or earlier(first, needed) then

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Run once, by the superuser of an empty server: the database, its owner, a role for workers, a role that may only look.
-# What the latter two may do with the tables is granted by the `migrate` service, once there are some.
+# Run once, as the superuser of an empty server. Creates the database, its owner, a role for workers and a read-only role.
+# The `migrate` service grants the latter two their rights after it has created the tables.
 set -eu
 export SECRETS="${SECRETS:-/run/secrets}"
 

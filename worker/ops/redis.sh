@@ -1,6 +1,6 @@
 #!/bin/sh
-# Redis for tweetscore: every write in the log, nothing thrown away when memory is full, two users and no other.
-# Passwords are files in SECRETS; Redis is told their digests alone, in a file that only its user can read.
+# Start Redis for tweetscore: append-only file, no eviction when memory is full, and only two users.
+# Passwords are files in SECRETS. Redis receives only their digests, in a file that only its user can read.
 set -eu
 secrets=${SECRETS:-/run/secrets}
 digest() { tr -d '\n' < "$secrets/$1" | sha256sum | cut -d' ' -f1; }

@@ -1,6 +1,6 @@
-"""From what the X API gives, v2 and v1.1, to flat tweets. Pure: dictionaries in and out.
+"""Flatten responses of the X API, v2 and v1.1, to tweets. Pure functions on dictionaries.
 
-Fields: https://docs.x.com/x-api/fundamentals/data-dictionary, and v1.1's Tweet object; others are passed over.
+Fields: https://docs.x.com/x-api/fundamentals/data-dictionary, and v1.1's Tweet object; others are ignored.
 """
 
 from collections.abc import Iterator
@@ -8,17 +8,18 @@ from typing import Any
 
 from worker.errors import BadRecord
 
-# What a tweet's row keeps of the tweets it refers to: our name, v2's type.
+# References to other tweets: the key in the wire format, and the type in v2.
 REFERENCES = {"retweeted_id": "retweeted", "quoted_id": "quoted", "replied_to_id": "replied_to"}
-V1_SIGNS = ("id_str", "full_text", "extended_tweet", "retweeted_status")
-V2_SIGNS = ("note_tweet", "referenced_tweets")
+V1_KEYS = ("id_str", "full_text", "extended_tweet", "retweeted_status")
+V2_KEYS = ("note_tweet", "referenced_tweets")
 
 
 def flat_tweets(value: Any) -> Iterator[Any]:
-    """Every tweet of an API's answer or of a line of it, flat: `id`, `text` and the optional keys of the wire format.
+    """Yield every tweet of an API response, or of a line of one, with `id`, `text` and the optional keys of the wire
+    format.
 
-    What is flat already, or nothing known, comes back as it is. A retweet keeps its own id, and takes the whole text of
-    what it retweets: its own ends after 140 characters. Raises `BadRecord` for an answer that only says what failed.
+    Flat and unknown values are yielded unchanged. A retweet keeps its own id but takes the full text of the original
+    tweet, because its own text ends after 140 characters. Raises `BadRecord` for a response that has only errors.
     """
     if isinstance(value, list):
         for one in value:
@@ -32,10 +33,10 @@ def flat_tweets(value: Any) -> Iterator[Any]:
     elif "meta" in value and "id" not in value:
         return  # a page without results
     elif isinstance(value.get("errors"), list) and "id" not in value:
-        raise BadRecord("the API's answer holds errors and no tweets")
-    elif any(sign in value for sign in V2_SIGNS):
+        raise BadRecord("the API response contains errors and no tweets; see its field `errors`")
+    elif any(key in value for key in V2_KEYS):
         yield _v2(value, {}, None)
-    elif any(sign in value for sign in V1_SIGNS):
+    elif any(key in value for key in V1_KEYS):
         yield _v1(value)
     else:
         yield value
@@ -45,7 +46,7 @@ def _page(page: dict[str, Any]) -> Iterator[Any]:
     data, includes = page["data"], page.get("includes")
     others = includes.get("tweets") if isinstance(includes, dict) else None
     known = {one["id"]: one for one in others or () if isinstance(one, dict) and isinstance(one.get("id"), str)}
-    rules = page.get("matching_rules")  # of a filtered stream: the tag is what its owner called the search
+    rules = page.get("matching_rules")  # of a filtered stream: its owner names a search by a tag
     tags = [rule.get("tag") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
     topic = next((tag for tag in tags if tag), None)
     for tweet in data if isinstance(data, list) else [data]:
@@ -53,13 +54,13 @@ def _page(page: dict[str, Any]) -> Iterator[Any]:
 
 
 def _v2(tweet: dict[str, Any], known: dict[str, dict[str, Any]], topic: str | None) -> dict[str, Any]:
-    given = tweet.get("referenced_tweets")
-    refers = (
-        {one.get("type"): one.get("id") for one in given if isinstance(one, dict)} if isinstance(given, list) else {}
-    )
-    original = known.get(str(refers.get("retweeted")), {})
+    references = tweet.get("referenced_tweets")
+    ids = {}
+    if isinstance(references, list):
+        ids = {one.get("type"): one.get("id") for one in references if isinstance(one, dict)}
+    original = known.get(str(ids.get("retweeted")), {})
     flat = {**tweet, "text": _note(tweet) or _note(original) or original.get("text") or tweet.get("text")}
-    flat |= {name: refers[kind] for name, kind in REFERENCES.items() if kind in refers}
+    flat |= {name: ids[kind] for name, kind in REFERENCES.items() if kind in ids}
     if topic is not None:
         flat.setdefault("topic", topic)
     return flat
@@ -75,7 +76,7 @@ def _v1(tweet: dict[str, Any]) -> dict[str, Any]:
     original = original if isinstance(original, dict) else {}
     flat = {
         **tweet,
-        "id": tweet.get("id_str") or tweet.get("id"),  # the number has been rounded by some
+        "id": tweet.get("id_str") or tweet.get("id"),  # JSON parsers that use floats round the number
         "text": (_v1_text(original) if original else None) or _v1_text(tweet),
         "retweeted_id": original.get("id_str"),
         "quoted_id": tweet.get("quoted_status_id_str"),

@@ -1,4 +1,4 @@
-"""Dead letters on their way back: from the table to the stream, whole, or to nowhere."""
+"""Retry or drop dead letters."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,21 +9,22 @@ from db.models import DeadLetter
 from db.session import Database
 from worker.app import SCORING
 from worker.doors import nudge
-from worker.records import unpack_fields
 from worker.stream import Stream
+from worker.tweet_record import unpack_fields
 
-CHUNK = 250
+CHUNK_LETTERS = 250
 
 
 def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | None) -> int:
     """Put dead letters back into the stream, all of them when `ids` is None. Returns how many.
 
-    Raises `NotFound`, and does nothing, when one of `ids` is none.
+    Raises `NotFound`, and does nothing, when one of `ids` does not exist.
     """
     done = 0
     for letters in chunks(database, ids):
         stream.add([unpack_fields(letter.payload, letter.other_fields) for letter in letters])
-        # After the stream has them: a crash between leaves both, and the tweet's id absorbs the repeat.
+        # Delete after the stream has the records: a crash between the two leaves both, and a tweet scored twice is
+        # still one row.
         with database.begin() as session:
             predictions.drop_dead(session, [letter.record_id for letter in letters])
         nudge(app, SCORING)
@@ -32,7 +33,7 @@ def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | 
 
 
 def drop(database: Database, ids: Sequence[str] | None) -> int:
-    """Forget dead letters, all of them when `ids` is None. Returns how many; raises `NotFound` as `retry` does."""
+    """Delete dead letters, all of them when `ids` is None. Returns how many; raises `NotFound` as `retry` does."""
     done = 0
     for letters in chunks(database, ids):
         with database.begin() as session:
@@ -42,7 +43,10 @@ def drop(database: Database, ids: Sequence[str] | None) -> int:
 
 
 def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
-    """Letters in portions: there may be more than fit into memory. Those that come meanwhile are not among them."""
+    """Yield dead letters in chunks, so that any number of them fits into memory.
+
+    When `ids` is None, these are all that exist at the first chunk; later ones are left out.
+    """
     if ids is not None:
         with database.read() as session:
             yield [predictions.dead_letter(session, id_) for id_ in dict.fromkeys(ids)]
@@ -52,7 +56,7 @@ def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadL
     after = ""
     while last is not None:
         with database.read() as session:
-            letters = predictions.dead_after(session, after, last, CHUNK)
+            letters = predictions.dead_after(session, after, last, CHUNK_LETTERS)
         if not letters:
             return
         after = letters[-1].record_id

@@ -1,6 +1,6 @@
-"""A tweet, checked, and the wire format; a record's fields as a dead letter keeps them.
+"""Validate tweets, read and write the wire format, and store a record's fields in a dead letter.
 
-Knows flat objects; files and the X API's shapes come before it.
+Knows flat objects only; `tweet_file` and `x_api` produce them.
 """
 
 import base64
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from training.columns import ID_COLUMNS, TEXT_COLUMNS
-from training.sources import has_bad_bytes
+from training.columns import ID_COLUMNS, TEXT_COLUMNS, has_surrogates
 from worker.errors import BadRecord
 from worker.stream import FIELD, WIRE_VERSION
 
@@ -25,7 +24,7 @@ V1_TIME = "%a %b %d %H:%M:%S %z %Y"
 
 @dataclass(frozen=True)
 class Tweet:
-    """A tweet that can be stored: its id, its text, and what else was told of it. `created_at` is aware."""
+    """A valid tweet, which every database can store. `created_at` is an aware datetime."""
 
     id: str
     text: str
@@ -49,7 +48,7 @@ class Tweet:
 
 
 def parse_payload(payload: bytes | None) -> Tweet:
-    """A wire record as a tweet; raises `BadRecord` with the reason, never with the text."""
+    """Parse a wire record. Raises `BadRecord` with the reason, never with the tweet's text."""
     if payload is None:
         raise BadRecord("the record has no field 'tweet'")
     try:
@@ -64,7 +63,7 @@ def parse_payload(payload: bytes | None) -> Tweet:
 
 
 def parse_object(value: Any) -> Tweet:
-    """A flat JSON object as a tweet; unknown keys are ignored. Raises `BadRecord`."""
+    """Parse a flat JSON object; unknown keys are ignored. Raises `BadRecord`."""
     if not isinstance(value, dict):
         raise BadRecord(f"a tweet is a JSON object, not {_kind(value)}")
     id_ = next((value[key] for key in ID_COLUMNS if value.get(key) not in (None, "")), None)
@@ -116,43 +115,43 @@ def _time(value: Any) -> datetime | None:
         for parse in (datetime.fromisoformat, lambda text: datetime.strptime(text, V1_TIME)):  # noqa: DTZ007 - has %z
             try:
                 parsed = parse(value.strip())
-                # A time without a zone is taken for UTC, as X's are.
+                # Times without a zone are UTC, as in the X API.
                 return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).astimezone(UTC)
             except (ValueError, OverflowError):
                 continue
-    raise BadRecord("the tweet's created_at is no time; write it as 2026-01-31T12:00:00Z")
+    raise BadRecord("the tweet's created_at is not a time; write it as 2026-01-31T12:00:00Z")
 
 
 def _storable(text: str, what: str) -> str:
     if "\x00" in text:
-        raise BadRecord(f"the tweet's {what} holds a NUL character, which databases cannot store")
-    if has_bad_bytes(text):
-        raise BadRecord(f"the tweet's {what} holds half a surrogate pair, which is no character")
+        raise BadRecord(f"the tweet's {what} contains a NUL character, which databases cannot store")
+    if has_surrogates(text):
+        raise BadRecord(f"the tweet's {what} contains half a surrogate pair, which is not a character")
     return text
 
 
 def _kind(value: Any) -> str:
     return {
-        dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"
-    }.get(type(value), "nothing")  # fmt: skip
+        dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"
+    }.get(type(value), "null")  # fmt: skip
 
 
 def pack_fields(fields: dict[bytes, bytes]) -> list[Any] | None:
-    """What a dead letter keeps beside its payload: see `DeadLetter`."""
+    """The fields that a dead letter stores beside its payload: see `DeadLetter`."""
     if list(fields) == [FIELD]:
         return None
     return [[_pack(name), None if name == FIELD else _pack(value)] for name, value in fields.items()]
 
 
 def unpack_fields(payload: bytes, other_fields: list[Any] | None) -> dict[bytes, bytes]:
-    """The fields of the record as it came."""
+    """The fields of the original record."""
     if other_fields is None:
         return {FIELD: payload}
     return {_unpack(name): payload if value is None else _unpack(value) for name, value in other_fields}
 
 
 def _pack(value: bytes) -> Any:
-    """Text where a database can store it."""
+    """Text when a database can store it, else base64."""
     try:
         text = value.decode()
     except UnicodeDecodeError:

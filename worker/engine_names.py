@@ -1,0 +1,6 @@
+"""Names of the engines, in the order of a trial. Imports nothing, so that settings and `--help` start fast."""
+
+FLOAT32_TORCH = "torch-float32"  # runs everywhere; every other engine is compared with it
+CPU_ENGINES = ("openvino-int8", "openvino-bfloat16", "openvino-float32", FLOAT32_TORCH)
+CUDA_ENGINES = ("torch-float16", "torch-bfloat16", FLOAT32_TORCH)
+ENGINES = tuple(dict.fromkeys((*CPU_ENGINES, *CUDA_ENGINES)))
