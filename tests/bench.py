@@ -12,15 +12,15 @@ from sqlalchemy import select
 from db.models import Base, DeadLetter, Prediction
 from db.session import Database
 from tests.conftest import wait_until
-from training.artifact import load_artifact
-from training.cache import Cache
-from training.storage import Store
-from worker.champion import Champion
-from worker.engine_choice import Choice
-from worker.engines import TorchEngine
-from worker.pipeline import Limits, Pipeline
-from worker.scoring_model import ScoringModel, Serving
-from worker.stream import Depth, Stream
+from training.model.artifact import load_artifact
+from training.store.cache import Cache
+from training.store.store import Store
+from worker.scoring.champion import Champion
+from worker.scoring.engine_choice import Choice
+from worker.scoring.engines import TorchEngine
+from worker.scoring.pipeline import Limits, Pipeline
+from worker.scoring.scoring_model import ScoringModel, Serving
+from worker.stream.stream import Depth, Stream
 
 CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the models of the tests lie in different folders
 DRAINED = Depth(length=0, lag=0, pending=0)

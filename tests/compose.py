@@ -58,7 +58,7 @@ class Deployment:
             text = text.replace(name, f"127.0.0.1:{port}" if ":" in name else str(port))
         for there, here in (
             ("/run/secrets", self.folder / "secrets"),
-            ("/etc/tweetscore/redis.sh", ROOT / "worker" / "ops" / "redis.sh"),
+            ("/etc/tweetscore/redis.sh", ROOT / "worker" / "deploy" / "redis.sh"),
             ("/etc/prometheus", self.folder / "etc"),
         ):
             text = text.replace(there, str(here))

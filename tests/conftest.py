@@ -27,16 +27,16 @@ from transformers import BertConfig, BertModel
 from db import migrate, registry
 from db.models import ModelVersion
 from db.session import Database, open_database
-from training.artifact import make_spec, save_artifact
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, BaseModelFolder
-from training.model import build_model
-from training.text import load_tokenizer
-from worker import embedded
-from worker.processes import limit_spin_waiting
-from worker.redis_client import connect
+from training.model.artifact import make_spec, save_artifact
+from training.model.base_model import STARTER_FOLDER, BaseModelFolder
+from training.model.classifier import build_model
+from training.text.tokenizer import load_tokenizer
+from worker.process.supervisor import limit_spin_waiting
 from worker.settings import Settings, load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 if TYPE_CHECKING:
     from tests.bench import Bench
@@ -101,21 +101,21 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded_valkey.Server]:
     """One Valkey for the test process. Tests keep apart by their own stream keys."""
-    with embedded.owned(tmp_path_factory.mktemp("server")) as running:
+    with embedded_valkey.owned(tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
 @pytest.fixture
-def raw(server: embedded.Server) -> Iterator["redis.Redis"]:
+def raw(server: embedded_valkey.Server) -> Iterator["redis.Redis"]:
     """A plain client, as anybody's program would have one."""
     with redis.Redis.from_url(server.url) as client:
         yield client
 
 
 @pytest.fixture
-def stream(server: embedded.Server) -> Stream:
+def stream(server: embedded_valkey.Server) -> Stream:
     return Stream(connect(server.url), f"tweets-{uuid.uuid4().hex}", "scorers")
 
 

@@ -19,7 +19,7 @@ import pytest
 from db import compatibility, migrate
 from db.compatibility import MIGRATIONS, newest_revision
 from tests.conftest import PATIENCE_SECONDS
-from worker.processes import child_environment
+from worker.process.supervisor import child_environment
 from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ class Release:
         )  # fmt: skip
 
     def upgrades(self, settings: Settings) -> None:
-        done = self.run(settings, "worker.cli", "db", "upgrade")
+        done = self.run(settings, "worker.cli.main", "db", "upgrade")
         assert (done.returncode, f"has schema {NEXT}" in done.stdout) == (0, True), done.stderr
 
     def downgrades(self, settings: Settings) -> None:

@@ -13,9 +13,9 @@ import psutil
 import redis
 
 from tests.conftest import PATIENCE_SECONDS
-from worker import embedded
-from worker.redis_client import connect
-from worker.stream import Depth, Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Depth, Stream
 
 OWN_UNTIL_STDIN_ENDS = """
 import sys
@@ -34,7 +34,7 @@ def short_home() -> Iterator[Path]:
         yield Path(folder) / "home"
 
 
-def server_pid(server: embedded.Server) -> int:
+def server_pid(server: embedded_valkey.Server) -> int:
     with redis.Redis.from_url(server.url) as client:
         return int(client.info("server")["process_id"])
 
@@ -46,7 +46,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def fill(server: embedded.Server, count: int = 20) -> None:
+def fill(server: embedded_valkey.Server, count: int = 20) -> None:
     """A stream in which a reader holds some records and has acknowledged one."""
     with connect(server.url) as client:
         stream = Stream(client, "tweets", "scorers", "reader")
@@ -55,7 +55,7 @@ def fill(server: embedded.Server, count: int = 20) -> None:
         stream.ack([stream.read(5, None)[0].id])
 
 
-def contents(server: embedded.Server) -> tuple[list[object], Depth, list[object]]:
+def contents(server: embedded_valkey.Server) -> tuple[list[object], Depth, list[object]]:
     """Records, depth, and every pending record with its reader and count."""
     with connect(server.url) as client:
         stream = Stream(client, "tweets", "scorers")
@@ -91,10 +91,10 @@ def owner_process(home: Path, **environment: str) -> Iterator["subprocess.Popen[
 
 
 @contextmanager
-def orphan(home: Path, prepare: Callable[[embedded.Server], None] = fill) -> Iterator[int]:
+def orphan(home: Path, prepare: Callable[[embedded_valkey.Server], None] = fill) -> Iterator[int]:
     """A server whose owner was killed without a chance to stop it; yields its process number."""
     with owner_process(home) as owner:
-        server = embedded.find(home)
+        server = embedded_valkey.find(home)
         assert server is not None
         pid = server_pid(server)
         prepare(server)

@@ -11,11 +11,11 @@ import pytest
 
 from db import jobs
 from db.session import open_database
-from worker import embedded
-from worker.redis_client import connect
-from worker.runtime import input_store
+from worker.connections import input_store
 from worker.settings import Settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,7 +37,7 @@ def test_training_with_wait_runs_a_worker_of_its_own(
     ).items()
     # The job worked on a copy: what the folder becomes later is no concern of its model's.
     assert Path(told["config"]["base_model"]).is_relative_to(input_store(settings).folder)
-    assert embedded.find(settings.home) is None
+    assert embedded_valkey.find(settings.home) is None
     assert running_on(settings.home) == []
 
 
@@ -75,8 +75,8 @@ def test_pushed_tweets_wait_in_the_stream_for_the_next_server(tweetscore: Run, s
     ended = tweetscore("push", "-", stdin=lines)
     assert ended.returncode == 1
     assert "stdin, line 1501: the line is not JSON" in ended.stderr
-    assert embedded.find(settings.home) is None
-    with embedded.running(settings.home) as server:
+    assert embedded_valkey.find(settings.home) is None
+    with embedded_valkey.running(settings.home) as server:
         assert Stream(connect(server.url), "tweets", "scorers").length() == 1500
 
 

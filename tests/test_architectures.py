@@ -34,18 +34,18 @@ from transformers import (
 from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
-from training import encoders
-from training.artifact import load_artifact
-from training.batches import pad
-from training.clean import clean
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, BaseModelFolder, resolve_base_model
 from training.errors import ModelUnavailable
-from training.job import run_next_job
-from training.model import build_model
-from training.text import encode, load_tokenizer
-from training.workshop import TrainingContext
-from worker.runtime import training_context
+from training.jobs.context import TrainingContext
+from training.jobs.run import run_next_job
+from training.model import base_model
+from training.model.artifact import load_artifact
+from training.model.base_model import STARTER_FOLDER, BaseModelFolder, resolve_base_model
+from training.model.batching import pad
+from training.model.classifier import build_model
+from training.text.cleaning import clean
+from training.text.tokenizer import encode, load_tokenizer
+from worker.connections import training_context
 from worker.settings import load_settings
 
 TEXTS = ["今日は最高の一日でした", "電車が遅れて最悪", "[SEP]という文字", "猫が好き！"]
@@ -256,7 +256,7 @@ def test_hub_names_resolve_to_a_pinned_revision(monkeypatch: pytest.MonkeyPatch)
         asked.append((name, revision))
         return BaseModelFolder(name, STARTER_FOLDER, revision)
 
-    monkeypatch.setattr(encoders, "_fetch", fetch)
+    monkeypatch.setattr(base_model, "_fetch", fetch)
     pinned = "65243d6e5629b969c77309f217bd7b1a79d43c7e"
     resolve_base_model("cl-tohoku/bert-base-japanese-v3", None, [])
     resolve_base_model("tohoku-nlp/bert-base-japanese-v3", "0" * 40, [])
@@ -277,7 +277,7 @@ def test_the_first_model_of_a_hub_name_pins_its_revision_for_all_that_follow(
         asked.append(revision)
         return BaseModelFolder(name, tiny_encoder, revision or f"{len(asked)}" * 40)
 
-    monkeypatch.setattr(encoders, "_fetch", fetch)
+    monkeypatch.setattr(base_model, "_fetch", fetch)
     for name in ("cl-tohoku/bert-base-japanese", "tohoku-nlp/bert-base-japanese"):
         config = make_config("fast", base_model=name, epochs=1, train_batch_size=8, baseline=False)
         with database.begin() as session:

@@ -15,15 +15,15 @@ from db.models import ModelVersion, ScoringWindow
 from tests.bench import CPU, Bench, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.world import World, on_sqlite
-from training.sealed import SUMS
-from worker import champion as champion_module
-from worker.champion import Champion
-from worker.overlap import WINDOWS_IN_FLIGHT
-from worker.pause import Pause
-from worker.pipeline import Pipeline
-from worker.runtime import model_store
-from worker.scoring_model import ScoringModel, Serving, load_model
-from worker.window import Window
+from training.store.sealed_folder import SUMS
+from worker.connections import model_store
+from worker.scoring import champion as champion_module
+from worker.scoring.backoff import Pause
+from worker.scoring.champion import Champion
+from worker.scoring.overlap import WINDOWS_IN_FLIGHT
+from worker.scoring.pipeline import Pipeline
+from worker.scoring.scoring_model import ScoringModel, Serving, load_model
+from worker.scoring.window import Window
 
 
 def test_new_champion_is_loaded_beside_the_old_one_and_takes_over_between_windows(

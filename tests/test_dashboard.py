@@ -19,7 +19,7 @@ from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
 from tests.faults.commands import command
 from tests.test_store import assign, make_version, prediction_row, tweet_row, write
-from worker.dashboard import make_dashboard
+from worker.console.dashboard import make_dashboard
 from worker.errors import BadRequest
 from worker.settings import Settings, load_settings
 

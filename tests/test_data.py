@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from training.artifact import find_polarity, make_spec
-from training.clean import clean, same_text_key
 from training.config import TrainConfig, make_config
-from training.dataset import Dataset, Rows, read_rows, split_rows
-from training.encoders import STARTER_FOLDER, BaseModelFolder
+from training.data.dataset import Dataset, Rows, read_rows, split_rows
 from training.errors import BadConfig, BadDataset
-from training.text import load_tokenizer
+from training.model.artifact import find_polarity, make_spec
+from training.model.base_model import STARTER_FOLDER, BaseModelFolder
+from training.text.cleaning import clean, same_text_key
+from training.text.tokenizer import load_tokenizer
 
 GUIDE = make_config("guide")
 
@@ -268,7 +268,7 @@ def test_neologdn_makes_widths_one() -> None:
 
 
 def test_tokenizers_take_kaomoji_apart_where_a_cleaner_keeps_them() -> None:
-    """The tokenizer normalises to NFKC, as in pretraining; `training/clean.py` explains it."""
+    """The tokenizer normalises to NFKC, as in pretraining; `training/text/cleaning.py` explains it."""
     tokens = load_tokenizer(STARTER_FOLDER).tokenize(clean("(´▽｀)"))
     assert "".join(tokens).replace("##", "") == "(\u0301▽`)"
     assert unicodedata.normalize("NFKC", "(ﾟДﾟ)") == "(\u309aД\u309a)"

@@ -14,15 +14,15 @@ from db import predictions
 from db.errors import NotFound
 from db.models import DeadLetter, utc_now
 from tests.bench import DRAINED, Bench, wire
-from worker import embedded
 from worker.app import make_app
-from worker.dead_letters import drop, retry
-from worker.redis_client import connect
-from worker.runtime import open_sql
-from worker.scoring_model import Scores, ScoringModel
+from worker.connections import open_sql
+from worker.maintenance.dead_letters import drop, retry
+from worker.scoring.scoring_model import Scores, ScoringModel
 from worker.settings import Settings
-from worker.stream import FIELD, Stream
-from worker.tweet_record import pack_fields, unpack_fields
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import FIELD, Stream
+from worker.stream.tweet_record import pack_fields, unpack_fields
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 POISON = "毒のある文"
@@ -130,5 +130,5 @@ def test_the_command_lists_shows_retries_and_drops(tweetscore: Run, settings: Se
     assert tweetscore("dead", "drop", "3-0").stdout.strip() == "1 dead letters dropped"
     assert json.loads(tweetscore("dead", "retry", "--all", "--json").stdout) == {"count": 2}
     assert json.loads(tweetscore("dead", "list", "--json").stdout) == []
-    with embedded.owned(settings.home) as server, connect(server.url) as client:
+    with embedded_valkey.owned(settings.home) as server, connect(server.url) as client:
         assert {fields[b"tweet"] for _, fields in client.xrange("tweets")} == {letters["1-0"], letters["2-0"]}

@@ -17,8 +17,8 @@ from db.models import Prediction, Tweet
 from db.readonly import ask
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
-from worker import embedded
-from worker.demo import QUERIES, SAMPLE, SOME_TWEETS
+from worker.cli.demo import QUERIES, SAMPLE, SOME_TWEETS
+from worker.stream import embedded_valkey
 
 
 def labelled() -> list[dict[str, str]]:
@@ -52,7 +52,7 @@ def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: C
     assert figures["f1_macro"] > 0.75  # three balanced labels: a coin reaches 0.33
     events = (home / "runs" / "job-1").glob("events.out.tfevents.*")  # the hyper-parameters have a file of their own
     assert max(path.stat().st_size for path in events) > 10_000
-    assert embedded.find(home) is None
+    assert embedded_valkey.find(home) is None
     mentions = [p.pid for p in psutil.process_iter(["environ"]) if str(home) in str((p.info["environ"] or {}).values())]
     assert not mentions
 

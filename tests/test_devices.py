@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.faults.actors import FORKS
-from training.devices import claim_device, free_bytes, free_memory, gpus, pick_device
 from training.errors import BadConfig
+from training.model.devices import claim_device, free_bytes, free_memory, gpus, pick_device
 
 UUIDS = ("GPU-a", "GPU-b", "GPU-c")
 FREE = (1, 3, 2)

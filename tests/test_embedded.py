@@ -15,9 +15,9 @@ import redis
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.servers import OWN_UNTIL_STDIN_ENDS, contents, fill, is_running, log_file, orphan, server_pid, short_home
-from worker import embedded, keeper
-from worker.redis_client import connect
-from worker.stream import Depth, Stream
+from worker.stream import embedded_valkey, server_supervisor
+from worker.stream.redis_client import connect
+from worker.stream.stream import Depth, Stream
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def home() -> Iterator[Path]:
 
 
 def test_server_listens_for_its_owner_alone_and_on_no_port(home: Path) -> None:
-    with embedded.owned(home) as server:
+    with embedded_valkey.owned(home) as server:
         pid = server_pid(server)
         assert server.socket == home / "valkey" / "valkey.sock"
         assert stat.S_ISSOCK(server.socket.stat().st_mode)
@@ -47,12 +47,12 @@ def test_server_listens_for_its_owner_alone_and_on_no_port(home: Path) -> None:
 @pytest.mark.parametrize("name", ["with a space", "日本語", "l" * 120, 'a "quote" and a \\'])
 def test_any_home_path_holds_a_server_and_its_data(home: Path, name: str) -> None:
     odd = home / name
-    with embedded.owned(odd) as server:
-        assert len(os.fsencode(server.socket)) <= embedded.LONGEST_SOCKET_PATH
+    with embedded_valkey.owned(odd) as server:
+        assert len(os.fsencode(server.socket)) <= embedded_valkey.LONGEST_SOCKET_PATH
         assert stat.S_IMODE(server.socket.stat().st_mode) == 0o700
         assert stat.S_IMODE(server.socket.parent.stat().st_mode) == 0o700
-        assert embedded.find(odd) == server
-        assert embedded.find(home / "another") is None
+        assert embedded_valkey.find(odd) == server
+        assert embedded_valkey.find(home / "another") is None
         fill(server)
         assert log_file(odd).stat().st_size > 0
     assert not server.socket.exists()
@@ -75,11 +75,11 @@ def test_socket_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_client_goes_on_when_the_server_comes_back(home: Path) -> None:
-    with embedded.owned(home) as server:
+    with embedded_valkey.owned(home) as server:
         client = connect(server.url)
         stream = Stream(client, "tweets", "scorers")
         stream.publish([b"before"])
-    with embedded.owned(home), client:
+    with embedded_valkey.owned(home), client:
         stream.publish([b"after"])
         assert stream.length() == 2
 
@@ -88,31 +88,31 @@ def test_client_goes_on_when_the_server_comes_back(home: Path) -> None:
 
 
 def test_server_started_for_one_command_ends_with_it(home: Path) -> None:
-    assert embedded.find(home) is None
-    with embedded.running(home) as server:
+    assert embedded_valkey.find(home) is None
+    with embedded_valkey.running(home) as server:
         pid = server_pid(server)
     assert not is_running(pid)
-    assert embedded.find(home) is None
+    assert embedded_valkey.find(home) is None
 
 
 def test_server_starts_beside_the_traces_of_a_killed_owner_and_server(home: Path) -> None:
     with orphan(home) as pid:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_running(pid))
-    assert embedded.socket_path(home).exists(), "the traces this is about"
-    with embedded.owned(home) as server:
+    assert embedded_valkey.socket_path(home).exists(), "the traces this is about"
+    with embedded_valkey.owned(home) as server:
         assert server_pid(server) != pid
         assert contents(server)[1] == Depth(length=20, lag=15, pending=4)
 
 
 @pytest.mark.parametrize("action", ["stop", "look at a dead socket"])
 def test_nobody_waits_for_a_server_that_is_gone(home: Path, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "FIRST_PAUSE_SECONDS", 600.0)
-    with embedded.owned(home) as server:
+    monkeypatch.setattr(server_supervisor, "FIRST_PAUSE_SECONDS", 600.0)
+    with embedded_valkey.owned(home) as server:
         if action == "look at a dead socket":
             os.kill(server_pid(server), signal.SIGKILL)
             began = time.monotonic()
-            wait_until(lambda: embedded.find(home) is None)
+            wait_until(lambda: embedded_valkey.find(home) is None)
             assert time.monotonic() - began < 10
         began = time.monotonic()
     assert time.monotonic() - began < 10

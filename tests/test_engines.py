@@ -18,23 +18,23 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from tests.conftest import LABELS
-from training.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
-from training.batches import pad, pad_arrays
 from training.config import make_config
-from training.encoders import STARTER_FOLDER, BaseModelFolder
 from training.errors import BadArtifact
-from training.model import Classifier, build_model
-from training.paths import file_sha256
-from training.predict import predict
-from training.sealed import SUMS
-from training.text import load_tokenizer
-from worker.engine_choice import Choice, read_choice, saved_choices
+from training.loop.predict import predict
+from training.model.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
+from training.model.base_model import STARTER_FOLDER, BaseModelFolder
+from training.model.batching import pad, pad_arrays
+from training.model.classifier import Classifier, build_model
+from training.store.paths import file_sha256
+from training.store.sealed_folder import SUMS
+from training.text.tokenizer import load_tokenizer
 from worker.engine_names import FLOAT32_TORCH
-from worker.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
-from worker.engine_trial import TrialRequest, run_trial
-from worker.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine, hardware
 from worker.errors import DeviceFull
-from worker.scoring_model import ScoringModel
+from worker.scoring.engine_choice import Choice, read_choice, saved_choices
+from worker.scoring.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
+from worker.scoring.engine_trial import TrialRequest, run_trial
+from worker.scoring.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine, hardware
+from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
 
 
 def test_nothing_phones_home() -> None:
-    program = """import worker.engines; worker.engines.openvino()
+    program = """import worker.scoring.engines; worker.scoring.engines.openvino()
 import nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
 print(telemetry.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from db.errors import TweetscoreError
 from tests.bench import DRAINED, Bench, wire
 from training.config import TrainConfig, make_config
-from training.dataset import read_rows, split_rows
-from training.table_file import TableFile, open_table
-from worker.options import label_map, numbers, pairs
+from training.data.dataset import read_rows, split_rows
+from training.data.table_file import TableFile, open_table
+from worker.cli.options import label_map, numbers, pairs
+from worker.intake.tweet_file import read_tweets
 from worker.settings import Settings, environment_name, load_settings
-from worker.tweet_file import read_tweets
-from worker.tweet_record import Tweet, parse_payload
+from worker.stream.tweet_record import Tweet, parse_payload
 
 # How many examples a kind gets, and that all kinds together are enough.
 FEW, MANY = 150, 4_200

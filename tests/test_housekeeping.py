@@ -24,13 +24,20 @@ from tests.faults.commands import command
 from tests.test_store import answer, letter_row, make_version, prediction_row, tweet_row, url_of, write
 from tests.test_views import assert_counted, run, some
 from tests.world import World, on_postgresql, on_sqlite
-from training.cache import Cache
-from training.leftovers import remove_expired_checkpoints
-from training.storage import Store
-from worker import embedded, housekeeping
-from worker.deletion import DeletedCounts
-from worker.housekeeping import MaintenanceThread, apply_retention, compact_rollup, delete_old_windows, maintenance_lock
+from training.jobs.expired_checkpoints import remove_expired_checkpoints
+from training.store.cache import Cache
+from training.store.store import Store
+from worker.maintenance import schedule
+from worker.maintenance.deletion import DeletedCounts
+from worker.maintenance.schedule import (
+    MaintenanceThread,
+    apply_retention,
+    compact_rollup,
+    delete_old_windows,
+    maintenance_lock,
+)
 from worker.settings import Settings
+from worker.stream import embedded_valkey
 
 NEVER = threading.Event()
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,7 +67,7 @@ def test_a_worker_applies_the_retention(settings: Settings, tmp_path: Path) -> N
     migrate.upgrade(database)
     write(database, [tweet_row("1", received_at=datetime.now(UTC) - timedelta(days=2))], [])
     given = {"home": settings.home, "retention_days": 1}
-    with embedded.owned(settings.home, 64), command(tmp_path / "log", given, "worker", "score") as worker:
+    with embedded_valkey.owned(settings.home, 64), command(tmp_path / "log", given, "worker", "score") as worker:
         worker.says("retention of 1 days: 1 tweets")
     assert tweets_in(database) == 0
     database.close()
@@ -233,7 +240,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
 def test_a_chore_that_fails_is_said_and_tried_again_and_others_are_done(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(housekeeping, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(schedule, "RETRY_SECONDS", 0.05)
     stopping, done = threading.Event(), []
 
     def failing() -> bool:

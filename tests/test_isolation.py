@@ -12,9 +12,9 @@ from db.models import DeadLetter
 from tests.bench import Bench, Killed, wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.world import on_postgresql
-from training.artifact import Artifact
+from training.model.artifact import Artifact
 from worker.errors import DeviceFull
-from worker.scoring_model import Scores, ScoringModel
+from worker.scoring.scoring_model import Scores, ScoringModel
 
 POISON = "この文は計算を壊す"
 

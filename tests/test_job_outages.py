@@ -24,14 +24,14 @@ from tests.outages import breakable
 from tests.s3 import S3, s3_server
 from tests.test_job_route import base, count, job_of, left_in, running, shorten, submit, workshop  # noqa: F401
 from tests.test_jobs import claim, lapse
-from training.artifact import load_artifact
-from training.cache import Cache
-from training.inputs import store_dataset
-from training.job import run_next_job
-from training.orphans import remove_unregistered_artifacts
-from training.paths import file_sha256
-from training.storage import Store
-from training.workshop import TrainingContext
+from training.jobs.context import TrainingContext
+from training.jobs.inputs import store_dataset
+from training.jobs.run import run_next_job
+from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
+from training.model.artifact import load_artifact
+from training.store.cache import Cache
+from training.store.paths import file_sha256
+from training.store.store import Store
 
 NEVER = threading.Event()
 MODEL = b"INSERT INTO model_versions"

@@ -22,19 +22,19 @@ from db.models import ConfusionCell, EpochMetric, ModelVersion, TestMetric, Test
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
-from training.artifact import load_artifact, make_reference
-from training.cache import Cache
 from training.config import make_config
-from training.dataset import Dataset, Split
-from training.epoch import Epoch
-from training.evaluate import model_figures
-from training.job import run_next_job
-from training.outcome import TrainingResult
-from training.paths import file_sha256
-from training.register import register_model
-from training.storage import Store
-from training.workshop import TrainingContext
-from worker import show
+from training.data.dataset import Dataset, Split
+from training.evaluation.epoch import Epoch
+from training.evaluation.metrics import model_figures
+from training.jobs.context import TrainingContext
+from training.jobs.register import register_model
+from training.jobs.run import run_next_job
+from training.model.artifact import load_artifact, make_reference
+from training.reporting.training_result import TrainingResult
+from training.store.cache import Cache
+from training.store.paths import file_sha256
+from training.store.store import Store
+from worker.cli import output
 
 NEVER = threading.Event()
 
@@ -141,7 +141,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(show, "console", Console(file=screen, width=200))
+    monkeypatch.setattr(output, "console", Console(file=screen, width=200))
     job_id = submit(sqlite, labelled_csv, **base)
     failpoint.arm("baseline=full~tfidf")
     try:
@@ -151,7 +151,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
     job = job_of(sqlite, job_id)
     note = "the tfidf baseline failed (MemoryError); its figures are missing"
     assert (job.state, job.data_report["notes"]) == ("succeeded", [note])
-    show.job_summary(sqlite, job)
+    output.job_summary(sqlite, job)
     assert f"note: {note}" in screen.getvalue()
     [artifact] = workshop.model_store.folder.iterdir()
     assert f"Note: {note}." in (artifact / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import threading
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from worker.lane import WorkerProcess
+from worker.process.worker_process import WorkerProcess
 from worker.settings import Settings
 
 

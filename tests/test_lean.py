@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from training import encoders
-from training.encoders import STARTER_FOLDER, resolve_base_model
 from training.errors import ModelUnavailable
-from training.text import load_tokenizer, mecab_dictionary
-from worker.intake import store_encoder
+from training.model import base_model
+from training.model.base_model import STARTER_FOLDER, resolve_base_model
+from training.text.tokenizer import load_tokenizer, mecab_dictionary
+from worker.intake.submit_job import store_encoder
 from worker.settings import Settings
 
 BLOCKED = ("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower")
@@ -74,7 +74,7 @@ def test_a_base_model_that_needs_unidic_lite_is_refused_at_submission(
 def test_a_hub_model_that_needs_unidic_lite_is_refused_before_it_is_fetched(
     name: str, monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
-    monkeypatch.setattr(encoders, "snapshot_download", lambda *_, **__: pytest.fail("it was fetched"))
+    monkeypatch.setattr(base_model, "snapshot_download", lambda *_, **__: pytest.fail("it was fetched"))
     monkeypatch.setitem(sys.modules, "unidic_lite", None)
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
         resolve_base_model(name, None, [])

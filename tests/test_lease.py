@@ -20,7 +20,7 @@ from db.session import Database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.test_jobs import cancel, claim, claim_new, lapse, read, row, submit
 from training.errors import Cancelled, StopRequested
-from training.lease import Lease
+from training.jobs.lease import Lease
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ import sys, threading, time
 from db import jobs
 from db.errors import LeaseLost
 from db.session import open_database
-from training.lease import Lease
+from training.jobs.lease import Lease
 
 database = open_database(sys.argv[1])
 lease_seconds = float(sys.argv[2])

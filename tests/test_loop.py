@@ -12,13 +12,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from tests.test_training import Bench, maker, stop_at
-from training import fit as loop
-from training.batches import cut
 from training.config import make_config
 from training.errors import BadConfig, StopRequested
-from training.fit import Hooks, build_optimizer, build_scheduler, out_of_patience
-from training.model import half_precision
-from training.predict import loss_function
+from training.loop import fit as loop
+from training.loop.fit import Hooks, build_optimizer, build_scheduler, out_of_patience
+from training.loop.predict import loss_function
+from training.model.batching import cut
+from training.model.classifier import half_precision
 
 EXACT = {"pooling": "mean", "dropout": 0.0, "precision": "float32", "schedule": "constant"}
 Make = Callable[..., Bench]

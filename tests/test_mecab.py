@@ -9,10 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
-from training.encoders import STARTER_FOLDER
-from training.mecab import FastJapaneseEncoder, fast_encoder
-from training.text import TextEncoder, encode, load_tokenizer
-from worker.demo import SAMPLE
+from training.model.base_model import STARTER_FOLDER
+from training.text.mecab import FastJapaneseEncoder, fast_encoder
+from training.text.tokenizer import TextEncoder, encode, load_tokenizer
+from worker.cli.demo import SAMPLE
 
 # What cuts words, joins characters, changes under NFKC, or means something to a tokenizer.
 PARTS = [
@@ -72,7 +72,7 @@ def test_every_character_of_the_basic_plane_gets_the_same_ids(
 def test_words_are_forgotten_before_they_fill_the_memory(
     fast: FastJapaneseEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.mecab.WORDS_REMEMBERED", 5)
+    monkeypatch.setattr("training.text.mecab.WORDS_REMEMBERED", 5)
     before = fast.encode(["今日はとても良い天気ですね。散歩に行きたい"], 200)
     assert len(fast._pieces) == 0
     assert fast.encode(["今日はとても良い天気ですね。散歩に行きたい"], 200) == before

@@ -21,10 +21,10 @@ from tests.bench import Bench, wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import worker
 from tests.world import World
-from worker import logs, metrics_endpoint
-from worker.metrics_endpoint import WorkerCollector
-from worker.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
-from worker.stream import Stream
+from worker.process import logging_setup, metrics_endpoint
+from worker.process.metrics_endpoint import WorkerCollector
+from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
+from worker.stream.stream import Stream
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:
@@ -150,8 +150,8 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("output", [io.StringIO, Terminal])
 def test_a_line_holds_what_is_bound_and_no_words_of_a_tweet(output: type[io.StringIO]) -> None:
     text, words = output(), "最高の一日"
-    logger, handler = logging.Logger("worker.test"), logs.handler(text)
-    handler.addFilter(logs.redact)
+    logger, handler = logging.Logger("worker.test"), logging_setup.handler(text)
+    handler.addFilter(logging_setup.redact)
     logger.addHandler(handler)
     with bound_contextvars(window="5-0", model_version=3):
         try:

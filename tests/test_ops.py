@@ -22,10 +22,10 @@ from celery import Celery
 from tests.bench import wire
 from tests.compose import COMPOSE, ROOT, Deployment
 from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
-from worker.health import KINDS
+from worker.process.health import KINDS
 from worker.settings import Settings, environment_name
 
-OPS = ROOT / "worker" / "ops"
+OPS = ROOT / "worker" / "deploy"
 RULES = yaml.safe_load((OPS / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DASHBOARD = json.loads((OPS / "grafana-dashboard.json").read_text(encoding="utf-8"))
 TARGETS = [(panel["title"], target) for panel in DASHBOARD["panels"] for target in panel["targets"]]

@@ -26,15 +26,16 @@ from tests.conftest import PATIENCE_SECONDS
 from tests.test_pipeline import Slow, draining
 from tests.test_store import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
-from worker import embedded, show
-from worker.deletion import DeletedCounts, TweetFilter, delete_tweets
+from worker.cli import output
+from worker.connections import model_store
 from worker.errors import StreamError
-from worker.export import SCHEMA, export
-from worker.file_report import check_file
-from worker.redis_client import connect
-from worker.runtime import model_store
+from worker.intake.file_report import check_file
+from worker.maintenance.deletion import DeletedCounts, TweetFilter, delete_tweets
+from worker.maintenance.export import SCHEMA, export
 from worker.settings import Settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -220,10 +221,10 @@ def test_deletion_waits_for_a_window_in_progress(lite: Bench, monkeypatch: pytes
     lite.stream.publish([wire(1, author_id="a")])
     with draining(lite.worker(champion)):
         champion.model.begun.wait(PATIENCE_SECONDS)
-        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("worker.maintenance.deletion.WAIT_SECONDS", 0.3)
         with pytest.raises(StreamError, match="still holds 1"):
             delete_tweets(lite.database, lite.stream, TweetFilter(authors=("a",)))
-        monkeypatch.setattr("worker.deletion.WAIT_SECONDS", 60.0)
+        monkeypatch.setattr("worker.maintenance.deletion.WAIT_SECONDS", 60.0)
         threading.Timer(0.5, champion.model.go.set).start()
         delete_tweets(lite.database, lite.stream, TweetFilter(authors=("a",)))
     assert lite.rows(Tweet) == []
@@ -247,7 +248,7 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     promote(database, model_store(settings).folder)
     tweets = [{"id": str(i), "text": f"普通の話{i}", "author_id": "b"} for i in range(50)]
     tweets += [{"id": f"9{i}", "text": f"{SECRET}{i}", "author_id": "a"} for i in range(50)]
-    with embedded.owned(settings.home, 64) as server:
+    with embedded_valkey.owned(settings.home, 64) as server:
         stream = Stream(connect(server.url), settings.stream_key, settings.group)
         push = tweetscore("push", "-", stdin="".join(json.dumps(t) + "\n" for t in tweets))
         assert push.returncode == 0, push.stderr
@@ -283,9 +284,9 @@ def found_in(home: Path) -> list[str]:
 def test_long_work_is_told_in_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show, "errors", Console(stderr=True, highlight=False, width=100))
-    monkeypatch.setattr(show, "PROGRESS_SECONDS", 0.0)
-    with show.long_work("exporting") as tell:
+    monkeypatch.setattr(output, "errors", Console(stderr=True, highlight=False, width=100))
+    monkeypatch.setattr(output, "PROGRESS_SECONDS", 0.0)
+    with output.long_work("exporting") as tell:
         print("a row")
         tell(1_000, 2_000)
         tell(5, None, "5 tweets")
@@ -298,8 +299,8 @@ def test_on_a_terminal_a_bar_is_drawn_on_standard_error_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = StringIO()
-    monkeypatch.setattr(show, "errors", Console(file=drawn, force_terminal=True, width=100))
-    with show.long_work("exporting", MofNCompleteColumn()) as tell:
+    monkeypatch.setattr(output, "errors", Console(file=drawn, force_terminal=True, width=100))
+    with output.long_work("exporting", MofNCompleteColumn()) as tell:
         tell(1_000, 2_000)
         print("a row")
     assert capsys.readouterr().out == "a row\n"

@@ -16,12 +16,12 @@ from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.bench import DRAINED, Bench, Killed, wire
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
-from training.batches import plan_batches
-from worker.overlap import WINDOWS_IN_FLIGHT
-from worker.pipeline import Pipeline
-from worker.scoring_model import Scores, ScoringModel
-from worker.stream import Depth, Stream
-from worker.window import Window
+from training.model.batching import plan_batches
+from worker.scoring.overlap import WINDOWS_IN_FLIGHT
+from worker.scoring.pipeline import Pipeline
+from worker.scoring.scoring_model import Scores, ScoringModel
+from worker.scoring.window import Window
+from worker.stream.stream import Depth, Stream
 
 
 class Slow(ScoringModel):

@@ -17,18 +17,19 @@ from sklearn.metrics import brier_score_loss, f1_score
 from sklearn.metrics import log_loss as reference_log_loss
 from sklearn.multiclass import OneVsRestClassifier
 
-from training import baselines as baselines_module
-from training import failpoint, plots
-from training.artifact import Spec
-from training.baselines import STRENGTHS, baselines, majority, tfidf
-from training.calibrate import brier_score, calibration_error, fit_temperature, log_loss, reliability_bins
-from training.card import write_card
+from training import failpoint
 from training.config import make_config
-from training.dataset import Dataset, Split
-from training.decide import choose, to_probabilities
-from training.epoch import Epoch
-from training.evaluate import mcnemar, model_figures
-from training.outcome import TrainingResult
+from training.data.dataset import Dataset, Split
+from training.evaluation import baselines as baselines_module
+from training.evaluation.baselines import STRENGTHS, baselines, majority, tfidf
+from training.evaluation.calibration import brier_score, calibration_error, fit_temperature, log_loss, reliability_bins
+from training.evaluation.decisions import choose, to_probabilities
+from training.evaluation.epoch import Epoch
+from training.evaluation.metrics import mcnemar, model_figures
+from training.model.artifact import Spec
+from training.reporting import plots
+from training.reporting.model_card import write_card
+from training.reporting.training_result import TrainingResult
 
 JAPANESE = ["否定", "中立", "肯定"]
 SINGLE, SEVERAL = "single_label", "multi_label"

@@ -17,7 +17,7 @@ from typer.main import get_command
 import worker
 from tests.faults.test_rows import FAULTS
 from worker.app import make_app
-from worker.cli import app
+from worker.cli.main import app
 from worker.settings import Settings, environment_name
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import BadRecord
-from worker.tweet_record import MAX_TEXT_CHARS, Tweet, parse_object, parse_payload
+from worker.stream.tweet_record import MAX_TEXT_CHARS, Tweet, parse_object, parse_payload
 
 
 def test_a_tweet_survives_the_wire_format() -> None:

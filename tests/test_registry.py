@@ -25,12 +25,13 @@ from db.errors import InUse, NotFound
 from db.models import EpochMetric, ModelVersion, Prediction, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
-from worker import backfill, show
-from worker.backfill import rescore
+from worker.cli import output
+from worker.connections import model_store, open_sql
 from worker.errors import StreamError
-from worker.runtime import model_store, open_sql
+from worker.scoring import backfill
+from worker.scoring.backfill import rescore
 from worker.settings import Settings, load_settings
-from worker.stream import Depth
+from worker.stream.stream import Depth
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Promote = Callable[..., int]
@@ -329,17 +330,17 @@ def running_job(**fields: Any) -> TrainingJob:
 
 
 def test_the_pace_of_a_job_is_loss_rate_and_time_left_as_far_as_they_are_known() -> None:
-    assert show.pace(running_job()) == "loss 0.500, 30 samples/s, 0:01:40 left"
-    assert show.pace(running_job(samples_per_second=None)) == "loss 0.500"
-    assert show.pace(running_job(state="queued", loss=None)) == ""
+    assert output.pace(running_job()) == "loss 0.500, 30 samples/s, 0:01:40 left"
+    assert output.pace(running_job(samples_per_second=None)) == "loss 0.500"
+    assert output.pace(running_job(state="queued", loss=None)) == ""
 
 
 def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_left(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(show, "console", Console(file=screen, force_terminal=True, width=120))
-    monkeypatch.setattr(show, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(output, "console", Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(output, "POLL_SECONDS", 0.02)
     with database.begin() as session:
         session.add(running_job(lease_expires_at=utc_now() + timedelta(minutes=5)))
         session.flush()
@@ -360,7 +361,7 @@ def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_lef
                 job.state, job.step = "succeeded", 400
 
     other = open_database(database_url)
-    assert show.follow(other, job_id, watch).state == "succeeded"
+    assert output.follow(other, job_id, watch).state == "succeeded"
     other.close()
     written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for wanted in ("running", "75%", "30 samples/s, 0:00:33 left", "0.4375", "100%"):

@@ -27,11 +27,11 @@ from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
 from tests.faults.actors import acting, killed_at
 from tests.faults.commands import worker
 from tests.world import World
-from worker import embedded
 from worker.app import TRAINING, broker_url
-from worker.inbox import RequestQueue, read_request
-from worker.intake import submit_training
+from worker.intake.request_queue import RequestQueue, read_request
+from worker.intake.submit_job import submit_training
 from worker.settings import load_settings
+from worker.stream import embedded_valkey
 
 TRAIN, CANCEL = "worker.tasks.train", "worker.tasks.cancel"
 OTHER_PROGRAM = """
@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Itera
         "lease_seconds": 60,
     }  # fmt: skip
     dataset = write_labelled(tiny_encoder.parent / "requests.csv")
-    with embedded.owned(home) as server, worker(given, "train") as trainer:
+    with embedded_valkey.owned(home) as server, worker(given, "train") as trainer:
         url = broker_url(server.url)
         yield SimpleNamespace(
             given=given, dataset=str(dataset), trainer=trainer, url=url, server=server,

@@ -23,12 +23,12 @@ from tests.conftest import PATIENCE_SECONDS
 from tests.test_out import SECRET, found_in
 from tests.test_store import tweet_row, url_of, write
 from tests.world import on_postgresql
-from worker import embedded
-from worker.cli import app
-from worker.deletion import compact
-from worker.redis_client import connect
+from worker.cli.main import app
+from worker.maintenance.deletion import compact
 from worker.settings import Settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 OPEN = """
 import sqlite3, sys
@@ -85,7 +85,7 @@ def test_delete_beside_an_open_reader_says_what_is_left_and_is_whole_when_that_e
     secrets(database)
     rewrite.rewrite(database)  # into the file itself, out of its log
     delete = ("delete", "--author", "a")
-    with embedded.owned(settings.home, 64), program(database, "BEGIN") as reader:
+    with embedded_valkey.owned(settings.home, 64), program(database, "BEGIN") as reader:
         said = CliRunner().invoke(app, [*delete, "--json"])
         assert said.exit_code == 1
         found = json.loads(said.stdout)

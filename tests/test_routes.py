@@ -24,10 +24,10 @@ from db import jobs, registry
 from db.models import DeadLetter, EpochMetric, Prediction, TestMetric, TestPrediction, TrainingJob, Tweet
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from worker import embedded
 from worker.app import broker_url
-from worker.redis_client import connect
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -55,7 +55,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator
         for role in ("train", "score"):
             log = home / "logs" / f"{role}.log"
             wait_until(lambda log=log: log.exists() and " ready." in log.read_text(errors="replace"))
-        url = f"unix://{embedded.socket_path(home)}"
+        url = f"unix://{embedded_valkey.socket_path(home)}"
         database = open_database(f"sqlite:///{home / 'tweetscore.db'}")
         yield SimpleNamespace(home=home, environment=environment, process=process, url=url, database=database)
     finally:
@@ -326,4 +326,4 @@ def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: 
     assert up.process.wait(PATIENCE_SECONDS) == 0
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
-    assert embedded.find(up.home) is None
+    assert embedded_valkey.find(up.home) is None

@@ -8,7 +8,7 @@ import pytest
 
 from worker.app import broker_url, celery_config
 from worker.errors import BadSettings
-from worker.processes import child_environment
+from worker.process.supervisor import child_environment
 from worker.settings import Settings, environment_name, load_settings
 
 
@@ -101,7 +101,7 @@ def test_only_the_settings_module_reads_the_environment() -> None:
         if "os.environ" in path.read_text(encoding="utf-8")
     }
     # Alembic's own command has no settings; a child is handed its parent's number.
-    children = {"worker/processes.py", "worker/lane.py"}
+    children = {"worker/process/supervisor.py", "worker/process/worker_process.py"}
     assert readers == {"db/migrations/env.py"} | children
 
 

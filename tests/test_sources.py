@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from db.session import Database
-from training.dataset import read_rows
+from training.data.dataset import read_rows
+from training.data.table_file import TableFile, guess_encoding, open_table
 from training.errors import BadDataset, BadSource
-from training.inputs import fetched_dataset
-from training.table_file import TableFile, guess_encoding, open_table
+from training.jobs.inputs import fetched_dataset
+from worker.connections import input_store, training_context
 from worker.errors import BadRecord
-from worker.intake import submit_training
-from worker.runtime import input_store, training_context
+from worker.intake.submit_job import submit_training
+from worker.intake.tweet_file import read_tweets
 from worker.settings import Settings
-from worker.tweet_file import read_tweets
-from worker.tweet_record import Tweet
+from worker.stream.tweet_record import Tweet
 
 LONG = "今日の展示はとても良かった。" * 20
 
@@ -251,7 +251,7 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
 def test_standard_input_is_read_as_it_comes(tmp_path: Path) -> None:
     """The first tweet is read before the writer ends."""
     code = (
-        "from training.table_file import open_table\nfrom worker.tweet_file import read_tweets\n"
+        "from training.data.table_file import open_table\nfrom worker.intake.tweet_file import read_tweets\n"
         "with open_table('-') as source:\n  for number, tweet in read_tweets(source): print(tweet.text, flush=True)\n"
     )
     with subprocess.Popen(

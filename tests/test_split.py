@@ -18,15 +18,15 @@ from db import jobs, registry
 from db.models import TestPrediction
 from db.session import Database
 from tests.test_data import many, rows_of
-from training.artifact import load_artifact
 from training.config import TrainConfig, make_config
-from training.dataset import Dataset, read_rows, split_rows
+from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset
-from training.job import run_next_job
-from worker import show
-from worker.inbox import TRAIN, Request
-from worker.intake import accept_request, submit_training
-from worker.runtime import training_context
+from training.jobs.run import run_next_job
+from training.model.artifact import load_artifact
+from worker.cli import output
+from worker.connections import training_context
+from worker.intake.request_queue import TRAIN, Request
+from worker.intake.submit_job import accept_request, submit_training
 from worker.settings import Settings
 
 # As they stand in the guide.
@@ -232,7 +232,7 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     assert "The split is the guide's: all 124 rows, sampled by pandas with seed 200" in card
     assert f"{leaked['test']:,} test rows have a text that is also a training row" in card
     assert "no text is in two parts" not in card
-    show.job_summary(sqlite, job)
+    output.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
     assert "kept as the guide keeps them" in said
     assert f"{leaked['test']} test rows have a text that is also in the training rows" in said

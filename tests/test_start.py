@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from worker.cli import PANELS, app
+from worker.cli.main import PANELS, app
 
 COMMAND = {
     "torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "datasette",
@@ -33,8 +33,12 @@ def commands(command: typer.core.TyperGroup, *names: str) -> list[tuple[list[str
     ("modules", "needed", "unneeded"),
     [
         ("worker", "worker", COMMAND | {"typer", "pydantic"}),
-        ("worker.cli", "typer", COMMAND),
-        ("worker.app, worker.tasks, worker.champion, worker.pipeline, training.dataset", "torch", SCORER),
+        ("worker.cli.main", "typer", COMMAND),
+        (
+            "worker.app, worker.tasks, worker.scoring.champion, worker.scoring.pipeline, training.data.dataset",
+            "torch",
+            SCORER,
+        ),
     ],
 )
 def test_a_process_loads_only_what_it_is_for(modules: str, needed: str, unneeded: set[str]) -> None:
@@ -48,7 +52,7 @@ def test_a_process_loads_only_what_it_is_for(modules: str, needed: str, unneeded
 def test_help_of_every_command_loads_the_command_line_alone() -> None:
     asked = [[], *(words for words, _ in commands(get_command(app)))]
     program = f"""import contextlib, io, sys
-from worker.cli import app
+from worker.cli.main import app
 for words in {asked!r}:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         app([*words, "--help"], standalone_mode=False)
@@ -58,8 +62,9 @@ print(*sys.modules)"""
     loaded = set(ended.stdout.split())
     assert not loaded & (COMMAND | {"rich.progress"})
     assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
-        "db.errors", "worker.choices", "worker.cli", "worker.cli_data", "worker.cli_db", "worker.cli_dead",
-        "worker.cli_jobs", "worker.cli_models", "worker.errors", "worker.show",
+        "db.errors", "worker.cli", "worker.cli.main", "worker.cli.data", "worker.cli.db", "worker.cli.dead_letters",
+        "worker.cli.jobs", "worker.cli.models", "worker.cli.tweets", "worker.cli.output", "worker.errors",
+        "worker.scoring", "worker.scoring.engine_choice",
     }  # fmt: skip
 
 

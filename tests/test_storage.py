@@ -20,17 +20,17 @@ from tests.bench import Bench
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.s3 import S3, s3_server
 from tests.test_job_route import count, job_of, left_in, running, shorten
-from training.cache import Cache
 from training.errors import BadArtifact, ModelUnavailable, StoreUnavailable
-from training.inputs import fetched_base_model, store_base_model
-from training.job import run_next_job
-from training.paths import file_sha256
-from training.sealed import SUMS, seal, verify
-from training.storage import Store
-from worker.champion import Champion
-from worker.intake import submit_training
-from worker.runtime import input_store, model_store, training_context
-from worker.scoring_model import Serving, load_model, serving_from
+from training.jobs.inputs import fetched_base_model, store_base_model
+from training.jobs.run import run_next_job
+from training.store.cache import Cache
+from training.store.paths import file_sha256
+from training.store.sealed_folder import SUMS, seal, verify
+from training.store.store import Store
+from worker.connections import input_store, model_store, training_context
+from worker.intake.submit_job import submit_training
+from worker.scoring.champion import Champion
+from worker.scoring.scoring_model import Serving, load_model, serving_from
 from worker.settings import Settings, load_settings
 
 NEVER = threading.Event()
@@ -344,7 +344,7 @@ def test_deleting_a_model_takes_it_out_of_the_store(
     url = f"sqlite:///{tmp_path / 'models.db'}"
     assert model_store(settings).remote is not None
     model_store(settings).remote.upload(tiny_artifact.folder, "tiny")
-    from worker.runtime import open_sql
+    from worker.connections import open_sql
 
     with open_sql(settings.model_copy(update={"database_url": url})).begin() as session:
         registry.add_version(

@@ -14,16 +14,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.conftest import wait_until
-from worker import embedded
 from worker.errors import StreamError, StreamFull
-from worker.redis_client import connect
-from worker.stream import Depth, Record, Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Depth, Record, Stream
 
 
 @pytest.fixture(scope="module")
 def own_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator["redis.Redis"]:
     """A client of a server that nobody else uses, for what would disturb the others."""
-    with embedded.owned(tmp_path_factory.mktemp("own")) as running, connect(running.url) as client:
+    with embedded_valkey.owned(tmp_path_factory.mktemp("own")) as running, connect(running.url) as client:
         yield client
 
 

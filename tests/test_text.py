@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.conftest import PATIENCE_SECONDS
-from training.artifact import load_artifact
 from training.config import make_config
-from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder, resolve_base_model
 from training.errors import BadArtifact, ModelUnavailable
-from training.model import build_model
-from training.sealed import seal
-from training.text import encode, load_tokenizer, mecab_dictionary
+from training.model.artifact import load_artifact
+from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder, resolve_base_model
+from training.model.classifier import build_model
+from training.store.sealed_folder import seal
+from training.text.tokenizer import encode, load_tokenizer, mecab_dictionary
 
 # ipadic has 公務員 as one word, unidic-lite cuts it into 公務 and 員.
 SENTENCE = "国家公務員になりたくなかった。"
@@ -202,7 +202,8 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
 def resolve_offline(name: str, revision: str | None, hub: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, since huggingface_hub reads its settings when it is imported."""
     code = (
-        "import sys; from training.encoders import resolve_base_model; from training.errors import ModelUnavailable\n"
+        "import sys; from training.model.base_model import resolve_base_model\n"
+        "from training.errors import ModelUnavailable\n"
         f"try: print(*vars(resolve_base_model({name!r}, {revision!r}, [])).values(), sep='\\n')\n"
         "except ModelUnavailable as error: sys.exit(str(error))"
     )

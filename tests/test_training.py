@@ -16,19 +16,19 @@ from tensorboard.backend.event_processing.event_accumulator import GRAPH, IMAGES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from training.artifact import load_artifact, make_spec, save_artifact
-from training.batches import pad, shuffled_batches
-from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.dataset import Dataset, Split, read_rows, split_rows
-from training.decide import to_probabilities
-from training.encoders import BaseModelFolder
+from training.data.dataset import Dataset, Split, read_rows, split_rows
 from training.errors import BadArtifact, BadConfig, StopRequested
-from training.evaluate import metrics
-from training.fit import Epoch, FitInputs, Hooks, as_good, fit
-from training.model import Classifier, build_model
-from training.predict import loss_function, predict
-from training.text import encode, load_tokenizer
+from training.evaluation.decisions import to_probabilities
+from training.evaluation.metrics import metrics
+from training.loop.checkpoints import Checkpoints
+from training.loop.fit import Epoch, FitInputs, Hooks, as_good, fit
+from training.loop.predict import loss_function, predict
+from training.model.artifact import load_artifact, make_spec, save_artifact
+from training.model.base_model import BaseModelFolder
+from training.model.batching import pad, shuffled_batches
+from training.model.classifier import Classifier, build_model
+from training.text.tokenizer import encode, load_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -17,19 +17,19 @@ from tests.conftest import LABELS, wait_until
 from tests.faults.commands import worker
 from tests.test_engines import artifact_of
 from tests.world import World, on_sqlite
-from training.artifact import Artifact, load_artifact
 from training.config import make_config
-from training.encoders import BaseModelFolder
-from training.model import build_model
-from training.paths import file_sha256
-from training.sealed import SUMS
-from worker import engine_trial
-from worker.champion import Champion
-from worker.engine_choice import CHOICE, saved_choices
+from training.model.artifact import Artifact, load_artifact
+from training.model.base_model import BaseModelFolder
+from training.model.classifier import build_model
+from training.store.paths import file_sha256
+from training.store.sealed_folder import SUMS
 from worker.engine_names import FLOAT32_TORCH
-from worker.engine_selection import REQUESTED, choice_folders, load_engine, trial_memory
-from worker.engine_trial import TrialRequest
-from worker.scoring_model import Serving, load_model, open_model
+from worker.scoring import engine_trial
+from worker.scoring.champion import Champion
+from worker.scoring.engine_choice import CHOICE, saved_choices
+from worker.scoring.engine_selection import REQUESTED, choice_folders, load_engine, trial_memory
+from worker.scoring.engine_trial import TrialRequest
+from worker.scoring.scoring_model import Serving, load_model, open_model
 
 BETTER = "openvino-float32"
 TORCH = torch.device("cpu")
@@ -74,7 +74,7 @@ def register(bench: Bench | World, folder: Path) -> ModelVersion:
 
 def trials(of: int | None = None) -> list[psutil.Process]:
     """Children of a process, this one by default, that run a trial of engines."""
-    return [child for child in psutil.Process(of).children() if "worker.engine_trial" in _command(child)]
+    return [child for child in psutil.Process(of).children() if "worker.scoring.engine_trial" in _command(child)]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -263,7 +263,7 @@ def test_a_short_command_tries_nothing_out_and_a_long_one_gets_the_better_engine
     with open_model(version, serves) as opened:
         assert opened.current().engine.name == FLOAT32_TORCH
         assert trials() == []
-    monkeypatch.setattr("worker.scoring_model.TRIAL_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("worker.scoring.scoring_model.TRIAL_AFTER_SECONDS", 0.0)
     with open_model(version, serves) as opened:
         wait_until(trials)
     assert trials() == [], "it ended with the command"

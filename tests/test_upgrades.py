@@ -29,9 +29,9 @@ from tests.releases import CONTRACTS, DEMANDS, EXPANDS, NEXT, RENAMES, next_chai
 from tests.test_store import answer, prediction_row, tweet_row, write
 from tests.test_views import assert_counted, run
 from tests.world import on_postgresql, on_sqlite
-from worker.cli import app
-from worker.doctor import examine
-from worker.health import check_health
+from worker.cli.doctor import examine
+from worker.cli.main import app
+from worker.process.health import check_health
 from worker.settings import Settings, load_settings
 
 NEWEST = newest_revision()
@@ -309,7 +309,7 @@ def test_a_newer_schema_is_left_as_it_is_and_refused_only_when_it_says_so(databa
 def test_a_command_upgrades_sqlite_by_itself(database: Database, settings: Settings, tmp_path: Path) -> None:
     settings = settings.model_copy(update={"database_url": str(database.engine.url)})
     newer = next_release(tmp_path / "newer", EXPANDS, with_mood)
-    done = newer.run(settings, "worker.cli", "jobs", "list", "--json")
+    done = newer.run(settings, "worker.cli.main", "jobs", "list", "--json")
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
     assert compatibility.find(database).revision == NEXT
 
@@ -326,7 +326,7 @@ def test_only_db_upgrade_upgrades_postgresql_and_commands_say_so(
             assert_commands_refuse(labelled_csv, words)
     assert compatibility.find(empty).revision == NEWEST, "no command changed it"
     newer = next_release(tmp_path / "newer", EXPANDS, with_mood)
-    done = newer.run(load_settings(), "worker.cli", "jobs", "list")
+    done = newer.run(load_settings(), "worker.cli.main", "jobs", "list")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the database has schema")
     newer.upgrades(load_settings())

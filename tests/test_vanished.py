@@ -21,10 +21,10 @@ from tests.faults.actors import wait_for_log
 from tests.servers import short_home
 from tests.test_metrics import looked
 from tests.world import World, on_sqlite
-from worker import embedded
-from worker.metrics_endpoint import WorkerCollector
-from worker.redis_client import connect
-from worker.stream import Stream
+from worker.process.metrics_endpoint import WorkerCollector
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 
 @pytest.fixture(scope="module")
@@ -289,13 +289,13 @@ def test_whatever_happens_in_whatever_order_the_count_is_that_of_the_erased(
 
 def test_the_count_outlives_the_server_and_starts_anew_when_everything_is_flushed() -> None:
     with short_home() as home:
-        with embedded.owned(home) as server, connect(server.url) as client:
+        with embedded_valkey.owned(home) as server, connect(server.url) as client:
             stream = Stream(client, "tweets", "scorers")
             stream.ensure_group()
             publish(stream, 10)
             take(stream, 4)
             client.xtrim("tweets", maxlen=0, approximate=False)
-        with embedded.owned(home) as server, connect(server.url) as client:
+        with embedded_valkey.owned(home) as server, connect(server.url) as client:
             stream = Stream(client, "tweets", "scorers")
             for _ in range(2):
                 stream.detect_vanished()

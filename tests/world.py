@@ -20,14 +20,14 @@ from db.session import Database, open_database
 from tests.bench import DRAINED
 from tests.conftest import wait_until, write_labelled
 from tests.faults.actors import Actor, acting, killed_at
-from training.job import run_next_job
-from worker import embedded
+from training.jobs.run import run_next_job
 from worker.app import TRAINING, broker_url
-from worker.intake import submit_training
-from worker.redis_client import connect
-from worker.runtime import training_context
+from worker.connections import training_context
+from worker.intake.submit_job import submit_training
 from worker.settings import Settings, load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 # For what is the same whichever database it is: one of them, in turn.
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -141,7 +141,7 @@ class World:
 
 
 @pytest.fixture
-def clean_queue(server: embedded.Server) -> None:
+def clean_queue(server: embedded_valkey.Server) -> None:
     """The queue has one name; what another test of this process left there is none of this one's."""
     redis.Redis.from_url(server.url).delete(TRAINING, f"{TRAINING}:taken")
 
@@ -181,7 +181,9 @@ def given(quick: dict[str, Any], database_url: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def world(given: dict[str, Any], database: Database, server: embedded.Server, promote: Callable[..., int]) -> World:
+def world(
+    given: dict[str, Any], database: Database, server: embedded_valkey.Server, promote: Callable[..., int]
+) -> World:
     """On the test process's server, which no test may stop."""
     given |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
     return World(given, database, server.url, promote(database, Path(given["home"]) / "models"))
@@ -190,5 +192,5 @@ def world(given: dict[str, Any], database: Database, server: embedded.Server, pr
 @pytest.fixture
 def own(given: dict[str, Any], database: Database, promote: Callable[..., int]) -> World:
     """On the home's embedded server, which the test starts and stops as it likes."""
-    url = f"unix://{embedded.socket_path(Path(given['home']))}"
+    url = f"unix://{embedded_valkey.socket_path(Path(given['home']))}"
     return World(given, database, url, promote(database, Path(given["home"]) / "models"))

@@ -18,7 +18,7 @@ def submit_training(dataset: str, preset: str | None = None, **options: Any) -> 
     `options` are fields of `training.config.TrainConfig`. The nudge is optional: without a broker the job waits in SQL
     for the next worker. Raises `TweetscoreError` when the job cannot succeed.
     """
-    from worker.intake import submit_and_nudge  # imported here to keep `import worker` fast
+    from worker.intake.submit_job import submit_and_nudge  # imported here to keep `import worker` fast
 
     return submit_and_nudge(dataset, preset, **options)
 
@@ -32,9 +32,9 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     row. Raises `BadRecord`, and publishes nothing, when an item is not a tweet; `StreamError` or `ServerFailed` when
     the broker is away.
     """
-    from worker import doors
+    from worker.intake import publish
 
-    return doors.publish(tweets)
+    return publish.publish(tweets)
 
 
 @overload

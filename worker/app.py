@@ -9,10 +9,10 @@ from celery import Celery
 from kombu.exceptions import KombuError
 from redis import RedisError
 
+from worker.connections import stream_url
 from worker.errors import BadSettings
-from worker.redis_client import CLIENT_TIMEOUT_SECONDS
-from worker.runtime import stream_url
 from worker.settings import Settings, load_settings
+from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         # A broker whose memory is full refuses to declare queues until scoring has freed memory: retry, do not exit.
         "broker_channel_error_retry": True,
-        "worker_consumer": "worker.consumer:DelayedRetryConsumer",
+        "worker_consumer": "worker.process.celery_consumer:DelayedRetryConsumer",
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": True,

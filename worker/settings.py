@@ -18,10 +18,10 @@ from db.errors import shown
 from training import failpoint
 from training.config import PRESETS
 from training.errors import BadConfig
-from training.storage import is_remote, local_path
+from training.store.store import is_remote, local_path
 from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
-from worker.redis_client import connect
+from worker.stream.redis_client import connect
 
 WITH_PASSWORD = ("redis", "database", "reader")
 

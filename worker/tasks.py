@@ -23,16 +23,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.errors import NotFound, TweetscoreError
 from training import failpoint
-from worker import logs, metrics_endpoint, requests, results
 from worker.app import SCORING, TRAINING, app
+from worker.connections import stream_url
 from worker.errors import JobFailed
 from worker.exit_codes import BAD_SETTINGS_EXIT
-from worker.inbox import RequestQueue
-from worker.lane import ScoringWorker, TrainingWorker, WorkerProcess
-from worker.redis_client import connect
-from worker.runtime import stream_url
+from worker.intake.request_queue import RequestQueue
+from worker.process import logging_setup, metrics_endpoint, task_results, training_requests
+from worker.process.watchdog import end_at_once, end_at_signal
+from worker.process.worker_process import ScoringWorker, TrainingWorker, WorkerProcess
 from worker.settings import load_settings
-from worker.watchdog import end_at_once, end_at_signal
+from worker.stream.redis_client import connect
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
     """Without `dataset`, a nudge: run the queued jobs. With `dataset`, return the outcome of the job it requested.
 
     A plain Celery client sends `kwargs={"dataset": path, ...}` to the queue `training`. The message's id is the job's
-    `request_id`, so the same message twice creates one job. `worker.requests` creates the row before Celery receives
-    the message, and sends the message again when the job has ended.
+    `request_id`, so the same message twice creates one job. `worker.process.training_requests` creates the row before
+    Celery receives the message, and sends the message again when the job has ended.
 
     Returns {"job_id", "model_version_id", "metrics"}; raises `JobFailed` with the job's error message.
     """
@@ -88,9 +88,9 @@ def _outcome(task: Task, worker: WorkerProcess) -> dict[str, Any]:
             job = jobs.of_request(session, id_)
             if job is None:
                 raise JobFailed("the request could not be stored as a job; check its arguments and send it again")
-            found = results.state_of(session, job) if job.finished_at and job.message is not None else None
+            found = task_results.state_of(session, job) if job.finished_at and job.message is not None else None
     except SQLAlchemyError as error:
-        raise Ignore from error  # `worker.requests` sends the message again
+        raise Ignore from error  # `worker.process.training_requests` sends the message again
     if found is None:
         raise Ignore
     _, result = found
@@ -114,7 +114,7 @@ def cancel(job_id: int | None = None, request_id: str | None = None) -> dict[str
     worker = workers.get(TRAINING)
     if worker is None:
         raise Ignore
-    job = requests.cancel(worker.database, job_id, request_id)
+    job = training_requests.cancel(worker.database, job_id, request_id)
     if job is None:
         raise NotFound(f"there is no job {job_id}; name one as job_id, or its message as request_id")
     return {"job_id": job.id, "state": job.state}
@@ -148,7 +148,7 @@ def _start(sender: str, instance: Any, **_: Any) -> None:
         # Celery logs an exception of a signal handler and runs on without a pipeline. It also drops the code of a
         # SystemExit raised here, so that the process would end with 0.
         end_at_once(BAD_SETTINGS_EXIT, str(error))
-    queues.deselect(TRAINING)  # `worker.inbox` reads this queue
+    queues.deselect(TRAINING)  # `worker.intake.request_queue` reads this queue
     _wait_for_database()
 
 
@@ -221,7 +221,7 @@ def _wait_for_workers(**_: Any) -> None:
 
 @setup_logging.connect
 def _setup_logging(loglevel: int | str = "INFO", **_: Any) -> None:
-    logs.set_up()
+    logging_setup.set_up()
     # Celery logs the start and end of every nudge; the pipelines log what was done.
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)

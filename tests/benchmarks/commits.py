@@ -1,6 +1,6 @@
 """What it costs that SQLite has a commit on disk when it returns: `python -m tests.benchmarks.commits`.
 
-Windows as `worker/pipeline.py` commits them, with `synchronous=FULL`, which is tweetscore's, and with `NORMAL`, which a
+Windows as the pipeline commits them, with `synchronous=FULL`, which is tweetscore's, and with `NORMAL`, which a
 power cut may take back; in turns, the median of several rounds.
 """
 

@@ -11,14 +11,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from training.artifact import make_reference, make_spec, save_artifact
-from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.dataset import Split, read_rows, split_rows
-from training.encoders import STARTER_FOLDER, BaseModelFolder
-from training.model import Classifier, build_model
-from training.predict import predict
-from training.text import TextEncoder, load_tokenizer
+from training.data.dataset import Split, read_rows, split_rows
+from training.loop.predict import predict
+from training.model.artifact import make_reference, make_spec, save_artifact
+from training.model.base_model import STARTER_FOLDER, BaseModelFolder
+from training.model.classifier import Classifier, build_model
+from training.text.cleaning import clean
+from training.text.tokenizer import TextEncoder, load_tokenizer
 
 SAMPLE_LABELLED = Path(__file__).parents[2] / "training" / "sample" / "labelled.csv"
 CPU = torch.device("cpu")

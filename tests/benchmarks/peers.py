@@ -27,11 +27,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from training.artifact import load_artifact
-from training.text import TextEncoder, load_tokenizer
+from training.model.artifact import load_artifact
+from training.text.tokenizer import TextEncoder, load_tokenizer
 from worker.app import celery_config
-from worker.redis_client import connect
-from worker.stream import Stream
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 MAX_LENGTH = 200
 PIPELINE_BATCH_SIZE = 32

@@ -20,12 +20,12 @@ from db import predictions, registry
 from db.models import ModelVersion
 from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
-from worker import embedded
-from worker.demo import SAMPLE
-from worker.engine_choice import saved_choices
-from worker.runtime import open_sql, open_stream
+from worker.cli.demo import SAMPLE
+from worker.connections import open_sql, open_stream
+from worker.scoring.engine_choice import saved_choices
 from worker.settings import Settings, load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.stream import Stream
 
 LOOK_SECONDS = 0.02
 AHEAD = 2_000  # tweets that are always in the stream
@@ -41,7 +41,7 @@ def measure(base: bool, limit: float) -> dict[str, object]:
         sha256 = base_artifact(made) if base else starter_artifact(made)
         shutil.rmtree(made.with_name("model.engines"), ignore_errors=True)
         database = open_sql(settings)
-        with embedded.owned(settings.home) as server:
+        with embedded_valkey.owned(settings.home) as server:
             log = settings.home / "worker.log"
             with log.open("wb") as output:
                 command = [sys.executable, "-m", "worker.cli", "worker", "score"]

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.benchmarks import bulk, models, peers
 from tests.benchmarks.system import System, tweets
-from training.artifact import load_artifact
-from training.batches import pad_arrays, plan_batches
-from training.text import TextEncoder, encode
-from worker.engine_selection import choice_folder, load_engine
-from worker.engine_trial import TrialRequest, run_trial
-from worker.engines import Batch, hardware
-from worker.scoring_model import ScoringModel
+from training.model.artifact import load_artifact
+from training.model.batching import pad_arrays, plan_batches
+from training.text.tokenizer import TextEncoder, encode
+from worker.scoring.engine_selection import choice_folder, load_engine
+from worker.scoring.engine_trial import TrialRequest, run_trial
+from worker.scoring.engines import Batch, hardware
+from worker.scoring.scoring_model import ScoringModel
 from worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -343,7 +343,7 @@ def _speed(work: Callable[[], object], texts: Sequence[str]) -> Callable[[], flo
 
 
 def _reference_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    from training.clean import clean
+    from training.text.cleaning import clean
 
     return encode(tokenizer, [clean(text) for text in texts], 200)
 

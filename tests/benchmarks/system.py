@@ -20,11 +20,11 @@ from sqlalchemy import func, select
 from db import migrate, registry
 from db.models import ModelVersion, Prediction
 from db.session import Database, open_database
-from worker import embedded
-from worker.processes import Supervisor, supervise
-from worker.runtime import open_stream
+from worker.connections import open_stream
+from worker.process.supervisor import Supervisor, supervise
 from worker.settings import load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class System:
         self.home, self.artifact, self.sha256, self.labels = home, artifact, sha256, list(labels)
         self.database_url, self.scorers, self.environment = database_url, scorers, dict(environment or {})
         self._stack = ExitStack()
-        self.server: embedded.Server
+        self.server: embedded_valkey.Server
         self.database: Database
         self.stream: Stream
         self.look: Look
@@ -165,7 +165,7 @@ class System:
         # These read the environment when they are imported, and make the home they find there.
         from worker.app import SCORING, make_app, nudge
 
-        self.server = stack.enter_context(embedded.owned(settings.home))
+        self.server = stack.enter_context(embedded_valkey.owned(settings.home))
         self.database = open_database(settings.sql_url)
         migrate.upgrade(self.database)
         stack.callback(self.database.close)

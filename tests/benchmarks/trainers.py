@@ -26,14 +26,14 @@ from transformers import (
 )
 
 from tests.benchmarks.peers import GuideDataset
-from training.checkpoint import Checkpoints
 from training.config import TrainConfig, make_config
-from training.dataset import Split
-from training.encoders import BaseModelFolder
-from training.evaluate import metrics
-from training.fit import FitInputs, Hooks, fit
-from training.model import build_model
-from training.text import TextEncoder, load_tokenizer
+from training.data.dataset import Split
+from training.evaluation.metrics import metrics
+from training.loop.checkpoints import Checkpoints
+from training.loop.fit import FitInputs, Hooks, fit
+from training.model.base_model import BaseModelFolder
+from training.model.classifier import build_model
+from training.text.tokenizer import TextEncoder, load_tokenizer
 
 CPU = torch.device("cpu")
 LABELS = ["negative", "neutral", "positive"]

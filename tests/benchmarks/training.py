@@ -25,18 +25,18 @@ from transformers import BertConfig, BertModel
 
 from tests.benchmarks import models, trainers
 from tests.benchmarks.scoring import REAL_TWEETS, ROOT, SAMPLE_TWEETS
-from training.calibrate import fit_temperature
-from training.checkpoint import Checkpoints
-from training.clean import clean
 from training.config import TrainConfig, make_config
-from training.dataset import Rows, Split, read_rows, split_rows
-from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
-from training.evaluate import model_figures
-from training.fit import FitInputs, Hooks, fit
-from training.model import build_model
-from training.predict import predict
-from training.text import TextEncoder, load_tokenizer
-from worker.engines import hardware
+from training.data.dataset import Rows, Split, read_rows, split_rows
+from training.evaluation.calibration import fit_temperature
+from training.evaluation.metrics import model_figures
+from training.loop.checkpoints import Checkpoints
+from training.loop.fit import FitInputs, Hooks, fit
+from training.loop.predict import predict
+from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder
+from training.model.classifier import build_model
+from training.text.cleaning import clean
+from training.text.tokenizer import TextEncoder, load_tokenizer
+from worker.scoring.engines import hardware
 
 JRTE = ROOT.parent / "shared" / "data"
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)

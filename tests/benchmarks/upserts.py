@@ -1,6 +1,6 @@
 """Which way rows come into PostgreSQL fastest: `python -m tests.benchmarks.upserts`.
 
-A window of 512 tweets and their predictions, new ones each time, in one transaction as `worker/pipeline.py` commits it;
+A window of 512 tweets and their predictions, new ones each time, in one transaction as the pipeline commits it;
 the ways in turns, the median of several rounds. tweetscore goes the first way.
 """
 

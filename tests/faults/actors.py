@@ -20,14 +20,14 @@ import psutil
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from training import failpoint
 from worker.app import TRAINING
-from worker.inbox import RequestQueue
-from worker.lane import ScoringWorker, TrainingWorker, WorkerProcess
-from worker.redis_client import connect
-from worker.runtime import stream_url
+from worker.connections import stream_url
+from worker.intake.request_queue import RequestQueue
+from worker.process.worker_process import ScoringWorker, TrainingWorker, WorkerProcess
 from worker.settings import Settings, load_settings
+from worker.stream.redis_client import connect
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.faults.actors", "training.job"])  # which a worker loads when it is to train
+FORKS.set_forkserver_preload(["tests.faults.actors", "training.jobs.run"])  # which a worker loads when it is to train
 
 
 def make_worker(role: str, settings: Settings, nudge: Callable[[], None]) -> WorkerProcess:

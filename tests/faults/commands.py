@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from worker.processes import child_environment
+from worker.process.supervisor import child_environment
 from worker.settings import load_settings
 
 

@@ -11,7 +11,7 @@ from db.models import ModelVersion, TestPrediction, utc_now
 from tests.conftest import wait_until
 from tests.faults.actors import wait_for_log
 from tests.world import World
-from worker.runtime import model_store
+from worker.connections import model_store
 
 Epochs = dict[int, float]
 

@@ -20,9 +20,9 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.actors import wait_for_log
 from tests.outages import breakable
 from tests.world import World, on_postgresql, on_sqlite
-from worker import embedded
-from worker.doors import send
-from worker.redis_client import CLIENT_TIMEOUT_SECONDS, connect
+from worker.intake.publish import send
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect
 
 
 def publish_quietly(world: World, ids: range) -> None:
@@ -39,7 +39,7 @@ def fill(client: redis.Redis) -> None:
 def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_trimming_go_on(own: World) -> None:
     said: list[str] = []
     payloads = [wire(i, "長い雨" * 200) for i in range(4_000)]
-    with embedded.owned(own.settings.home, memory_mb=4), connect(own.url) as client:
+    with embedded_valkey.owned(own.settings.home, memory_mb=4), connect(own.url) as client:
         own.stream.ensure_group()
         publisher = threading.Thread(target=send, args=(own.stream, payloads, own.settings, said.append))
         publisher.start()
@@ -60,14 +60,14 @@ def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_tri
 def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away(own: World) -> None:
     home = own.settings.home
     with ExitStack() as stack:
-        with embedded.owned(home):
+        with embedded_valkey.owned(home):
             worker = stack.enter_context(own.worker())
             publish_quietly(own, range(20))
             wait_until(lambda: own.predictions() == 20)
         until = time.monotonic() + 3
         wait_until(lambda: time.monotonic() > until)
         assert worker.alive
-        stack.enter_context(embedded.owned(home))
+        stack.enter_context(embedded_valkey.owned(home))
         back = time.monotonic()
         publish_quietly(own, range(20, 40))
         wait_until(lambda: own.predictions() == 40)
@@ -79,7 +79,7 @@ def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away
 @on_sqlite
 def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) -> None:
     """A server that keeps its connections and says nothing, for longer than a client's patience."""
-    with embedded.owned(own.settings.home), own.worker() as worker:
+    with embedded_valkey.owned(own.settings.home), own.worker() as worker:
         publish_quietly(own, range(20))
         wait_until(lambda: own.predictions() == 20)
         own.drained()
@@ -103,7 +103,7 @@ def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) ->
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def outage(
-    request: pytest.FixtureRequest, tmp_path: Path, quick: dict[str, Any], server: embedded.Server,
+    request: pytest.FixtureRequest, tmp_path: Path, quick: dict[str, Any], server: embedded_valkey.Server,
     promote: Callable[..., int],
 ) -> Iterator[tuple[World, Callable[[], Any]]]:  # fmt: skip
     """A world and a way to take its database away for the time of a block: locked, or its server stopped."""

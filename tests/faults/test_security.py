@@ -31,18 +31,18 @@ from tests.faults.commands import worker
 from tests.test_readme import ROOT, section
 from tests.world import World
 from training.config import make_config
-from training.dataset import find_dataset
-from training.encoders import BaseModelFolder, resolve_base_model
+from training.data.dataset import find_dataset
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
-from training.model import build_model
-from training.paths import folder_from_url
-from training.text import load_tokenizer
-from worker import embedded
+from training.model.base_model import BaseModelFolder, resolve_base_model
+from training.model.classifier import build_model
+from training.store.paths import folder_from_url
+from training.text.tokenizer import load_tokenizer
 from worker.app import SCORING, broker_url, make_app, nudge
 from worker.errors import BadSettings, StreamDenied, StreamError
-from worker.redis_client import connect
 from worker.settings import load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect
+from worker.stream.stream import Stream
 
 UNSAFE = re.compile(r"\b(pickle|dill|joblib|marshal)\.loads?\b|trust_remote_code=True")
 SECRET_TEXT = "秘密の文章"
@@ -95,7 +95,7 @@ def test_a_champion_whose_url_leads_out_of_the_store_is_refused(own: World, tiny
     with own.database.begin() as session:
         version = session.get_one(ModelVersion, own.champion)
         version.artifact_url = tiny_artifact.folder.as_uri()
-    with embedded.owned(own.settings.home), own.worker() as scorer:
+    with embedded_valkey.owned(own.settings.home), own.worker() as scorer:
         wait_until(lambda: "lies outside the model store" in scorer.said())
         own.stream.publish([wire(1)])
         assert own.predictions() == 0
@@ -151,8 +151,8 @@ def test_weights_are_safetensors_and_torch_load_reads_our_own_state_alone() -> N
             assert not UNSAFE.search(source), path
             if calls := re.findall(r"torch\.load\([^)]*\)", source):
                 found[path.relative_to(ROOT).as_posix()] = calls
-    assert list(found) == ["training/checkpoint.py"]
-    assert all("weights_only=True" in call for call in found["training/checkpoint.py"])
+    assert list(found) == ["training/loop/checkpoints.py"]
+    assert all("weights_only=True" in call for call in found["training/loop/checkpoints.py"])
 
 
 # --- what is shown and logged
@@ -187,7 +187,7 @@ def test_an_unreachable_database_is_named_without_its_password(tmp_path: Path) -
 
 def test_the_folders_below_the_home_are_their_owners_alone(own: World, labelled_csv: Path) -> None:
     own.submit(labelled_csv, epochs=1)
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         assert (own.settings.home.stat().st_mode & 0o777) == 0o700, "whatever lies below is out of others' reach"
         assert (own.settings.home / "valkey").stat().st_mode & 0o077 == 0
 
@@ -203,7 +203,7 @@ def acl_lines() -> list[str]:
 @pytest.fixture
 def guarded(own: World) -> Iterator[World]:
     """The embedded server with the users of docs/operations.md and no other."""
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         raw = own.raw
         for line in acl_lines():
             raw.execute_command(*line.split())
@@ -296,7 +296,7 @@ def test_with_those_users_everything_works_and_no_log_holds_a_password_or_a_twee
 
 
 def test_a_nudge_says_nothing_of_tweets(own: World) -> None:
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         own.stream.publish([wire(1, SECRET_TEXT)])
         assert nudge(make_app(own.settings), SCORING)
         (message,) = own.raw.lrange("scoring", 0, -1)
@@ -366,7 +366,7 @@ def tls_front(target: Path, certificates: Path) -> Iterator[int]:
 
 
 def test_rediss_speaks_tls_for_stream_and_celery_and_refuses_a_wrong_certificate(
-    server: embedded.Server, certificates: Path, tmp_path: Path
+    server: embedded_valkey.Server, certificates: Path, tmp_path: Path
 ) -> None:
     with tls_front(server.socket, certificates) as port:
         url = f"rediss://localhost:{port}/0?ssl_ca_certs={certificates / 'ca.pem'}"

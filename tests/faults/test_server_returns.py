@@ -20,20 +20,20 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import command
 from tests.servers import contents, fill, is_running, log_file, orphan, owner_process, server_pid, short_home
 from tests.world import World, on_sqlite
-from worker import embedded, keeper
-from worker.doctor import examine
-from worker.doors import send
+from worker.cli.doctor import examine
+from worker.connections import broker, open_stream
 from worker.errors import ServerFailed, ServerRunning
-from worker.health import Unhealthy, check_health
-from worker.runtime import broker, open_stream
+from worker.intake.publish import send
+from worker.process.health import Unhealthy, check_health
 from worker.settings import Settings, load_settings
+from worker.stream import embedded_valkey, server_supervisor
 
 # Microseconds a command. A server that loads answers whoever asks after each 1,024 commands.
 SLOWLY = {"key-load-delay": "300"}
 SLOW_UP = f"""
 import sys
 from worker import keeper
-from worker.cli import main
+from worker.cli.main import main
 keeper.CONFIG |= {SLOWLY!r}
 keeper.START_SECONDS = 2.0
 sys.argv = ["tweetscore", "up"]
@@ -47,7 +47,7 @@ def home() -> Iterator[Path]:
         yield folder
 
 
-def kill(server: embedded.Server) -> int:
+def kill(server: embedded_valkey.Server) -> int:
     pid = server_pid(server)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_running(pid))
@@ -55,12 +55,12 @@ def kill(server: embedded.Server) -> int:
 
 
 def is_back(home: Path, pid: int) -> bool:
-    found = embedded.find(home)
+    found = embedded_valkey.find(home)
     return found is not None and server_pid(found) != pid
 
 
 def quick_pauses(monkeypatch: pytest.MonkeyPatch, first: float = 0.2) -> None:
-    monkeypatch.setattr(keeper, "FIRST_PAUSE_SECONDS", first)
+    monkeypatch.setattr(server_supervisor, "FIRST_PAUSE_SECONDS", first)
 
 
 # --- started again
@@ -71,7 +71,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
 ) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with embedded.owned(home, notify=said.append) as server:
+    with embedded_valkey.owned(home, notify=said.append) as server:
         fill(server)
         before = contents(server)
         with (home / "valkey" / "valkey.log").open("a") as log:
@@ -79,9 +79,9 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
         for _ in range(3):
             pid = kill(server)
             with pytest.raises(ServerRunning):
-                embedded.owned(home).__enter__()
+                embedded_valkey.owned(home).__enter__()
             wait_until(lambda pid=pid: is_back(home, pid))
-        monkeypatch.setattr(keeper, "HEALTHY_SECONDS", 0.0)
+        monkeypatch.setattr(server_supervisor, "HEALTHY_SECONDS", 0.0)
         pid = kill(server)
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before
@@ -96,7 +96,7 @@ def test_a_killed_server_is_said_by_its_signal_and_paused_for_longer_while_it_di
 def test_an_adopted_orphan_that_ends_is_started_again_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with orphan(home) as pid, embedded.owned(home, sync="always", notify=said.append) as server:
+    with orphan(home) as pid, embedded_valkey.owned(home, sync="always", notify=said.append) as server:
         before = contents(server)
         with redis.Redis.from_url(server.url) as client:
             assert client.config_get("appendfsync") == {"appendfsync": "always"}, "the adopter's, not the dead owner's"
@@ -104,7 +104,7 @@ def test_an_adopted_orphan_that_ends_is_started_again_too(home: Path, monkeypatc
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before == contents(server)
         assert "the embedded server ended" in said[0]
-    assert embedded.owner(home) is None
+    assert embedded_valkey.owner(home) is None
 
 
 def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_are_said(
@@ -112,7 +112,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_
 ) -> None:
     quick_pauses(monkeypatch)
     said: list[str] = []
-    with embedded.owned(home, notify=said.append) as server:
+    with embedded_valkey.owned(home, notify=said.append) as server:
         fill(server, 200)
         before = contents(server)
         path = log_file(home)
@@ -122,7 +122,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_
         path.write_bytes(whole[:middle] + b"\xff" * 60 + whole[middle + 60 :])
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: any(re.search("(?i)did not start: bad file format", line) for line in said))
-        wait_until(lambda: "ad file format" in (embedded.failure_reason(home) or ""))
+        wait_until(lambda: "ad file format" in (embedded_valkey.failure_reason(home) or ""))
         path.write_bytes(whole)
         wait_until(lambda: is_back(home, pid))
         assert contents(server) == before
@@ -131,11 +131,11 @@ def test_a_server_that_cannot_be_started_again_is_tried_again_and_its_own_words_
 def test_a_server_that_ends_without_a_word_is_not_given_those_of_an_earlier_one(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with embedded.owned(home), (home / "valkey" / "valkey.log").open("a") as log:
+    with embedded_valkey.owned(home), (home / "valkey" / "valkey.log").open("a") as log:
         log.write("1:M 01 Jan 2026 00:00:00.000 # Something else was the matter\n")
-    monkeypatch.setattr(keeper, "get_binary_path", lambda: Path("/bin/false"))
+    monkeypatch.setattr(server_supervisor, "get_binary_path", lambda: Path("/bin/false"))
     with pytest.raises(ServerFailed, match=r"did not start: its log is empty \(log: .*valkey\.log\)"):
-        embedded.owned(home).__enter__()
+        embedded_valkey.owned(home).__enter__()
 
 
 def test_a_server_that_says_nothing_at_all_is_ended_after_its_time(
@@ -144,12 +144,12 @@ def test_a_server_that_says_nothing_at_all_is_ended_after_its_time(
     silent = tmp_path / "silent"
     silent.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
     silent.chmod(0o700)
-    monkeypatch.setattr(keeper, "get_binary_path", lambda: silent)
-    monkeypatch.setattr(keeper, "START_SECONDS", 0.5)
+    monkeypatch.setattr(server_supervisor, "get_binary_path", lambda: silent)
+    monkeypatch.setattr(server_supervisor, "START_SECONDS", 0.5)
     with pytest.raises(ServerFailed, match=r"gave no answer for 0\.5 s and was ended"):
-        embedded.owned(home).__enter__()
+        embedded_valkey.owned(home).__enter__()
     assert not is_running(int((tmp_path / "pid").read_text()))
-    assert embedded.owner(home) is None
+    assert embedded_valkey.owner(home) is None
 
 
 # --- who asks meanwhile
@@ -160,7 +160,7 @@ def test_health_and_doctor_say_that_a_killed_server_is_started_again_and_a_publi
 ) -> None:
     quick_pauses(monkeypatch, 600)
     said: list[str] = []
-    with embedded.owned(settings.home, notify=said.append) as server:
+    with embedded_valkey.owned(settings.home, notify=said.append) as server:
         stream = open_stream(settings, server.url)
         kill(server)
         wait_until(lambda: said)
@@ -168,8 +168,8 @@ def test_health_and_doctor_say_that_a_killed_server_is_started_again_and_a_publi
         with pytest.raises(Unhealthy, match=says):
             check_health(settings, "broker")
         assert {check.name: check.finding for check in examine(settings)}["broker"] == says
-        monkeypatch.setattr(keeper, "LONGEST_PAUSE_SECONDS", 0.5)
-        monkeypatch.setattr(keeper, "START_SECONDS", 0.5)
+        monkeypatch.setattr(server_supervisor, "LONGEST_PAUSE_SECONDS", 0.5)
+        monkeypatch.setattr(server_supervisor, "START_SECONDS", 0.5)
         waiting: list[str] = []
         with pytest.raises(ServerFailed, match=says):
             send(stream, [wire(1)], settings, waiting.append)
@@ -186,7 +186,7 @@ def test_a_publisher_with_a_server_of_its_own_goes_on_when_that_was_killed(
     with broker(settings, said.append) as url:
         stream = open_stream(settings, url)
         send(stream, [wire(i) for i in range(10)], settings, said.append)
-        kill(embedded.Server(embedded.socket_path(settings.home)))
+        kill(embedded_valkey.Server(embedded_valkey.socket_path(settings.home)))
         send(stream, [wire(i) for i in range(10, 20)], settings, said.append)
         assert stream.length() == 20
     assert any("was ended by SIGKILL" in line for line in said)
@@ -194,7 +194,7 @@ def test_a_publisher_with_a_server_of_its_own_goes_on_when_that_was_killed(
 
 def test_a_publisher_is_told_soon_when_server_and_owner_are_both_gone(settings: Settings) -> None:
     with owner_process(settings.home) as owner:
-        server = embedded.find(settings.home)
+        server = embedded_valkey.find(settings.home)
         assert server is not None
         stream = open_stream(settings, server.url)
         owner.kill()
@@ -211,7 +211,7 @@ def test_a_publisher_is_told_soon_when_server_and_owner_are_both_gone(settings: 
 
 def filled(home: Path, others: int) -> None:
     """Twenty tweets in the stream and `others` commands in the log."""
-    with embedded.owned(home) as server, redis.Redis.from_url(server.url) as client:
+    with embedded_valkey.owned(home) as server, redis.Redis.from_url(server.url) as client:
         pipe = client.pipeline(transaction=False)
         for i in range(20):
             pipe.xadd("tweets", {"tweet": wire(i)})
@@ -225,9 +225,9 @@ def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_f
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(own.settings.home, 15_000)
-    monkeypatch.setattr(keeper, "START_SECONDS", 2.0)
+    monkeypatch.setattr(server_supervisor, "START_SECONDS", 2.0)
     for name, value in SLOWLY.items():
-        monkeypatch.setitem(keeper.CONFIG, name, value)
+        monkeypatch.setitem(server_supervisor.CONFIG, name, value)
     said: list[str] = []
     waiting: list[str] = []
     ends = threading.Event()
@@ -236,10 +236,12 @@ def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_f
         owner.start()
         began = time.monotonic()
         try:
-            wait_until(lambda: "loading" in (embedded.failure_reason(own.settings.home) or "") or not owner.is_alive())
+            wait_until(
+                lambda: "loading" in (embedded_valkey.failure_reason(own.settings.home) or "") or not owner.is_alive()
+            )
             with pytest.raises(Unhealthy, match=r"^the embedded server is loading, \d+ %(, about \d+ s left)?$"):
                 check_health(own.settings, "broker")
-            assert embedded.find(own.settings.home) is None
+            assert embedded_valkey.find(own.settings.home) is None
             with broker(own.settings, waiting.append):
                 took = time.monotonic() - began
                 send(own.stream, [wire("late")], own.settings, waiting.append)
@@ -249,13 +251,13 @@ def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_f
         finally:
             ends.set()
             owner.join(PATIENCE_SECONDS)
-    assert took > 2 * keeper.START_SECONDS
+    assert took > 2 * server_supervisor.START_SECONDS
     assert any(re.fullmatch(r"the embedded server is loading, \d+ %(, about \d+ s left)?", line) for line in said)
     assert any("waiting: the embedded server is loading, " in line for line in waiting)
 
 
 def _own_until(home: Path, say: Callable[[str], None], ends: threading.Event) -> None:
-    with embedded.owned(home, notify=say):
+    with embedded_valkey.owned(home, notify=say):
         ends.wait()
 
 
@@ -272,9 +274,9 @@ def test_up_says_how_far_its_server_has_loaded_and_can_be_ended_meanwhile(home: 
         finally:
             up.kill()
     assert re.search(r"the embedded server is loading, \d+ %", (tmp_path / "said").read_text())
-    assert embedded.find(home) is None
-    assert embedded.owner(home) is None
-    with embedded.owned(home) as server, redis.Redis.from_url(server.url) as client:
+    assert embedded_valkey.find(home) is None
+    assert embedded_valkey.owner(home) is None
+    with embedded_valkey.owned(home) as server, redis.Redis.from_url(server.url) as client:
         assert client.xlen("tweets") == 20
 
 
@@ -303,7 +305,7 @@ def test_what_a_server_with_a_slow_disk_has_acknowledged_survives_its_being_kill
 ) -> None:
     """With `appendfsync everysec` a server answers, and writes up to two seconds later, while a sync is under way."""
     quick_pauses(monkeypatch)
-    with embedded.owned(home) as server, redis.Redis.from_url(server.url) as client:
+    with embedded_valkey.owned(home) as server, redis.Redis.from_url(server.url) as client:
         pid, acknowledged = server_pid(server), 0
         with slow_to_sync(pid) as end:
             until = time.monotonic() + 1.5
@@ -325,7 +327,7 @@ def test_what_the_server_wrote_is_synced_to_the_disk_every_second(home: Path, mo
         synced.append((found.st_ino, found.st_size))
 
     monkeypatch.setattr(os, "fsync", spy)
-    with embedded.owned(home) as server:
+    with embedded_valkey.owned(home) as server:
         fill(server)
         size, began = log_file(home).stat(), time.monotonic()
         wait_until(lambda: (size.st_ino, size.st_size) in synced)
@@ -348,7 +350,7 @@ def test_a_server_killed_under_up_comes_back_and_everybody_goes_on(own: World) -
         up.says("Ctrl-C ends it.")
         for number in range(2):
             send(own.stream, [wire(f"{number}-{i}") for i in range(20)], own.settings, lambda _: None)
-            kill(embedded.Server(embedded.socket_path(own.settings.home)))
+            kill(embedded_valkey.Server(embedded_valkey.socket_path(own.settings.home)))
             send(own.stream, [wire(f"{number}-{i}") for i in range(20, 40)], own.settings, lambda _: None)
         wait_until(lambda: own.predictions() == 80)
         own.drained()

@@ -30,10 +30,11 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import worker
 from tests.test_metrics import scraped
 from tests.world import World
-from worker import embedded, health
-from worker.scoring_model import ScoringModel
+from worker.process import health
+from worker.scoring.scoring_model import ScoringModel
 from worker.settings import load_settings
-from worker.stream import Stream
+from worker.stream import embedded_valkey
+from worker.stream.stream import Stream
 
 
 class Server:
@@ -207,7 +208,7 @@ def test_what_the_url_says_of_time_holds(url: str, more: str, then: str) -> None
 @pytest.mark.storm
 @on_a_socket
 def test_a_worker_notices_a_silent_database_in_the_time_the_documentation_names(
-    postgres: Server, url: str, opened: Database, quick: dict[str, Any], server: embedded.Server,
+    postgres: Server, url: str, opened: Database, quick: dict[str, Any], server: embedded_valkey.Server,
     promote: Callable[..., int],
 ) -> None:  # fmt: skip
     given = {

@@ -27,14 +27,14 @@ from tests.faults.actors import Actor
 from tests.faults.commands import Command, command
 from tests.servers import server_pid
 from tests.world import World
-from training.artifact import make_spec, save_artifact
 from training.config import make_config
-from training.encoders import STARTER, STARTER_FOLDER, BaseModelFolder
-from training.model import build_model
-from training.text import load_tokenizer
-from worker import embedded
-from worker.processes import child_environment
-from worker.runtime import model_store
+from training.model.artifact import make_spec, save_artifact
+from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder
+from training.model.classifier import build_model
+from training.text.tokenizer import load_tokenizer
+from worker.connections import model_store
+from worker.process.supervisor import child_environment
+from worker.stream import embedded_valkey
 
 TWEETS = 10_000
 SCORERS = 3
@@ -66,13 +66,13 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
     portions = [tweets[i::kills] for i in range(kills)]
     restarts = {kills // 3, 2 * kills // 3}
     workers = [start() for _ in range(SCORERS)]
-    server = embedded.owned(home)
+    server = embedded_valkey.owned(home)
     server.__enter__()
     try:
         for number, portion in enumerate(portions):
             if number in restarts:
                 server.__exit__(None, None, None)
-                server = embedded.owned(home)
+                server = embedded_valkey.owned(home)
                 server.__enter__()
             again = chance.sample(portion, len(portion) // 10)
             repeats += len(again)
@@ -145,7 +145,7 @@ def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
     starter_world: World, report: Callable[[str], None]
 ) -> None:
     """The same with Celery and all: each start takes seconds, and many a kill comes before the worker is ready."""
-    with embedded.owned(starter_world.settings.home):
+    with embedded_valkey.owned(starter_world.settings.home):
         first = Scorer(starter_world)
         first.says(" ready.")
         first.kill()
@@ -166,10 +166,12 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
         began = time.monotonic()
         publisher = stack.enter_context(Publisher(chance))
         for kill in range(SERVER_KILLS):
-            wait_until(lambda: embedded.find(world.settings.home))
+            wait_until(lambda: embedded_valkey.find(world.settings.home))
             pause = time.monotonic() + chance.uniform(0.5, 20)  # some die young, some do not
             wait_until(lambda pause=pause: time.monotonic() > pause)
-            os.kill(server_pid(embedded.Server(embedded.socket_path(world.settings.home))), signal.SIGKILL)
+            os.kill(
+                server_pid(embedded_valkey.Server(embedded_valkey.socket_path(world.settings.home))), signal.SIGKILL
+            )
             if kill % 2:
                 chance.choice([child for child in up.family() if _scores(child)]).kill()
         publisher.ends()

@@ -10,8 +10,8 @@ from tests.bench import DRAINED, Bench, wire
 from tests.conftest import LABELS, wait_until
 from tests.faults.actors import wait_for_log
 from tests.world import World
-from worker.runtime import model_store
-from worker.stream import Depth, Record, Stream
+from worker.connections import model_store
+from worker.stream.stream import Depth, Record, Stream
 
 POISON = "毒"
 

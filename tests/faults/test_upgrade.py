@@ -21,8 +21,8 @@ from tests.faults.actors import wait_for_log
 from tests.faults.commands import command
 from tests.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
 from tests.world import World, on_postgresql
-from worker.health import check_health
-from worker.runtime import open_guarded
+from worker.connections import open_guarded
+from worker.process.health import check_health
 
 # Nobody claims what a slow machine lets wait: each tweet passes once, or something is wrong.
 PATIENT = {"min_idle_seconds": 60.0}

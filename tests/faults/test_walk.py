@@ -8,7 +8,7 @@ from db.models import ModelVersion, TestPrediction
 from tests.bench import wire
 from tests.world import World
 from training.failpoint import JOB_POINTS, TWEET_POINTS
-from worker.runtime import model_store
+from worker.connections import model_store
 
 TWEETS = 30
 

@@ -18,12 +18,12 @@ from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.faults.commands import command, worker
 from tests.world import World, on_postgresql, on_sqlite
-from worker import embedded
 from worker.app import broker_url
 from worker.errors import StreamFull
 from worker.exit_codes import BAD_SETTINGS_EXIT, GRACE_EXIT, STALLED_EXIT
-from worker.processes import child_environment
-from worker.pulse import HEARTBEAT_SECONDS, STALE_SECONDS
+from worker.process.heartbeat import HEARTBEAT_SECONDS, STALE_SECONDS
+from worker.process.supervisor import child_environment
+from worker.stream import embedded_valkey
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -82,7 +82,7 @@ def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) ->
 @on_sqlite
 def test_a_worker_with_bad_settings_exits_with_2_and_names_the_setting(own: World) -> None:
     with (
-        embedded.owned(own.settings.home),
+        embedded_valkey.owned(own.settings.home),
         worker(own.given, "score", metrics_port=0, metrics_host="192.0.2.1") as scorer,
     ):
         assert scorer.ended() == BAD_SETTINGS_EXIT == 2
@@ -126,7 +126,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
     }
     given["failpoints"] = "forwarding=pause:600~毒"
     with command(own.settings.home / "up.log", given, "up") as up:
-        wait_until(lambda: embedded.find(own.settings.home))
+        wait_until(lambda: embedded_valkey.find(own.settings.home))
         own.stream.publish([wire("bad", "毒"), *(wire(i) for i in range(3))])
         wait_until(lambda: own.stream.depth().pending > 0)
 
@@ -143,7 +143,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         wait_until(lambda: "ending:" in up.said())
         up.send(signal.SIGTERM)
         assert up.ended() == 0
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         own.recovers()
     assert "bad" in own.scored()
     assert own.dead() == []
@@ -151,7 +151,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
 
 @on_sqlite
 def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> None:
-    with embedded.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:
+    with embedded_valkey.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:
         own.stream.publish([wire(0)])
         wait_until(lambda: own.predictions() == 1)
         until = time.monotonic() + 3 * HEARTBEAT_SECONDS
@@ -179,7 +179,7 @@ def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_
 def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
     given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 3600}
     with command(own.settings.home / "up.log", given, "up") as up:
-        wait_until(lambda: embedded.find(own.settings.home))
+        wait_until(lambda: embedded_valkey.find(own.settings.home))
         own.stream.publish([wire(i) for i in range(5)])
         wait_until(lambda: own.stream.depth().pending == 5)
         family = up.family()
@@ -189,7 +189,7 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
         assert up.ended() == 0, "an hour of grace was not waited for"
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         assert own.stream.depth().pending == 5, "what was held is there"
         own.recovers()
     assert own.predictions() == 5
@@ -197,7 +197,7 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
 
 @on_postgresql
 def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
-    with embedded.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
+    with embedded_valkey.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
         with pytest.raises(StreamFull) as full:
             own.stream.publish([wire(i, "長い雨" * 200) for i in range(4_000)])
         sent = 4_000 - len(full.value.rest)
@@ -214,7 +214,7 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
 
 @on_sqlite
 def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own: World) -> None:
-    with embedded.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
+    with embedded_valkey.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
         pipe = client.pipeline(transaction=True)
         for i in range(500):
             pipe.xadd("tweets", {"tweet": wire(i, "長い雨" * 200)})
@@ -239,7 +239,7 @@ def test_health_answers_for_workers_broker_and_database(
         code, says = ask(kind)
         assert code == 1
         assert len(says.strip().splitlines()) == 1
-    with embedded.owned(own.settings.home):
+    with embedded_valkey.owned(own.settings.home):
         assert ask("broker")[0] == 0
         with own.worker() as scorer:
             wait_until(lambda: list(own.settings.run.glob("scoring-*")))

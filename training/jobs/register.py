@@ -1,0 +1,131 @@
+"""Register a model: store its artifact first, then insert its row, so that a row never names a missing artifact."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from db import jobs, registry
+from db.models import ModelVersion
+from db.session import Database
+from training import failpoint
+from training.errors import StoreUnavailable
+from training.evaluation.decisions import choose, confidence, label_text
+from training.evaluation.metrics import confusion
+from training.jobs.unregistered_artifacts import artifact_name
+from training.model.artifact import Reference, save_artifact
+from training.model.classifier import Classifier
+from training.reporting.model_card import write_card
+from training.reporting.training_result import TrainingResult
+from training.store.store import Store
+
+
+def register_model(
+    database: Database,
+    store: Store,
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Reference,
+    result: TrainingResult,
+    retry: Callable[[Callable[[], int]], int] = lambda transaction: transaction(),
+) -> int:
+    """Store the artifact, then insert the model version and finish its job in one transaction. Returns the version id.
+
+    `retry` runs the transaction and may repeat it. Raises `LeaseLost`, and removes the artifact, when another worker
+    has claimed the job. When the answer to the commit is lost, the artifact stays; `orphans` removes it later if it was
+    not registered.
+    """
+    name = artifact_name(result.job_id, result.fencing_token)
+
+    def write(folder: Path) -> str:
+        return save_artifact(folder, model, tokenizer, result.spec, reference, lambda draft: write_card(draft, result))
+
+    registration = _Registration(database, result, store.url_of(name), store.publish(name, write))
+    try:
+        failpoint.passing("artifact")
+        version_id = retry(registration.commit)
+    except BaseException:
+        if not registration.in_doubt:
+            with suppress(StoreUnavailable):  # report the error that prevented the registration instead
+                store.remove_named(name)
+        raise
+    failpoint.passing("registered")
+    # Remove artifacts of earlier starts of this job. Their fencing tokens are stale, so they can never be registered.
+    with suppress(StoreUnavailable):
+        for stale in store.names(f"job-{result.job_id}-"):
+            if stale.removesuffix(".engines") != name:
+                store.remove_named(stale)
+    return version_id
+
+
+class _Registration:
+    """The transaction that registers an artifact. `in_doubt` is True when a commit was sent without an answer."""
+
+    def __init__(self, database: Database, result: TrainingResult, artifact_url: str, sha256: str) -> None:
+        self.in_doubt = False
+        self._database = database
+        self._result = result
+        self._url = artifact_url
+        self._sha256 = sha256
+
+    def commit(self) -> int:
+        """Commit the registration and return the version id, also when an earlier commit succeeded unanswered."""
+        job_id, token = self._result.job_id, self._result.fencing_token
+        with self._database.begin() as session:
+            if self.in_doubt:
+                jobs.lock(session, job_id)  # fails while the earlier commit may still be running
+                made = registry.of_job(session, job_id)
+                if made is not None and made.artifact_url == self._url:
+                    return made.id
+                self.in_doubt = False
+            jobs.finish(session, job_id, token, "succeeded")
+            version = self._version()
+            figures = self._result.figures.items()
+            registry.add_version(
+                session,
+                version,
+                [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures],
+                _confusion_rows(self._result),
+                _prediction_rows(self._result),
+            )
+            self.in_doubt = True
+        return version.id
+
+    def _version(self) -> ModelVersion:
+        spec = self._result.spec
+        return ModelVersion(
+            job_id=self._result.job_id,
+            base_model=spec.base_model,
+            base_revision=spec.base_revision,
+            artifact_url=self._url,
+            sha256=self._sha256,
+            labels=spec.labels,
+            cleaner_version=spec.cleaner_version,
+            temperature=spec.temperature,
+        )
+
+
+def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    if result.spec.config.task == "multi_label":
+        return []  # a confusion matrix needs one label per row
+    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels)
+    return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
+
+
+def _prediction_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    spec, test, probabilities = result.spec, result.data.test, result.probabilities
+    chosen = choose(probabilities, spec.config.task)
+    confidences = confidence(probabilities, chosen, spec.config.task)
+    return [
+        {
+            "row_number": test.row_numbers[i],
+            "text": test.texts[i],
+            "actual": label_text(test.targets[i], spec.labels),
+            "predicted": label_text(chosen[i], spec.labels),
+            "probability": float(confidences[i]),
+            "probabilities": dict(zip(spec.labels, map(float, probabilities[i]), strict=True)),
+        }
+        for i in range(len(test))
+    ]

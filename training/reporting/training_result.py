@@ -1,0 +1,41 @@
+"""The result of a training job: what is registered and described in the model card."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from training.data.dataset import Dataset
+from training.evaluation.decisions import Floats, to_probabilities
+from training.evaluation.epoch import Epoch
+from training.evaluation.metrics import Figures
+from training.model.artifact import Spec
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of a training job.
+
+    `dataset_name` and `dataset_sha256` identify the file that `data` was read from. `logits` (N, K) float32 are those
+    of the test rows, `history` has one entry per epoch.
+    """
+
+    job_id: int
+    fencing_token: int
+    spec: Spec
+    dataset_name: str
+    dataset_sha256: str
+    data: Dataset
+    history: list[Epoch]
+    figures: Figures
+    logits: Floats
+
+    @cached_property
+    def probabilities(self) -> Floats:
+        """Probabilities (N, K) of the test rows at the model's temperature, as in scoring."""
+        return self.probabilities_at(self.spec.temperature)
+
+    def probabilities_at(self, temperature: float) -> Floats:
+        """Return the probabilities (N, K) of the test rows at a temperature."""
+        scaled: Floats = to_probabilities(torch.from_numpy(self.logits), self.spec.config.task, temperature).numpy()
+        return scaled

@@ -1,0 +1,118 @@
+"""`tweetscore data`, `export` and `delete`: check a file before use, export predictions, delete tweets."""
+
+import time
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worker.cli import output
+from worker.cli.output import Json
+from worker.errors import BadRequest
+
+app = typer.Typer(no_args_is_help=True, help="Check files of labelled rows or tweets before use.")
+
+DAYS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
+
+
+class Form(StrEnum):
+    csv = "csv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(help="File of labelled rows or tweets, as `train` or `push` takes it.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer counts; by default the setting's.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Count texts longer than this many tokens.")] = 200,
+    json: Json = False,
+) -> None:
+    """Report a file's encoding, columns, labels, duplicates and lengths.
+
+    What is wrong is reported with how to fix it.
+    """
+    from worker.intake.file_report import check_file
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    found = check_file(file, base_model or settings.base_model, max_length)
+    if json:
+        output.as_json(found)
+    else:
+        output.findings(found)
+
+
+def export(
+    format: Annotated[Form, typer.Option(help="Output format.")] = Form.csv,  # noqa: A002 - the option's name
+    out: Annotated[str, typer.Option(help="File to write, whole or not at all; - is standard output.")] = "-",
+    model: Annotated[int | None, typer.Option(help="Model version; by default the champion.")] = None,
+    since: Annotated[datetime | None, typer.Option(formats=DAYS, help="Only tweets from this time on, UTC.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Only tweets of this topic.")] = None,
+    excel: Annotated[bool, typer.Option("--excel", help="Write CSV for Excel, with a byte-order mark.")] = False,
+) -> None:
+    """Write predictions to a CSV, JSONL or Parquet file.
+
+    In CSV a cell that a spreadsheet would run as a formula gets an apostrophe.
+    """
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    from worker.connections import open_for_queries
+    from worker.maintenance.export import export as write
+    from worker.settings import load_settings
+
+    if format == Form.parquet and out == "-":
+        raise BadRequest("Parquet goes into a file; name one with --out")
+    if out != "-" and not Path(out).absolute().parent.is_dir():
+        raise BadRequest(f"there is no folder for {out}; make it first")
+    settings = load_settings()
+    database = open_for_queries(settings)
+    began = time.monotonic()
+    with output.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
+        done = write(
+            database, out, format, model=model, since=since and since.replace(tzinfo=UTC),
+            topic=topic, excel=excel, progress=tell,
+        )  # fmt: skip
+    output.errors.print(f"exported {done} predictions in {time.monotonic() - began:.1f} s")
+
+
+def delete(
+    tweet_id: Annotated[list[str] | None, typer.Option(help="Id of a tweet. Repeatable.")] = None,
+    author: Annotated[list[str] | None, typer.Option(help="Id of an author. Repeatable.")] = None,
+    before: Annotated[datetime | None, typer.Option(formats=DAYS, help="Tweets written before this time, UTC.")] = None,
+    compact: Annotated[bool, typer.Option(help="Rewrite the files that held them; blocks others for seconds.")] = True,
+    json: Json = False,
+) -> None:
+    """Delete tweets from the stream, from all tables and from the files behind them."""
+    from rich.progress import TextColumn
+
+    from worker.connections import broker, open_sql, open_stream
+    from worker.maintenance.deletion import TweetFilter, delete_tweets
+    from worker.maintenance.deletion import compact as rewrite
+    from worker.settings import load_settings
+
+    tweets = TweetFilter(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
+    if tweets == TweetFilter():
+        raise BadRequest("nothing is named; give --tweet-id, --author or --before")
+    settings = load_settings()
+    database = open_sql(settings)
+    with broker(settings) as url:
+        stream = open_stream(settings, url)
+        with output.long_work("deleting", TextColumn("{task.fields[text]}")) as tell:
+            gone = delete_tweets(database, stream, tweets, lambda what, count: tell(count, None, f"{count} {what}"))
+        left = rewrite(database, stream) if compact else []
+    database.close()
+    if json:
+        output.as_json({**vars(gone), "not_rewritten": left})
+    else:
+        output.console.print(
+            f"deleted {gone.tweets} tweets, {gone.records} records of the stream and {gone.dead_letters} dead letters"
+        )
+    for sentence in left:
+        output.errors.print(sentence, markup=False, soft_wrap=True)
+    if left:
+        raise typer.Exit(1)

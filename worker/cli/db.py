@@ -1,0 +1,61 @@
+"""`tweetscore db`: upgrade the schema, grant rights to PostgreSQL roles."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from db.errors import public_url
+from worker.cli import output
+
+if TYPE_CHECKING:
+    from db.session import Database
+
+app = typer.Typer(no_args_is_help=True, help="Upgrade the database's schema and grant rights.")
+
+
+@app.command()
+def upgrade() -> None:
+    """Upgrade the database to this release's schema.
+
+    With SQLite, workers and commands do so when they start.
+    """
+    from db import migrate
+    from db.session import open_database
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    database = open_database(settings.sql_url)
+    migrate.upgrade(database)
+    place, schema = public_url(settings.sql_url), migrate.check(database)
+    database.close()
+    output.console.print(f"{place} has schema {schema}", markup=False, soft_wrap=True)
+
+
+@app.command("grant-worker")
+def let_work(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+    """Grant a PostgreSQL role the rights of a worker: to read and write rows."""
+    from db.roles import grant_worker
+
+    _grant(grant_worker, role)
+    output.console.print(f"{role} may read and write the rows of every table, and change no schema")
+
+
+@app.command("grant-readonly")
+def let_look(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+    """Grant a PostgreSQL role SELECT only; set TWEETSCORE_READER_URL to its URL."""
+    from db.roles import grant_readonly
+
+    _grant(grant_readonly, role)
+    output.console.print(f"{role} may look at every table and view, and write none")
+
+
+def _grant(grant: "Callable[[Database, str], None]", role: str) -> None:
+    from worker.connections import open_sql
+    from worker.settings import load_settings
+
+    database = open_sql(load_settings())
+    try:
+        grant(database, role)
+    finally:
+        database.close()

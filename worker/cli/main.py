@@ -1,0 +1,362 @@
+"""The `tweetscore` command. Each command parses, calls, and shows; what it does lies elsewhere.
+
+Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sentence on standard error. Here and in the
+`cli_*` modules a command imports what it needs when it runs, so that `--help` loads no more than Typer.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from db.errors import NotFound, TweetscoreError, public_url
+from worker.cli import data, db, dead_letters, jobs, models, output, tweets
+from worker.cli.jobs import follow_job, report_job
+from worker.cli.output import Json
+from worker.errors import ServerFailed
+
+if TYPE_CHECKING:
+    from worker.process.supervisor import Supervisor
+    from worker.settings import Settings
+
+# The groups of `tweetscore --help`, and the order of the commands in them.
+PANELS = {
+    "Run": ("demo", "up", "worker"),
+    "Train": ("train", "jobs", "models", "data", "tensorboard"),
+    "Score": ("push", "score", "rescore", "dead"),
+    "Ask": ("query", "export", "dashboard"),
+    "Operate": ("doctor", "health", "db", "delete"),
+}
+
+
+class Panels(TyperGroup):
+    """Lists the commands as `PANELS` does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for panel, names in PANELS.items():
+            for name in names:
+                vars(self.commands[name])["rich_help_panel"] = panel
+
+    def list_commands(self, context: Any) -> list[str]:
+        return [name for names in PANELS.values() for name in names]
+
+
+app = typer.Typer(
+    cls=Panels,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Fine-tune a Japanese BERT, score tweets as they arrive, query the results in SQL.",
+)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(models.app, name="models")
+app.add_typer(dead_letters.app, name="dead")
+app.add_typer(db.app, name="db")
+app.add_typer(data.app, name="data")
+for command in (tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+    app.command(command.__name__)(command)
+
+ROLES = ("train", "score")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        output.console.print(f"tweetscore {importlib.metadata.version('tweetscore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except TweetscoreError as error:
+        output.errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def demo() -> None:
+    """Train on sample tweets, score others and query the results, in about a minute."""
+    from worker.cli.demo import run_demo
+    from worker.settings import load_settings
+
+    run_demo(load_settings())
+
+
+@app.command()
+def up(
+    scorers: Annotated[int, typer.Option(min=1, max=64, help="Number of scoring workers; use one per GPU.")] = 1,
+) -> None:
+    """Run the server, a training worker and scoring workers, until Ctrl-C.
+
+    With REDIS_URL set, the server is that one, and only the workers are started.
+    """
+    from worker.connections import model_store, open_sql
+    from worker.process.supervisor import supervise
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    open_sql(settings).close()
+    told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
+    started: list[Supervisor] = []
+    roles = ["train", *["score"] * scorers]
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        if len(told) > 1:  # told a second time; the server still ends in order
+            for children in started:
+                children.kill()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with (
+        _own_broker(settings, output.line, lambda: bool(told)) as url,
+        supervise(settings, [] if told else roles, output.line) as running,
+    ):
+        started.append(running)
+        output.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {model_store(settings)}")
+        output.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
+        while not told:
+            running.watch()
+            time.sleep(0.5)
+        output.console.print(
+            "ending: workers finish their window or checkpoint their job; a second Ctrl-C ends them now"
+        )
+
+
+@app.command()
+def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train or score.")]) -> None:
+    """Run one Celery worker in this process."""
+    from worker.process.supervisor import limit_spin_waiting
+    from worker.settings import load_settings
+    from worker.stream import embedded_valkey
+
+    if role not in ROLES:
+        raise typer.BadParameter(f"{role!r} is no role; use train or score")
+    settings = load_settings()
+    # One that loads, or that its owner starts again, is waited for as one that goes away later is.
+    home = settings.home
+    if settings.embedded and embedded_valkey.failure_reason(home) is None and embedded_valkey.find(home) is None:
+        raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
+    limit_spin_waiting()  # before the next line loads torch
+    from worker.app import SCORING, TRAINING
+    from worker.app import app as celery
+
+    queues = TRAINING if role == "train" else SCORING
+    # Celery's banner is for people; a log of JSON lines is not.
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.
+    arguments = f"worker -Q {queues} --pool threads -c 2 -n {role}-%h-{os.getpid()} --without-mingle --without-gossip"
+    celery.worker_main([*quiet, *arguments.split()])
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="CSV, TSV, JSONL or Parquet: a label and a text in each row.")],
+    preset: Annotated[str | None, typer.Option(help="Set of hyper-parameters: guide or fast.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Encoder: a Hub name, a local folder, or starter.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the Hub repository.")] = None,
+    task: Annotated[str | None, typer.Option(help="single_label, or multi_label (labels joined by |).")] = None,
+    labels: Annotated[str | None, typer.Option(help="Allowed labels: a,b or 0=negative,1=positive.")] = None,
+    polarity: Annotated[str | None, typer.Option(help="Score of each label from -1 to 1: good=1,bad=-1.")] = None,
+    head: Annotated[str | None, typer.Option(help="Classification head: guide or linear.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="Vector of a text: pooler, mean or cls.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Loss function: bce or cross_entropy.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the schedule.")] = None,
+    train_batch_size: Annotated[int | None, typer.Option(help="Rows of one training step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut each text to this many tokens.")] = None,
+    split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the job's progress until it ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Queue a fine-tuning job.
+
+    With --wait, a worker is started for it if none runs here.
+    """
+    from worker.app import TRAINING, make_app, nudge
+    from worker.cli.options import label_map, numbers, pairs
+    from worker.connections import open_sql
+    from worker.intake.submit_job import submit_training
+    from worker.process.supervisor import supervise
+    from worker.settings import load_settings
+    from worker.stream import embedded_valkey
+
+    settings = load_settings()
+    options: dict[str, Any] = {
+        "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
+        "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
+        "max_length": max_length, "split": split, "seed": seed,
+        "labels": label_map(labels), "polarity": numbers("polarity", polarity),
+    }  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
+    database = open_sql(settings)
+    job = submit_training(settings, database, dataset, preset, **options)
+    alone = settings.embedded and embedded_valkey.owner(settings.home) is None
+    if not wait:
+        heard = not alone and nudge(make_app(settings), TRAINING)
+        if json:
+            output.as_json(output.fields(job))
+        else:
+            output.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
+        return
+    if alone:
+        with _own_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
+            job = follow_job(database, job.id, json, running.watch)
+    else:
+        nudge(make_app(settings), TRAINING)
+        job = follow_job(database, job.id, json, lambda: None)
+    report_job(database, job, json)
+
+
+@app.command()
+def tensorboard(
+    job: Annotated[int | None, typer.Option(help="Show only this job's run.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 6006,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Show training runs in TensorBoard, until Ctrl-C."""
+    from worker.connections import prepare_home
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    prepare_home(settings)
+    boards = settings.boards
+    boards.mkdir(parents=True, exist_ok=True)  # TensorBoard finds what comes later
+    folder = boards if job is None else boards / f"job-{job}"
+    if not folder.is_dir():
+        raise NotFound(f"there is no run in {folder}; a job writes its run where its worker works")
+    # In place of this process, so that Ctrl-C and signals are TensorBoard's.
+    os.execv(  # noqa: S606 - the command is TensorBoard's, the folder ours
+        sys.executable,
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", host, "--port", str(port)],
+    )
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8001,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Every client that reaches it can read all tweets.")
+    ] = "127.0.0.1",
+) -> None:
+    """Show charts of the SQLite database in a browser, read-only, until Ctrl-C.
+
+    Needs the packages of `pip install 'tweetscore[dashboard]'`.
+    """
+    from worker.connections import open_sql
+    from worker.console.dashboard import serve
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    open_sql(settings).close()
+    serve(settings, host, port, lambda url: output.console.print(f"{url}\nCtrl-C ends it."))
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="One SELECT statement.")],
+    format: Annotated[str, typer.Option(help="Output format: table, csv or json.")] = "table",  # noqa: A002 - the option's name
+    json: Json = False,
+) -> None:
+    """Run one SQL query, read-only."""
+    import csv
+
+    from db.readonly import ask
+    from worker.connections import open_for_queries
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    open_for_queries(settings).close()
+    with ask(settings.query_url, sql) as (columns, rows):
+        if json or format == "json":
+            output.as_json([dict(zip(columns, row, strict=True)) for row in rows])
+        elif format == "csv":
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(rows)
+        elif format == "table":
+            output.table(None, columns, rows)
+        else:
+            raise typer.BadParameter(f"{format!r} is no format; use table, csv or json")
+
+
+@app.command()
+def health(
+    of: Annotated[str, typer.Argument(help="scoring or training (a worker on this host), broker or db.")],
+    json: Json = False,
+) -> None:
+    """Check one part, for orchestrators: exit code 0 if it is healthy, else 1."""
+    from worker.process.health import KINDS, check_health
+    from worker.settings import load_settings
+
+    if of not in KINDS:
+        raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
+    try:
+        ok, says = True, check_health(load_settings(), of)
+    except TweetscoreError as error:
+        ok, says = False, str(error)
+    if json:
+        output.as_json({"of": of, "ok": ok, "says": says})
+    else:
+        (output.console if ok else output.errors).print(says, markup=False, soft_wrap=True)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check everything tweetscore needs; each line is ok or says how to fix it."""
+    from worker.cli.doctor import examine
+    from worker.settings import load_settings
+
+    checks = examine(load_settings())
+    if json:
+        output.as_json([{"name": c.name, "ok": c.ok, "says": c.finding} for c in checks])
+    else:
+        output.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.finding) for c in checks])
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _own_broker(
+    settings: "Settings", say: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
+) -> Iterator[str]:
+    if settings.redis_url:
+        yield public_url(settings.redis_url)
+        return
+    from worker.connections import prepare_home
+    from worker.stream import embedded_valkey
+
+    prepare_home(settings)
+    with embedded_valkey.owned(settings.home, settings.server_memory_mb, settings.server_sync, say, give_up) as server:
+        yield server.url
+
+
+def _place(settings: "Settings") -> str:
+    return public_url(settings.database_url) if settings.database_url else str(settings.home / "tweetscore.db")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Build databases, stores, streams and the broker from the settings."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from db import compatibility, migrate
+from db.errors import RightsMissing, shown
+from db.session import Database, open_database
+from training.jobs.context import TrainingContext
+from training.store.cache import Cache
+from training.store.store import Store
+from worker.errors import BadSettings, ServerFailed
+from worker.settings import Settings
+from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect, connect_briefly
+from worker.stream.server_status import wait_until_ready
+from worker.stream.stream import Depth, Stream
+
+log = logging.getLogger(__name__)
+
+
+def prepare_home(settings: Settings) -> None:
+    """Create the home with access for its owner only, because it contains tweets. Raises `BadSettings`."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.chmod(0o700)
+    except OSError as error:
+        raise BadSettings(
+            f"TWEETSCORE_HOME is {shown(str(settings.home))}: {error.strerror}; choose a folder that you can write to"
+        ) from error
+
+
+def open_sql(settings: Settings) -> Database:
+    """Open the database and check its schema; raises `DatabaseError` when this release cannot work with it."""
+    database = open_guarded(settings)
+    migrate.prepare(database)
+    return database
+
+
+def open_guarded(settings: Settings) -> Database:
+    """Open the database without a check.
+
+    A transaction that writes raises `SchemaMismatch` when the schema does not fit.
+    """
+    prepare_home(settings)
+    database = open_database(settings.sql_url)
+    database.guard = compatibility.check
+    return database
+
+
+def open_for_queries(settings: Settings) -> Database:
+    """Open the database with the role that queries use.
+
+    Without the right to read the schema's version, skip the check.
+    """
+    prepare_home(settings)
+    database = open_database(settings.query_url)
+    with suppress(RightsMissing):
+        migrate.prepare(database)
+    return database
+
+
+def open_stream(settings: Settings, url: str) -> Stream:
+    return Stream(connect(url), settings.stream_key, settings.group)
+
+
+def stream_url(settings: Settings) -> str:
+    """The URL of broker and stream, whether or not a server runs there."""
+    return settings.redis_url or f"unix://{embedded_valkey.socket_path(settings.home)}"
+
+
+def depth_reader(settings: Settings) -> Callable[[], Depth | None]:
+    """Return a function that reads the stream's depth with a short timeout; it returns None without an embedded
+    server."""
+    if settings.embedded and embedded_valkey.find(settings.home) is None:
+        return lambda: None
+    return Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group).depth
+
+
+def wait_for_broker(settings: Settings, notify: Callable[[str], None]) -> bool:
+    """Wait for a broker that stopped answering: while it loads, or while the embedded server is restarted.
+
+    Returns False when an external broker does not answer. Raises `ServerFailed` when no process owns the embedded
+    server or the restart takes too long.
+    """
+    if settings.embedded:
+        if (
+            embedded_valkey.wait_for_server(settings.home, notify) is None
+            and embedded_valkey.find(settings.home) is None
+        ):
+            raise ServerFailed(
+                f"the embedded server of {settings.home} and the process that owned it are gone; start "
+                "`tweetscore up` and try again"
+            )
+        return True
+    with connect_briefly(stream_url(settings)) as client:
+        return wait_until_ready(client, 0, lambda: False, lambda loading: notify(f"waiting: the broker is {loading}"))
+
+
+@contextmanager
+def broker(settings: Settings, notify: Callable[[str], None] = log.warning) -> Iterator[str]:
+    """Yield the broker's URL: the configured one, or the home's embedded server, which is started if necessary."""
+    if settings.redis_url:
+        yield settings.redis_url
+        return
+    prepare_home(settings)
+    with embedded_valkey.running(settings.home, settings.server_memory_mb, settings.server_sync, notify) as server:
+        yield server.url
+
+
+def model_store(settings: Settings) -> Store:
+    """The store of trained models."""
+    return _store(settings, settings.model_store, "models")
+
+
+def input_store(settings: Settings) -> Store:
+    """The store of submitted datasets, and of local base models below `encoders`."""
+    return _store(settings, settings.dataset_store, "datasets")
+
+
+def training_context(settings: Settings, device: str | None = None) -> TrainingContext:
+    """`device` is the one that a worker has claimed; by default that of the settings, unclaimed."""
+    checkpoints, inputs = _store(settings, settings.checkpoint_store, "jobs"), input_store(settings)
+    return TrainingContext(
+        model_store=model_store(settings),
+        input_store=inputs,
+        # The trainer writes to a local folder, which is mirrored to a remote store.
+        jobs_folder=settings.home / "jobs" if checkpoints.remote else checkpoints.folder,
+        checkpoint_store=checkpoints if checkpoints.remote else None,
+        boards_folder=settings.boards,
+        read_roots=(*(() if inputs.remote else (inputs.folder,)), *settings.read_roots),
+        device=device or settings.device,
+        lease_seconds=settings.lease_seconds,
+        max_attempts=settings.max_attempts,
+    )
+
+
+def _store(settings: Settings, location: str | None, default_folder: str) -> Store:
+    cache = Cache(settings.home / "cache", settings.cache_mb * 1024 * 1024)
+    return Store(location or settings.home / default_folder, cache)

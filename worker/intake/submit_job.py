@@ -1,0 +1,154 @@
+"""Validate and enqueue training jobs.
+
+Submitting copies the dataset into the dataset store under its digest, so a job does not depend on a file that may
+change.
+"""
+
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from db import jobs
+from db.errors import TweetscoreError, plain, shown
+from db.models import TrainingJob
+from db.session import Database
+from training.config import TrainConfig, make_config
+from training.data.dataset import read_rows, split_rows
+from training.data.table_file import download
+from training.errors import BadDataset, ModelUnavailable
+from training.jobs.inputs import store_base_model, store_dataset
+from training.model.base_model import check_dictionary, check_hub_name, looks_local
+from training.store.paths import file_sha256, is_file, is_folder, real_path
+from training.store.store import is_remote
+from worker.app import TRAINING, make_app, nudge
+from worker.connections import input_store, open_sql
+from worker.intake.request_queue import Request
+from worker.settings import Settings, load_settings
+
+
+def submit_training(
+    settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, /, **options: Any
+) -> TrainingJob:
+    """Enqueue a job on any dataset and base model that this process can read. A URL is downloaded first.
+
+    Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the job cannot
+    succeed.
+    """
+    with _local_copy(str(dataset)) as path:
+        config = job_config(settings, preset, options)
+        split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
+        config = config.model_copy(update={"base_model": store_encoder(settings, config.base_model)})
+        dataset, sha256 = store_dataset(input_store(settings), path), file_sha256(path)
+        with database.begin() as session:
+            return jobs.submit(
+                session,
+                request_id=uuid.uuid4().hex,
+                dataset=dataset,
+                dataset_sha256=sha256,
+                config=config.model_dump(mode="json"),
+            )
+
+
+def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) -> int:
+    """Queue a job with the settings of the environment, nudge a training worker and return the job's id."""
+    settings = load_settings()
+    database = open_sql(settings)
+    try:
+        job = submit_training(settings, database, dataset, preset, **options)
+    finally:
+        database.close()
+    nudge(make_app(settings), TRAINING)
+    return job.id
+
+
+@contextmanager
+def _local_copy(dataset: str) -> Iterator[Path]:
+    if "://" in dataset:
+        with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
+            fetched = Path(folder) / (Path(urlsplit(dataset).path).name or "dataset")
+            download(dataset, fetched)
+            yield fetched
+        return
+    path = real_path(dataset)
+    if path is None:
+        raise BadDataset(
+            f"there is no file {plain(dataset)}; name a CSV, TSV, JSONL or Parquet file with labels and texts"
+        )
+    yield path
+
+
+def accept_request(
+    settings: Settings, database: Database, request: Request, ended: tuple[str, str] | None = None
+) -> TrainingJob:
+    """Store the job that a Celery message requests, in one transaction. An existing job of the request is unchanged.
+
+    Validates only what needs no file; the worker that runs the job validates the dataset. An invalid request is stored
+    as a failed job, so that its sender can read the reason. `ended` is passed to `jobs.submit`. Raises SQLAlchemy's
+    errors while the database does not answer.
+    """
+    given, dataset, config = request.arguments, "", {}
+    try:
+        dataset = _storable_name(given.pop("dataset", None))
+        config = given
+        config = job_config(settings, given.pop("preset", None), given).model_dump(mode="json")
+    except TweetscoreError as error:
+        ended = ended or ("failed", str(error))
+    with database.begin() as session:
+        return jobs.submit(
+            session,
+            request_id=request.id,
+            dataset=dataset or shown(request.arguments.get("dataset")),
+            dataset_sha256=None,
+            config=_storable(config),
+            message=request.message,
+            ended=ended,
+        )
+
+
+def _storable_name(dataset: object) -> str:
+    """Return the dataset's name unchanged; raises `BadDataset` when a database cannot store it."""
+    name = str(dataset)
+    try:
+        name.encode("utf-8")
+    except UnicodeError as error:
+        raise BadDataset(f"dataset {shown(name)} is not a file name: it is not valid UTF-8") from error
+    if "\x00" in name:
+        raise BadDataset(f"dataset {shown(name)} is not a file name: it contains a NUL character")
+    return name
+
+
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options unchanged or, when a database cannot store them as JSON, a printable form."""
+    try:
+        written = json.dumps(options, ensure_ascii=False, allow_nan=False)
+        written.encode("utf-8")
+    except (ValueError, TypeError, RecursionError):
+        return {"refused": shown(options)}
+    return {"refused": shown(options)} if "\\u0000" in written else options
+
+
+def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) -> TrainConfig:
+    return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
+
+
+def store_encoder(settings: Settings, name: str) -> str:
+    """Copy a local base model into the store under its digest and return its new name. Other names are unchanged."""
+    inputs, folder = input_store(settings), real_path(name)
+    if is_remote(name) and inputs.remote is not None:
+        inputs.remote.name_of(name)
+        return name
+    if not looks_local(name) and (folder is None or not is_folder(folder)):
+        check_hub_name(name)
+        if settings.embedded:
+            check_dictionary(name)
+        return name
+    if folder is None or not is_file(folder / "config.json"):
+        raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
+    if settings.embedded:  # workers elsewhere may have packages that this process lacks
+        check_dictionary(name, folder)
+    return store_base_model(inputs, folder)

@@ -1,0 +1,284 @@
+"""Select the engine that serves a model on this machine: time all, verify the fastest, save the choice.
+
+ARTIFACT.engines/KEY/choice.json   the trials, the chosen engine with the reason, and its token budget
+ARTIFACT.engines/KEY/graph.xml     the graph of the engine, where it has one
+
+KEY is a digest of the artifact, the hardware and the library versions: a change of any starts a new trial. Where the
+model store cannot be written, the files go to HOME/engines. A model without a choice serves on float32 torch while
+`engine_trial.py` tries the other engines in the background.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.errors import BadArtifact
+from training.evaluation.decisions import Floats, choose, to_probabilities
+from training.model.artifact import Artifact, Reference, Spec
+from training.model.batching import pad_arrays, plan_batches
+from worker.engine_names import FLOAT32_TORCH
+from worker.errors import DeviceFull
+from worker.scoring.engine_choice import CHOICE, Choice, Trial, engines_folder, fallback_folder, read_choice
+from worker.scoring.engines import Engine, EngineBuilder, Logits, TorchEngine, hardware, save_graph
+
+log = logging.getLogger(__name__)
+
+REQUESTED = "serves: the settings name it"
+NO_ROWS = "serves: the artifact holds no validation rows to verify another engine on"
+UNTRIED = "serves until a worker has tried the other engines"
+MIN_AGREEMENT = 0.995
+MAX_MEAN_DIFFERENCE = 0.02
+
+# Tokens of one forward, padding included. A CPU is fastest when the activations fit its cache, a GPU when it is full.
+CPU_BUDGETS = (256, 512, 1024, 2048)
+GPU_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072)
+# Rows of a trial: enough to include the cost of padding, few enough to take seconds.
+TRIAL_ROWS = 64
+# Timed rounds over all engines: at least, at most, and the seconds after which no further round starts.
+MIN_ROUNDS, MAX_ROUNDS, TRIAL_SECONDS = 3, 15, 6.0
+VERIFY_BUDGET = 1024
+CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
+SWEEP_ROUNDS = 2
+# Peak memory of a trial, which holds several engines at once: bytes per byte of weights, and a constant. Measured with
+# `tests/benchmarks/loading.py` at base size and with the starter.
+TRIAL_MEMORY = (4.5, 700e6)
+# The smallest budget with this share of the best speed is taken: it needs less memory.
+NEAR_BEST = 0.98
+
+
+def default_budget(device: torch.device) -> int:
+    return 1024 if device.type == "cpu" else 16384
+
+
+def choice_folder(artifact: Path, sha256: str, device: torch.device, wanted: str) -> Path:
+    """The folder of the choice for this artifact, hardware and `TWEETSCORE_ENGINE`; it may not exist yet."""
+    versions = [_version(name) for name in ("torch", "transformers", "openvino", "nncf")]
+    key = json.dumps([sha256, hardware(device), wanted, versions])
+    return engines_folder(artifact) / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # OpenVINO and NNCF may be missing
+
+
+def choice_folders(artifact: Path, sha256: str, device: torch.device, wanted: str, fallback: Path | None) -> list[Path]:
+    """The folders that may hold the choice, in order of preference; `fallback` is used where the store is read-only."""
+    first = choice_folder(artifact, sha256, device, wanted)
+    return [first] if fallback is None else [first, fallback_folder(artifact, fallback) / first.name]
+
+
+def trial_memory(weights: int) -> float:
+    """Bytes that a trial of all engines takes beside the model that serves; `weights` are the bytes of its weights."""
+    return TRIAL_MEMORY[0] * weights + TRIAL_MEMORY[1]
+
+
+def load_engine(
+    artifact: Artifact, device: torch.device, wanted: str, folders: Sequence[Path]
+) -> tuple[Engine, Choice, bool]:
+    """The engine to serve with now, and whether the choice is final: the saved choice, else float32 torch.
+
+    Float32 torch is final where the settings name it, and where no validation rows can verify another engine.
+    """
+    saved = load_saved_engine(artifact, device, folders)
+    if saved is not None:
+        return *saved, True
+    final = wanted == FLOAT32_TORCH or artifact.reference is None
+    verdict = REQUESTED if wanted == FLOAT32_TORCH else NO_ROWS if final else UNTRIED
+    engine = TorchEngine(artifact.model, device, torch.float32)
+    choice = _float32_choice(device, verdict)
+    if final:
+        save_choice(folders, EngineBuilder(artifact.model, device), choice)
+    return engine, choice, final
+
+
+def load_saved_engine(
+    artifact: Artifact, device: torch.device, folders: Sequence[Path]
+) -> tuple[Engine, Choice] | None:
+    """The engine of the first saved choice that works, warmed up; None when there is none."""
+    for folder in folders:
+        choice = read_choice(folder)
+        if choice is None:
+            continue
+        graph = folder / "graph.xml"
+        try:
+            engine = EngineBuilder(artifact.model, device, graph if graph.exists() else None).build(choice.engine)
+            _check_saved(engine, artifact)
+            return engine, choice
+        except Exception as error:
+            log.warning(
+                "the engine saved in %s cannot be used (%s); all engines are tried again", folder, first_line(error)
+            )
+    return None
+
+
+def select_engine(
+    builder: EngineBuilder, artifact: Artifact, device: torch.device, wanted: str
+) -> tuple[Engine, Choice]:
+    """Time the engines, then take the fastest that agrees with float32 torch on the validation rows.
+
+    An engine that the settings name is tried first, whatever its speed. Raises `BadArtifact` when no engine can run.
+    """
+    reference, pad_id = artifact.reference, artifact.tokenizer.pad_token_id
+    if reference is None:
+        return builder.build(FLOAT32_TORCH), _float32_choice(device, NO_ROWS)
+    names = builder.names() if wanted == "auto" else list(dict.fromkeys([wanted, FLOAT32_TORCH]))
+    engines, trials = _time_engines(builder, names, reference.rows[:TRIAL_ROWS], default_budget(device), pad_id)
+    if wanted == "auto":
+        trials.sort(key=lambda trial: -(trial.tweets_per_second or 0))
+    for number, trial in enumerate(trials):
+        if trial.engine not in engines:
+            continue
+        trials[number] = verified = _verify(trial, engines[trial.engine], artifact.spec, reference, pad_id)
+        if verified.serves:
+            budget = _sweep(engines[trial.engine], reference.rows, device, pad_id)
+            return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
+        log.warning("engine %s %s", verified.engine, verified.verdict)
+    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {trials[-1].verdict}")
+
+
+def _float32_choice(device: torch.device, verdict: str) -> Choice:
+    trials = [Trial(FLOAT32_TORCH, verdict, serves=True)]
+    return Choice(FLOAT32_TORCH, default_budget(device), hardware(device), trials)
+
+
+def _time_engines(
+    builder: EngineBuilder, names: Sequence[str], rows: Sequence[Sequence[int]], budget: int, pad_id: int
+) -> tuple[dict[str, Engine], list[Trial]]:
+    """The engines that can run, and a trial of each name with its median tweets a second.
+
+    The engines alternate, so that other load of the machine, scoring above all, affects all alike. The best round would
+    pick another engine each time, by luck.
+    """
+    engines: dict[str, Engine] = {}
+    errors: dict[str, str] = {}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    for number in range(1 + MAX_ROUNDS):
+        if number > MIN_ROUNDS and time.perf_counter() - began > TRIAL_SECONDS:
+            break
+        for name in [name for name in names if name not in errors]:
+            try:
+                if number == 0:
+                    engines[name] = builder.build(name)
+                speeds[name].append(_speed(engines[name], rows, budget, pad_id))
+            except Exception as error:
+                # An exporter or a device may raise anything for a model it does not support; the others are tried.
+                engines.pop(name, None)
+                errors[name] = first_line(error)
+                log.warning("engine %s cannot run this model: %s", name, errors[name])
+        if number == 0:
+            began = time.perf_counter()  # the time of building does not count
+    return engines, [
+        Trial(name, f"cannot run here: {errors[name]}")
+        if name in errors
+        else Trial(name, "", False, statistics.median(speeds[name][1:]))  # the first round warms up
+        for name in names
+    ]
+
+
+def _check_saved(engine: Engine, artifact: Artifact) -> None:
+    """Raise `BadArtifact` if a graph was damaged since it was verified. The few rows also warm the engine up."""
+    if artifact.reference is None:
+        return
+    few = artifact.reference.rows[:TRIAL_ROWS]
+    found = _probabilities(_logits(engine, few, VERIFY_BUDGET, artifact.tokenizer.pad_token_id), artifact.spec)
+    expected = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
+    if not np.abs(found - expected).mean() <= MAX_MEAN_DIFFERENCE:
+        raise BadArtifact("its results differ from those it was verified with")
+
+
+def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference, pad_id: int) -> Trial:
+    """The trial with its agreement on the validation rows and the verdict."""
+    expected = _probabilities(reference.logits, spec)
+    found = _probabilities(_logits(engine, reference.rows, VERIFY_BUDGET, pad_id), spec)
+    agreement = float((choose(found, spec.config.task) == choose(expected, spec.config.task)).all(axis=1).mean())
+    difference = float(np.abs(found - expected).mean())
+    agrees = agreement >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE  # False for NaN
+    if trial.engine == FLOAT32_TORCH:
+        verdict = "serves: no faster engine agrees"
+    elif agrees:
+        verdict = "serves: the first that agrees"
+    else:
+        verdict = f"does not serve, it needs at least {MIN_AGREEMENT:.1%} and at most {MAX_MEAN_DIFFERENCE}"
+    verdict += f"; {agreement:.2%} of {len(expected)} validation labels as float32, probabilities {difference:.4f} off"
+    serves = agrees or trial.engine == FLOAT32_TORCH
+    return replace(trial, verdict=verdict, serves=serves, agreement=agreement, mean_difference=difference)
+
+
+def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, pad_id: int) -> int:
+    """The token budget at which this engine is fastest; larger ones are not tried once the device is full."""
+    budgets, count = (CPU_BUDGETS, CPU_SWEEP_ROWS) if device.type == "cpu" else (GPU_BUDGETS, GPU_SWEEP_ROWS)
+    rows = [rows[i % len(rows)] for i in range(count)]
+    speeds: dict[int, float] = {}
+    for budget in budgets:
+        try:
+            speeds[budget] = _speed(engine, rows, budget, pad_id)
+        except DeviceFull:
+            break
+    for _ in range(SWEEP_ROUNDS):  # alternating, so that other load of the machine affects every budget alike
+        for budget, speed in speeds.items():
+            speeds[budget] = max(speed, _speed(engine, rows, budget, pad_id))
+    if not speeds:
+        return 256  # `ScoringModel` halves it further where needed
+    return min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * max(speeds.values()))
+
+
+def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> float:
+    """Rows a second."""
+    began = time.perf_counter()
+    _logits(engine, rows, budget, pad_id)
+    return len(rows) / (time.perf_counter() - began)
+
+
+def _logits(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> Logits:
+    """Logits (N, K) in the rows' order."""
+    plan = plan_batches([len(row) for row in rows], token_budget=budget)
+    found = engine.run([pad_arrays([rows[i] for i in batch], pad_id) for batch in plan])
+    order = [index for batch in plan for index in batch]
+    logits: Logits = np.concatenate(found)[np.argsort(order)]
+    return logits
+
+
+def _probabilities(logits: Logits, spec: Spec) -> Floats:
+    probabilities: Floats = to_probabilities(torch.from_numpy(logits), spec.config.task, spec.temperature).numpy()
+    return probabilities
+
+
+def save_choice(folders: Sequence[Path], builder: EngineBuilder, choice: Choice) -> bool:
+    """Write a choice, atomically, to the first folder that can be written. Returns whether there was one."""
+    for folder in folders:
+        draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            draft.mkdir(parents=True)
+            if choice.engine.startswith("openvino"):
+                save_graph(builder.graph(choice.engine), draft / "graph.xml")
+            (draft / CHOICE).write_text(json.dumps(asdict(choice), ensure_ascii=False, indent=2), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(draft, folder)
+            return True
+        except (OSError, RuntimeError) as error:  # OpenVINO raises RuntimeError
+            shutil.rmtree(draft, ignore_errors=True)
+            log.info("the choice of an engine cannot be saved in %s: %s", folder, first_line(error))
+    return False
+
+
+def first_line(error: Any) -> str:
+    """The first line of an error's text, cut to fit into a log message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,227 @@
+"""Engines: each runs one model on a device, from padded token ids to logits. No texts, labels or tweets here.
+
+An engine serves only after it agreed with float32 torch: see `engine_selection.py`.
+"""
+
+import copy
+import io
+import logging
+import platform
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training import failpoint
+from training.model.batching import Ids
+from training.model.classifier import Classifier
+from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH
+from worker.errors import DeviceFull, EngineUnavailable
+
+Logits = NDArray[np.float32]
+Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
+
+# Neighbouring activations of a token that share one int8 scale. Smaller is more exact, larger is faster; relative speed
+# at BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7.
+ACTIVATION_GROUP = 128
+INSTALL_CPU_ENGINES = "pip install openvino nncf"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
+
+
+class Engine(Protocol):
+    """One model, ready on its device."""
+
+    name: str
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        """Logits (B, K) float32 of every batch, in order. Raises `DeviceFull` when a batch does not fit.
+
+        Two threads may call it: while one waits for its last batches, the batches of the other start.
+        """
+        ...
+
+
+def openvino() -> Any:
+    """The OpenVINO package; imported when a CPU engine is built, so that a GPU worker runs without it.
+
+    Raises `EngineUnavailable` where it is not installed.
+    """
+    # OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino as package
+    except ImportError as error:
+        raise EngineUnavailable(f"OpenVINO cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
+    return package
+
+
+class TorchEngine:
+    """PyTorch in `dtype`, with fused attention. All batches are submitted before the first result is awaited."""
+
+    def __init__(self, model: Classifier, device: torch.device, dtype: torch.dtype) -> None:
+        self.name = f"torch-{str(dtype).removeprefix('torch.')}"
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._model = model.to(device=device, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        with _converted_errors(self.name):
+            logits = [self._model(self._send(ids), self._send(mask)).float() for ids, mask in batches]
+            return [part.cpu().numpy() for part in logits]
+
+    def _send(self, array: Ids) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        # A copy from pinned memory overlaps the forward before it.
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._pinned else tensor.to(self._device)
+
+
+class OpenVinoEngine:
+    """OpenVINO on the CPU: several batches at once, each on its own cores where that is faster."""
+
+    def __init__(self, name: str, model: Any, precision: str) -> None:
+        self.name = name
+        ov = openvino()
+        compiled = ov.Core().compile_model(
+            model,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "THROUGHPUT",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_PRECISION_HINT": precision,
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATION_GROUP,
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+        # Twice the number that runs at once, so that a core never waits for Python to submit its next batch.
+        jobs = 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        # Two queues: while the last batches of one window run, the next window fills the idle cores.
+        self._queues: SimpleQueue[Any] = SimpleQueue()
+        for queue in (ov.AsyncInferQueue(compiled, jobs), ov.AsyncInferQueue(compiled, jobs)):
+            queue.set_callback(_copy_logits)
+            self._queues.put(queue)
+        self._submitting = threading.Lock()
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        found: dict[int, Logits] = {}
+        queue = self._queues.get()
+        try:
+            with _converted_errors(self.name):
+                try:
+                    with self._submitting:  # keeps the batches of one call together
+                        for number, (ids, mask) in enumerate(batches):
+                            inputs = {"input_ids": ids, "attention_mask": mask}
+                            queue.start_async(inputs, (found, number), share_inputs=True)
+                finally:
+                    queue.wait_all()  # the arrays are shared, so they must outlive their requests
+        finally:
+            self._queues.put(queue)
+        return [found[number] for number in range(len(batches))]
+
+
+def _copy_logits(request: Any, target: tuple[dict[int, Logits], int]) -> None:
+    found, number = target
+    found[number] = request.get_output_tensor(0).data.copy()
+
+
+class EngineBuilder:
+    """Builds engines of one model on one device, by name. `graph_path` is the graph saved by an earlier build."""
+
+    def __init__(self, model: Classifier, device: torch.device, graph_path: Path | None = None) -> None:
+        self._model = model
+        self._device = device
+        self._graph_path = graph_path
+
+    def names(self) -> list[str]:
+        """The engines to try on this device. Float32 torch is always among them: the others are compared with it."""
+        if self._device.type == "cuda":
+            return list(CUDA_ENGINES)
+        if self._device.type != "cpu":
+            return [FLOAT32_TORCH]
+        try:
+            has_bf16 = _cpu_has_bf16()
+        except EngineUnavailable:
+            return [CPU_ENGINES[0], FLOAT32_TORCH]  # the trial of the first one reports what is not installed
+        return [name for name in CPU_ENGINES if has_bf16 or not name.endswith("bfloat16")]
+
+    def build(self, name: str) -> Engine:
+        library, _, precision = name.partition("-")
+        if library == "torch":
+            # A copy: the rounded weights of one engine must not reach the next.
+            return TorchEngine(copy.deepcopy(self._model), self._device, getattr(torch, precision))
+        return OpenVinoEngine(name, self.graph(name), "bf16" if precision == "bfloat16" else "f32")
+
+    def graph(self, name: str) -> Any:
+        """The OpenVINO graph of an engine."""
+        if self._graph_path is not None:
+            return openvino().Core().read_model(self._graph_path)
+        return self._quantised if name == "openvino-int8" else self._converted
+
+    @cached_property
+    def _quantised(self) -> Any:
+        """Weights of matrix products in int8 with a scale per row; activations at run time with a scale per group.
+
+        Embeddings stay float32: they are looked up, not multiplied, so int8 would cost agreement and gain nothing.
+        """
+        try:
+            import nncf  # takes a second to import and is needed once a model
+        except ImportError as error:
+            raise EngineUnavailable(f"NNCF cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
+
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's `set_log_level` would silence all handlers
+        ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
+        mode = nncf.CompressWeightsMode.INT8_ASYM
+        with redirect_stdout(io.StringIO()):  # a progress bar and tables without an off switch
+            return nncf.compress_weights(self._converted.clone(), mode=mode, ignored_scope=ignored)
+
+    @cached_property
+    def _converted(self) -> Any:
+        """The float32 graph, for batches of any shape."""
+        ov, example = openvino(), torch.ones((2, 8), dtype=torch.long)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing freezes Python values; the reference rows show if any mattered
+            return ov.convert_model(self._model, example_input={"input_ids": example, "attention_mask": example})
+
+
+def save_graph(graph: Any, path: Path) -> None:
+    openvino().save_model(graph, path, compress_to_fp16=False)
+
+
+def hardware(device: torch.device) -> str:
+    """The description of the hardware that a choice is valid for."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}"
+    try:
+        core = openvino().Core()
+    except EngineUnavailable:
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, without OpenVINO"
+    features = "/".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}, {torch.get_num_threads()} threads, {features}"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has bfloat16 instructions; emulation is many times slower than float32."""
+    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@contextmanager
+def _converted_errors(name: str) -> Iterator[None]:
+    """Convert every library's out-of-memory error to `DeviceFull`."""
+    try:
+        failpoint.passing("device")
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise DeviceFull(f"{name} has no memory left for a batch this large") from error
+        raise

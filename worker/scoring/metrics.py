@@ -1,0 +1,31 @@
+"""Prometheus metrics that the scoring route updates. `metrics_endpoint.py` serves them."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from worker.scoring.window import STAGES, Window
+
+# Seconds: from under a millisecond, which a read takes, to a window of long texts on a slow CPU.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+windows = Counter("tweetscore_windows", "windows committed")
+tweets = Counter("tweetscore_tweets", "tweets scored and committed")
+buried = Counter("tweetscore_buried", "records put into dead_letters")
+tokens = Counter("tweetscore_tokens", "tokens of the texts scored")
+padded_tokens = Counter("tweetscore_padded_tokens", "tokens the device saw, padding included")
+padding = Gauge("tweetscore_padding_ratio", "padded tokens over tokens of the last window, 1 is none")
+stages = Histogram("tweetscore_stage_seconds", "seconds a window spent in a stage", ["stage"], buckets=BUCKETS)
+for stage in STAGES:
+    stages.labels(stage)  # exported from the start, so that rates can be computed
+
+
+def count(window: Window) -> None:
+    """Add a committed window."""
+    windows.inc()
+    tweets.inc(len(window.tweets))
+    buried.inc(len(window.dead))
+    for stage in STAGES:
+        stages.labels(stage).observe(window.ms[f"{stage}_ms"] / 1000)
+    if window.scores is not None and window.scores.tokens:
+        tokens.inc(window.scores.tokens)
+        padded_tokens.inc(window.scores.padded_tokens)
+        padding.set(window.scores.padded_tokens / window.scores.tokens)
