@@ -39,9 +39,9 @@ from worker.stream.redis_client import connect
 from worker.stream.stream import Stream
 
 if TYPE_CHECKING:
-    from tests.bench import Bench
+    from tests.support.bench import Bench
 
-pytest_plugins = ["tests.world"]
+pytest_plugins = ["tests.support.world"]
 LABELS = ["negative", "neutral", "positive"]
 # Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -215,7 +215,7 @@ def promote(tiny_artifact: SimpleNamespace) -> Callable[..., int]:
 @pytest.fixture
 def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> "Bench":
     """Workers on the test's stream and a database of each kind in turn."""
-    from tests.bench import Bench  # which waits as this file does
+    from tests.support.bench import Bench  # which waits as this file does
 
     return Bench(database, stream, raw, tiny_artifact, promote)
 
@@ -223,7 +223,7 @@ def bench(database: Database, stream: Stream, raw: "redis.Redis", tiny_artifact:
 @pytest.fixture
 def lite(sqlite: Database, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any) -> "Bench":
     """A bench on SQLite, where the kind of database does not matter."""
-    from tests.bench import Bench
+    from tests.support.bench import Bench
 
     return Bench(sqlite, stream, raw, tiny_artifact, promote)
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 import pytest
@@ -16,11 +15,11 @@ from typer.main import get_command
 
 import worker
 from tests.faults.test_rows import FAULTS
+from tests.support.paths import ROOT
 from worker.app import make_app
 from worker.cli.main import app
 from worker.settings import Settings, environment_name
 
-ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))

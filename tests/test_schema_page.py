@@ -10,9 +10,8 @@ from db import schema_page
 from db.models import Base, TrainingJob
 from db.session import Database
 from db.views import VIEWS
-from tests.test_store import NOON, answer, assign, make_version, prediction_row, tweet_row, write
-
-ROOT = Path(__file__).parents[1]
+from tests.db.test_predictions import NOON, answer, assign, make_version, prediction_row, tweet_row, write
+from tests.support.paths import ROOT
 
 
 def test_the_page_is_up_to_date() -> None:

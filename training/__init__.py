@@ -1,1 +1,0 @@
-"""Fine-tuning: from labelled rows to a registered model. Imports `db`, and neither Celery nor the stream."""

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from tests.support.paths import ROOT
 from training.config import TrainConfig, make_config
 from training.data.dataset import Split, read_rows, split_rows
 from training.loop.predict import predict
@@ -20,7 +21,7 @@ from training.model.classifier import Classifier, build_model
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
-SAMPLE_LABELLED = Path(__file__).parents[2] / "training" / "sample" / "labelled.csv"
+SAMPLE_LABELLED = ROOT / "training" / "sample" / "labelled.csv"
 CPU = torch.device("cpu")
 VOCABULARY = 32_000
 # BERT base; the small form keeps the shape and drops the size.

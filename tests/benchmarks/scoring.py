@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.benchmarks import bulk, models, peers
 from tests.benchmarks.system import System, tweets
+from tests.support.paths import ROOT
 from training.model.artifact import load_artifact
 from training.model.batching import pad_arrays, plan_batches
 from training.text.tokenizer import TextEncoder, encode
@@ -33,7 +34,6 @@ from worker.scoring.engines import Batch, hardware
 from worker.scoring.scoring_model import ScoringModel
 from worker.settings import load_settings
 
-ROOT = Path(__file__).parents[2]
 # Real tweets if the file exists beside the project; else the sample's.
 REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
 SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"

@@ -9,8 +9,8 @@ import pytest
 from db import jobs
 from db.models import ModelVersion, TestPrediction, utc_now
 from tests.conftest import wait_until
-from tests.faults.actors import wait_for_log
-from tests.world import World
+from tests.support.actors import wait_for_log
+from tests.support.world import World
 from worker.connections import model_store
 
 Epochs = dict[int, float]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from db.models import ScoringWindow
-from tests.bench import wire
 from tests.conftest import wait_until
-from tests.faults.actors import Actor
-from tests.world import World
+from tests.support.actors import Actor
+from tests.support.bench import wire
+from tests.support.world import World
 
 # Some seconds of work: of a second's, one scorer had a twentieth, waiting for SQLite.
 TWEETS = 24_000

@@ -15,11 +15,11 @@ import redis
 
 from db import migrate
 from db.session import open_database
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.actors import wait_for_log
-from tests.outages import breakable
-from tests.world import World, on_postgresql, on_sqlite
+from tests.support.actors import wait_for_log
+from tests.support.bench import wire
+from tests.support.outages import breakable
+from tests.support.world import World, on_postgresql, on_sqlite
 from worker.intake.publish import send
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect

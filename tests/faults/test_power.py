@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.commands import Command
-from tests.world import World, on_sqlite
+from tests.support.bench import wire
+from tests.support.commands import Command
+from tests.support.world import World, on_sqlite
 
 STRACE = [
     "strace", "-f", "-y", "-s", "64", "--seccomp-bpf", "-e", "signal=none",

@@ -25,11 +25,11 @@ from db import migrate
 from db.errors import DatabaseError, TweetscoreError, public_url
 from db.models import ModelVersion, TrainingJob
 from db.session import Database, open_database
-from tests.bench import wire
 from tests.conftest import wait_until
-from tests.faults.commands import worker
+from tests.support.bench import wire
+from tests.support.commands import worker
+from tests.support.world import World
 from tests.test_readme import ROOT, section
-from tests.world import World
 from training.config import make_config
 from training.data.dataset import find_dataset
 from training.errors import BadArtifact, BadDataset, ModelUnavailable

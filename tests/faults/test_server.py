@@ -9,16 +9,7 @@ import pytest
 import redis
 
 from tests.conftest import wait_until
-from tests.servers import (
-    contents,
-    fill,
-    is_running,
-    log_file,
-    orphan,
-    owner_process,
-    server_pid,
-    short_home,
-)
+from tests.support.servers import contents, fill, is_running, log_file, orphan, owner_process, server_pid, short_home
 from worker.errors import ServerFailed, ServerRunning
 from worker.stream import embedded_valkey
 from worker.stream.stream import Depth

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.commands import command
-from tests.servers import contents, fill, is_running, log_file, orphan, owner_process, server_pid, short_home
-from tests.world import World, on_sqlite
+from tests.support.bench import wire
+from tests.support.commands import command
+from tests.support.servers import contents, fill, is_running, log_file, orphan, owner_process, server_pid, short_home
+from tests.support.world import World, on_sqlite
 from worker.cli.doctor import examine
 from worker.connections import broker, open_stream
 from worker.errors import ServerFailed, ServerRunning

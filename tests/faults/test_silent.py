@@ -24,12 +24,12 @@ from db import connection, migrate
 from db.errors import DatabaseError, TweetscoreError
 from db.readonly import ask
 from db.session import Database, open_database
-from tests.bench import Bench, wire
-from tests.compose import free_port
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.commands import worker
-from tests.test_metrics import scraped
-from tests.world import World
+from tests.support.bench import Bench, wire
+from tests.support.commands import worker
+from tests.support.compose import free_port
+from tests.support.world import World
+from tests.worker.scoring.test_metrics import scraped
 from worker.process import health
 from worker.scoring.scoring_model import ScoringModel
 from worker.settings import load_settings

@@ -21,12 +21,12 @@ import pytest
 import worker
 from db import registry
 from db.models import ModelVersion, Prediction, TestPrediction
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.actors import Actor
-from tests.faults.commands import Command, command
-from tests.servers import server_pid
-from tests.world import World
+from tests.support.actors import Actor
+from tests.support.bench import wire
+from tests.support.commands import Command, command
+from tests.support.servers import server_pid
+from tests.support.world import World
 from training.config import make_config
 from training.model.artifact import make_spec, save_artifact
 from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder

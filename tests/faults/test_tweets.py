@@ -6,10 +6,10 @@ import time
 
 from db import registry
 from db.models import ModelVersion, Prediction, Tweet
-from tests.bench import DRAINED, Bench, wire
 from tests.conftest import LABELS, wait_until
-from tests.faults.actors import wait_for_log
-from tests.world import World
+from tests.support.actors import wait_for_log
+from tests.support.bench import DRAINED, Bench, wire
+from tests.support.world import World
 from worker.connections import model_store
 from worker.stream.stream import Depth, Record, Stream
 

@@ -15,12 +15,12 @@ from db import migrate
 from db.compatibility import newest_revision
 from db.errors import SchemaMismatch
 from db.models import ScoringWindow, utc_now
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.actors import wait_for_log
-from tests.faults.commands import command
-from tests.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
-from tests.world import World, on_postgresql
+from tests.support.actors import wait_for_log
+from tests.support.bench import wire
+from tests.support.commands import command
+from tests.support.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
+from tests.support.world import World, on_postgresql
 from worker.connections import open_guarded
 from worker.process.health import check_health
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from db.models import ModelVersion, TestPrediction
-from tests.bench import wire
-from tests.world import World
+from tests.support.bench import wire
+from tests.support.world import World
 from training.failpoint import JOB_POINTS, TWEET_POINTS
 from worker.connections import model_store
 

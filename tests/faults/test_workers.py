@@ -14,10 +14,10 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.bench import wire
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.faults.commands import command, worker
-from tests.world import World, on_postgresql, on_sqlite
+from tests.support.bench import wire
+from tests.support.commands import command, worker
+from tests.support.world import World, on_postgresql, on_sqlite
 from worker.app import broker_url
 from worker.errors import StreamFull
 from worker.exit_codes import BAD_SETTINGS_EXIT, GRACE_EXIT, STALLED_EXIT

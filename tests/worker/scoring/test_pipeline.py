@@ -1,0 +1,314 @@
+"""The route of a tweet with a real server, real databases and a real model: what is stored, acknowledged and buried."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+
+from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
+from db.session import Database
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
+from tests.support.bench import DRAINED, Bench, Killed, wire
+from training.model.batching import plan_batches
+from worker.scoring.overlap import WINDOWS_IN_FLIGHT
+from worker.scoring.pipeline import Pipeline
+from worker.scoring.scoring_model import Scores, ScoringModel
+from worker.scoring.window import Window
+from worker.stream.stream import Depth, Stream
+
+
+class Slow(ScoringModel):
+    """Sets `begun` when a forward starts, and waits for `go`."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def forward(self, rows: Any) -> Scores:
+        self.begun.set()
+        assert self.go.wait(PATIENCE_SECONDS)
+        return super().forward(rows)
+
+
+@contextlib.contextmanager
+def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
+    """Drain in a thread; after the block it has ended without an error."""
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(pipeline.drain()))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(PATIENCE_SECONDS)
+    assert done
+
+
+# --- what is stored
+
+
+def test_every_tweet_gets_one_row_that_says_what_the_model_says(bench: Bench) -> None:
+    version = bench.promote()
+    bench.stream.publish([wire(i, "雨" * (i % 9 + 1), lang="ja") for i in range(250)])
+    assert bench.worker().drain() == 250
+    found = bench.rows(Prediction)
+    assert {row["tweet_id"] for row in found} == {str(i) for i in range(250)}
+    assert len(found) == 250
+    for row in found:
+        said = row["probabilities"]
+        assert row["model_version_id"] == version
+        assert set(said) == set(LABELS)
+        assert sum(said.values()) == pytest.approx(1, abs=1e-5)
+        assert (row["label"], row["probability"]) == max(said.items(), key=lambda item: item[1])
+        assert row["score_signed"] == pytest.approx(said["positive"] - said["negative"], abs=1e-6)
+    assert {(row["text"], row["lang"]) for row in bench.rows(Tweet)} == {("雨" * i, "ja") for i in range(1, 10)}
+    assert [row["tweets"] for row in bench.rows(ScoringWindow)] == [64, 100, 86]
+    assert bench.stream.depth() == DRAINED
+
+
+def test_window_leaves_a_row_with_its_stage_times(lite: Bench) -> None:
+    version = lite.promote()
+    lite.stream.publish([wire(1), wire(2, "長い" * 50), b"no tweet"])
+    worker = lite.worker()
+    worker.drain()
+    (row,) = lite.rows(ScoringWindow)
+    assert (row["worker"], row["model_version_id"]) == (worker.stream.consumer, version)
+    assert (row["tweets"], row["buried"]) == (2, 1)
+    assert 0 < row["tokens"] <= row["padded_tokens"] <= 2 * row["tokens"]
+    assert all(row[name] > 0 for name in ("read_ms", "tokenise_ms", "forward_ms", "store_ms"))
+
+
+def test_the_same_tweet_twice_is_one_row(bench: Bench) -> None:
+    bench.promote()
+    bench.stream.publish([wire("1", "最初"), wire(1, "二度目"), wire("2")])
+    bench.worker().drain()
+    first = bench.rows(Prediction), bench.rows(Tweet)
+    assert [len(table) for table in first] == [2, 2]
+    bench.stream.publish([wire("1", "三度目")])
+    bench.worker().drain()
+    assert (bench.rows(Prediction), bench.rows(Tweet)) == first
+    assert {row["tweet_id"]: row["text"] for row in first[1]}["1"] == "最初"
+    assert bench.stream.depth() == DRAINED
+
+
+def test_a_text_that_many_post_is_scored_once_a_window_and_stored_for_each(lite: Bench) -> None:
+    lite.promote()
+    lite.stream.publish([wire(i, f"今日は嬉しい https://example.com/{i}") for i in range(50)] + [wire("x", "雨")])
+    assert lite.worker().drain() == 51
+    [window] = lite.rows(ScoringWindow)
+    alone = lite.holding(ScoringModel).model.tokenise(["今日は嬉しい", "雨"])
+    assert (window["tweets"], window["tokens"]) == (51, sum(map(len, alone)))
+    rows = {row["tweet_id"]: row["probabilities"] for row in lite.rows(Prediction)}
+    assert len(rows) == 51
+    assert all(rows[str(i)] == rows["0"] for i in range(50))
+    assert rows["x"] != rows["0"]
+
+
+def test_scores_do_not_depend_on_window_mates(lite: Bench) -> None:
+    model = lite.holding(ScoringModel).model
+    texts = ["嬉しい", "今日は雨が降って悲しい" * 8, "https://example.com", "[SEP]", "普通の一日だった"]
+    model.token_budget = 64
+    together = model.score(texts)
+    model.token_budget = 4096
+    for said, text_ in zip(together, texts, strict=True):
+        assert said["probabilities"] == pytest.approx(model.score([text_])[0]["probabilities"], abs=1e-5)
+
+
+# --- failures between commit and acknowledgement
+
+
+def test_window_is_not_acked_when_commit_fails(bench: Bench) -> None:
+    bench.promote()
+    bench.stream.publish([wire(i) for i in range(3)] + [b"no tweet"])
+
+    class FailsAtCommit(Database):
+        @contextlib.contextmanager
+        def begin(self) -> Iterator[Any]:
+            with super().begin() as session:
+                yield session
+                worker.stopping.set()  # prevents a retry
+                raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
+
+    worker = bench.worker(database=FailsAtCommit(bench.database.engine))
+    with pytest.raises(OperationalError):
+        worker.drain()
+    assert [bench.rows(table) for table in (Tweet, Prediction, DeadLetter, ScoringWindow)] == [[], [], [], []]
+    assert bench.stream.depth() == Depth(length=4, lag=0, pending=4)
+    bench.recovers()
+    assert (len(bench.scored()), len(bench.rows(DeadLetter))) == (3, 1)
+
+
+def test_rows_are_committed_before_the_ack_and_a_replay_changes_nothing(bench: Bench) -> None:
+    class DiesBeforeAck(Stream):
+        def ack(self, ids: Any) -> None:
+            raise Killed
+
+    bench.promote()
+    bench.stream.publish([wire(i) for i in range(5)] + [b"no tweet"])
+    with pytest.raises(Killed):
+        bench.worker(holds=DiesBeforeAck).drain()
+    before = [bench.rows(table) for table in (Tweet, Prediction, DeadLetter)]
+    assert [len(table) for table in before] == [5, 5, 1]
+    assert bench.stream.depth() == Depth(length=6, lag=0, pending=6)
+    bench.recovers()
+    assert [bench.rows(table) for table in (Tweet, Prediction, DeadLetter)] == before
+
+
+def test_locked_database_is_waited_for_and_drained_afterwards(lite: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    lite.promote()
+    lite.stream.publish([wire(i) for i in range(20)])
+    event.listen(lite.database.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=50"))
+    lite.database.close()
+    with lite.database.engine.connect() as blocker:
+        blocker.execute(text("PRAGMA user_version"))  # a writer's connection holds the lock from its first statement
+        with draining(lite.worker(window_tweets=5)):
+            wait_until(lambda: lite.stream.depth() == Depth(length=20, lag=0, pending=20))
+            wait_until(lambda: "the database does not answer" in caplog.text)
+            assert lite.scored() == {}
+            blocker.rollback()
+    assert len(lite.scored()) == 20
+    assert lite.stream.depth() == DRAINED
+
+
+# --- holding and stopping
+
+
+def test_long_forward_keeps_its_records(lite: Bench) -> None:
+    champion = lite.holding(Slow)
+    model = champion.model
+    lite.stream.publish([wire(i) for i in range(3)])
+    with draining(lite.worker(champion, min_idle_seconds=1)):
+        assert model.begun.wait(PATIENCE_SECONDS)
+        until = time.monotonic() + 3
+        thief = Stream(lite.raw, lite.stream.key, lite.stream.group)
+        wait_until(lambda: thief.claim_idle(1_000, 10) or time.monotonic() > until)
+        held = lite.deliveries()
+        model.go.set()
+    assert held == [1, 1, 1]
+    assert len(lite.scored()) == 3
+    assert lite.stream.depth() == DRAINED
+
+
+def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench) -> None:
+    champion = lite.holding(Slow)
+    model = champion.model
+    lite.stream.publish([wire(i) for i in range(20)])
+    worker = lite.worker(champion, window_tweets=4)
+    with draining(worker):
+        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
+        worker.stopping.set()
+        model.go.set()
+    assert set(lite.scored()) == {str(i) for i in range(4 * WINDOWS_IN_FLIGHT)}
+    assert lite.stream.depth() == Depth(length=4, lag=4, pending=0)
+
+
+# --- overlapping stages
+
+
+def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: Bench) -> None:
+    champion = lite.holding(Slow)
+    lite.stream.publish([wire(i) for i in range(20)])
+    with draining(lite.worker(champion, window_tweets=4)):
+        assert champion.model.begun.wait(PATIENCE_SECONDS)
+        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
+        assert lite.scored() == {}
+        champion.model.go.set()
+    assert len(lite.scored()) == 20
+    assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [4] * 5, "in their order, none twice"
+    assert lite.stream.depth() == DRAINED
+
+
+@pytest.mark.parametrize("stage", ["tokenise", "forward", "store"])
+def test_a_fault_in_any_stage_reaches_the_route_and_leaves_no_thread(lite: Bench, stage: str) -> None:
+    """Killed in the first, third or last window: committed rows stay, the other records wait for another worker."""
+    lite.promote()
+    for at in (1, 3, 5):
+        lite.stream.publish([wire(f"{stage}-{at}-{i}") for i in range(20)])
+        calls: list[Window] = []
+
+        class Dies(Pipeline):
+            pass
+
+        def step(self: Pipeline, window: Window, at: int = at, calls: list[Window] = calls) -> Any:
+            calls.append(window)
+            if len(calls) == at:
+                raise Killed
+            return getattr(Pipeline, stage)(self, window)
+
+        setattr(Dies, stage, step)
+        worker = lite.worker(kind=Dies, window_tweets=4)
+        with pytest.raises(Killed):
+            worker.drain()
+        mine = {id_ for id_ in lite.scored() if id_.startswith(f"{stage}-{at}-")}
+        assert len(mine) == 20 - lite.stream.depth().pending - (lite.stream.depth().lag or 0)
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("tokenise", "renew"))]
+        lite.recovers()
+    assert len(lite.scored()) == 60
+    assert lite.rows(DeadLetter) == []
+
+
+def test_one_bad_text_among_windows_under_way_is_buried_alone_and_none_is_scored_twice(lite: Bench) -> None:
+    class Fails(ScoringModel):
+        def forward(self, rows: Any) -> Scores:
+            if len({tuple(row) for row in self.tokenise(["毒"])} & {tuple(row) for row in rows}):
+                raise RuntimeError("not this one")
+            return super().forward(rows)
+
+    champion = lite.holding(Fails)
+    lite.stream.publish([wire(i, "毒" if i == 9 else f"雨が降る{i}") for i in range(40)])
+    assert lite.worker(champion, window_tweets=4).drain() == 39
+    assert set(lite.scored()) == {str(i) for i in range(40) if i != 9}
+    assert [row["payload"] for row in lite.rows(DeadLetter)] == [wire(9, "毒")]
+    assert sum(row["tweets"] for row in lite.rows(ScoringWindow)) == 39
+    assert lite.stream.depth() == DRAINED
+
+
+def test_first_windows_are_small_and_grow_while_there_is_more(lite: Bench) -> None:
+    lite.promote()
+    lite.stream.publish([wire(i) for i in range(500)])
+    lite.worker(window_tweets=200).drain()
+    assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [64, 128, 200, 108]
+
+
+def test_what_was_scored_is_said_in_the_log(lite: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    lite.promote()
+    lite.stream.publish([wire(i, "雨" * (i % 5 + 1)) for i in range(30)])
+    lite.worker(window_tweets=10).drain()
+    [said] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("scored")]
+    assert said.startswith("scored 30 tweets in 3 windows, padding 1.")
+    assert all(f"{stage} " in said for stage in ("read", "tokenise", "forward", "store"))
+
+
+# --- the champion
+
+
+def test_without_a_champion_nothing_is_read_and_it_is_said_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.stream.publish([wire(1)])
+    worker = bench.worker()
+    assert [worker.drain(), worker.drain(), worker.drain()] == [0, 0, 0]
+    assert bench.stream.depth() == Depth(length=1, lag=1, pending=0)
+    assert caplog.text.count("there is no champion yet") == 1
+    bench.promote()
+    assert worker.drain() == 1
+
+
+# --- batches
+
+
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 2000))
+def test_batches_hold_every_row_once_within_the_budget_and_waste_no_forward(lengths: list[int], budget: int) -> None:
+    batches = plan_batches(lengths, token_budget=budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    flat = [lengths[index] for batch in batches for index in batch]
+    assert flat == sorted(flat, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or lengths[batch[0]] * len(batch) <= budget
+    for batch in batches[:-1]:
+        assert lengths[batch[0]] * (len(batch) + 1) > budget, "the next row would have fitted"
