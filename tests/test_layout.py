@@ -18,7 +18,8 @@ LAYERS = [
     "training.loop", "training.jobs",
     "worker.errors", "worker.exit_codes", "worker.engine_names",
     "worker.stream", "worker.settings", "worker.settings_page", "worker.connections", "worker.app",
-    "worker.scoring", "worker.intake", "worker.maintenance", "worker.process", "worker.tasks", "worker.console", "worker.cli",
+    "worker.scoring", "worker.intake", "worker.maintenance", "worker.process", "worker.tasks",
+    "worker.console", "worker.cli",
     "worker",
 ]  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FOLDER = 400, 60, 16

@@ -23,7 +23,7 @@ def test_the_defaults_are_the_embedded_ones(tmp_path: Path) -> None:
 
 
 def test_a_home_that_cannot_be_made_is_refused_with_the_remedy() -> None:
-    with pytest.raises(BadSettings, match="TWEETSCORE_HOME is '/proc/nowhere'.*folder that you can write to"):
+    with pytest.raises(BadSettings, match=r"TWEETSCORE_HOME is '/proc/nowhere'.*folder that you can write to"):
         prepare_home(load_settings(home="/proc/nowhere"))
 
 
