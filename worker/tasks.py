@@ -59,7 +59,7 @@ class JobOutcomeTask(Task):  # type: ignore[misc]
     def _mark_answered(self, task_id: str) -> None:
         if TRAINING in workers:
             with workers[TRAINING].database.begin() as session:
-                jobs.answered(session, task_id)
+                jobs.mark_answered(session, task_id)
 
 
 @app.task(name="worker.tasks.train", base=JobOutcomeTask, bind=True, ignore_result=False, throws=(JobFailed,))
@@ -100,7 +100,7 @@ def _outcome(task: Task, worker: WorkerProcess) -> dict[str, Any]:
         task.backend.mark_as_revoked(id_, str(result), request=task.request, store_result=True)
         task.send_event("task-revoked", terminated=False, signum=None, expired=False)
         with worker.database.begin() as session:
-            jobs.answered(session, id_)
+            jobs.mark_answered(session, id_)
         raise Ignore
     return dict(result)
 

@@ -124,7 +124,7 @@ WRITES: dict[str, Callable[[Any, int, int], object]] = {
     "record_data": lambda session, job, token: jobs.record_data(session, job, token, "0" * 64, {"rows": 1}),
     "record_step": lambda session, job, token: jobs.record_step(session, job, token, 7, 9, 0.1),
     "record_epoch": lambda session, job, token: jobs.record_epoch(session, token, epoch_metric(job, 1)),
-    "hold": lambda session, job, token: jobs.hold(session, job, token),
+    "require_token": lambda session, job, token: jobs.require_token(session, job, token),
     "finish": lambda session, job, token: jobs.finish(session, job, token, "succeeded"),
     "release": lambda session, job, token: jobs.release(session, job, token),
 }

@@ -2,7 +2,7 @@
 
 A job that is started too often without finishing fails. A start that ends cleanly is written to the marker file
 JOBS_FOLDER/JOB/stopped-TOKEN and later subtracted from the job's attempts. The file contains the time of the job's
-first start, by which `jobs.excuse` detects that the job was retried in the meantime.
+first start, by which `jobs.uncount_start` detects that the job was retried in the meantime.
 """
 
 import logging
@@ -43,7 +43,7 @@ def release_job(
         return True
     except LeaseLost:
         if uncount_start:
-            jobs.excuse(session, job_id, token, started_at)
+            jobs.uncount_start(session, job_id, token, started_at)
         return False
 
 

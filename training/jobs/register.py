@@ -34,8 +34,8 @@ def register_model(
     """Store the artifact, then insert the model version and finish its job in one transaction. Returns the version id.
 
     `retry` runs the transaction and may repeat it. Raises `LeaseLost`, and removes the artifact, when another worker
-    has claimed the job. When the answer to the commit is lost, the artifact stays; `orphans` removes it later if it was
-    not registered.
+    has claimed the job. When the answer to the commit is lost, the artifact stays; `unregistered_artifacts`
+    removes it later if it was not registered.
     """
     name = artifact_name(result.job_id, result.fencing_token)
 

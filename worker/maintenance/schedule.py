@@ -100,17 +100,17 @@ def scoring_maintenance(database: Database, settings: Settings, stopping: thread
 
 
 def training_maintenance(
-    database: Database, workshop: TrainingContext, days: float, stopping: threading.Event
+    database: Database, context: TrainingContext, days: float, stopping: threading.Event
 ) -> list[MaintenanceTask]:
     """Tasks of training workers: delete checkpoints that no job needs, those of failed jobs after `days`, and artifacts
     that were never registered."""
 
     def clear_checkpoints() -> bool:
-        remove_expired_checkpoints(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
+        remove_expired_checkpoints(database, context.jobs_folder, context.checkpoint_store, days, stopping)
         return True
 
     def clear_artifacts() -> bool:
-        remove_unregistered_artifacts(database, workshop.model_store)
+        remove_unregistered_artifacts(database, context.model_store)
         return True
 
     return [clear_checkpoints, clear_artifacts]

@@ -273,7 +273,7 @@ class TrainingWorker(WorkerProcess):
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        self.workshop = training_context(settings, self.claim())
+        self.context = training_context(settings, self.claim())
         self.requests = (
             RequestThread(
                 settings, self.database, self.gate, request_queue, make_app(settings), self.owner, self._nudge_or_run,
@@ -292,13 +292,13 @@ class TrainingWorker(WorkerProcess):
         done = 0
         while (
             not self.stopping.is_set()
-            and self._run_next_job(self.database, self.workshop, self.owner, self.stopping) is not None
+            and self._run_next_job(self.database, self.context, self.owner, self.stopping) is not None
         ):
             done += 1
         return done
 
     def maintenance_tasks(self) -> list[MaintenanceTask]:
-        return training_maintenance(self.database, self.workshop, self.settings.checkpoint_days, self.stopping)
+        return training_maintenance(self.database, self.context, self.settings.checkpoint_days, self.stopping)
 
     def has_work(self) -> bool:
         with self.database.read() as session:

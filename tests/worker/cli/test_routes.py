@@ -263,7 +263,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleName
     assert {epoch.epoch: epoch.valid_loss for epoch in done() if epoch.epoch in before} == pytest.approx(
         before, abs=1e-4
     )
-    assert f"job {job_id}: goes on from step" in (up.home / "logs" / "train.log").read_text()
+    assert f"job {job_id}: resumes from step" in (up.home / "logs" / "train.log").read_text()
 
 
 def test_a_pickled_message_is_refused_and_the_worker_goes_on(up: SimpleNamespace) -> None:
