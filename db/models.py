@@ -138,8 +138,8 @@ class Prediction(Base):
 
 
 class SentimentRollup(Base):
-    """In PostgreSQL every connection adds to rows of its own shard, so that workers never wait for each other; the
-    housekeeping of a worker later adds these rows to shard 0. A query sums over the shards."""
+    """On PostgreSQL every connection adds to its own shard, so that workers do not wait for each other. The maintenance
+    thread of a worker later adds these rows to shard 0. A query sums over the shards."""
 
     __tablename__ = "sentiment_rollup"
     __table_args__ = (

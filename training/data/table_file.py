@@ -189,7 +189,8 @@ def _bytes(name: str) -> Iterator[Any]:
         # The error's text is not shown, because it may contain a key.
         shown = plain(public_url(name).partition("?")[0])
         raise BadSource(
-            f"{shown} cannot be opened ({type(error).__name__}); check that it exists and that credentials are in the environment"
+            f"{shown} cannot be opened ({type(error).__name__}); check that it exists and that credentials are in the "
+            "environment"
         ) from error
     with opened:
         yield opened

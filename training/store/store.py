@@ -1,7 +1,7 @@
 """Storage of models, datasets and checkpoints: a local folder, or any URL that fsspec opens.
 
-Folders are sealed (see `sealed_folder.py`). SHA256SUMS is uploaded last, so a partial upload does not count as a folder.
-Downloads are verified against their digests before they enter the local cache (see `cache.py`).
+Folders are sealed (see `sealed_folder.py`). SHA256SUMS is uploaded last, so a partial upload does not count as a
+folder. Downloads are verified against their digests before they enter the local cache (see `cache.py`).
 """
 
 import hashlib

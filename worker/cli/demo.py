@@ -6,7 +6,7 @@ from pathlib import Path
 
 from db import predictions, registry
 from db.errors import TweetscoreError, public_url
-from db.readonly import ask
+from db.readonly import run_query
 from db.session import Database
 from worker.app import SCORING, TRAINING, make_app, nudge
 from worker.cli import output
@@ -123,9 +123,9 @@ def _nothing_pending(settings: Settings, stream: Stream) -> bool:
 
 
 def _show_queries(settings: Settings) -> None:
-    with ask(settings.sql_url, SOME_TWEETS) as (columns, rows):
+    with run_query(settings.sql_url, SOME_TWEETS) as (columns, rows):
         output.table("Some of the tweets", columns, rows)
     for question, sql in QUERIES:
-        with ask(settings.sql_url, sql) as (columns, rows):
+        with run_query(settings.sql_url, sql) as (columns, rows):
             output.console.print(f"\n{sql}", style="dim", soft_wrap=True)
             output.table(question, columns, rows)

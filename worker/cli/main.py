@@ -282,13 +282,13 @@ def query(
     """Run one SQL query, read-only."""
     import csv
 
-    from db.readonly import ask
+    from db.readonly import run_query
     from worker.connections import open_for_queries
     from worker.settings import load_settings
 
     settings = load_settings()
     open_for_queries(settings).close()
-    with ask(settings.query_url, sql) as (columns, rows):
+    with run_query(settings.query_url, sql) as (columns, rows):
         if json or format == "json":
             output.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from db.models import Prediction, Tweet
-from db.readonly import ask
+from db.readonly import run_query
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
 from worker.cli.demo import QUERIES, SAMPLE, SOME_TWEETS
@@ -73,7 +73,7 @@ def test_its_queries_are_answered_by_both_databases(
                 )
             )  # fmt: skip
     for sql in (SOME_TWEETS, *(sql for _, sql in QUERIES)):
-        with ask(database_url, sql) as (columns, rows):
+        with run_query(database_url, sql) as (columns, rows):
             answered = [dict(zip(columns, row, strict=True)) for row in rows]
         assert answered, sql
         assert answered[0].get("mean_score", 0.5) == 0.5
