@@ -58,7 +58,7 @@ def test_a_model_is_trained_and_scores_on_plain_torch(
     assert json.loads(scored.stdout)["label"] in ("positive", "negative")
     examined = {check["name"]: check for check in json.loads(lean("doctor", "--json").stdout)}
     assert examined["engines"]["ok"]
-    assert "`pip install openvino nncf`" in examined["engines"]["says"]
+    assert "`pip install openvino nncf`" in examined["engines"]["finding"]
     assert examined["champion"]["ok"]
 
 

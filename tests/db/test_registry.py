@@ -270,7 +270,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
     compared = json.loads(tweetscore("models", "compare", str(first), str(second), "--json").stdout)
     assert compared["metrics"] == [{"metric": "accuracy", "label": "", "values": [None, 0.75]}]
     assert compared["shared_test_rows"]["rows"] == 0
-    assert "no test row was common" in tweetscore("models", "compare", str(first), str(second)).stdout
+    assert "no test row in common" in tweetscore("models", "compare", str(first), str(second)).stdout
 
     refused = tweetscore("models", "delete", str(first))
     assert (refused.returncode, "is the champion" in refused.stderr) == (2, True)

@@ -22,7 +22,12 @@ from worker.connections import open_guarded, open_stream, stream_url, training_c
 from worker.errors import StreamError
 from worker.exit_codes import POLLER_DIED_EXIT, STALLED_EXIT
 from worker.intake.request_queue import RequestQueue
-from worker.maintenance.schedule import MaintenanceTask, MaintenanceThread, scoring_maintenance, training_maintenance
+from worker.maintenance.maintenance_thread import (
+    MaintenanceTask,
+    MaintenanceThread,
+    scoring_maintenance,
+    training_maintenance,
+)
 from worker.process.heartbeat import Heartbeat
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.process.schema_gate import DatabaseGate

@@ -27,9 +27,9 @@ from tests.support.world import World, on_postgresql, on_sqlite
 from training.jobs.expired_checkpoints import remove_expired_checkpoints
 from training.store.cache import Cache
 from training.store.store import Store
-from worker.maintenance import schedule
+from worker.maintenance import maintenance_thread
 from worker.maintenance.deletion import DeletedCounts
-from worker.maintenance.schedule import (
+from worker.maintenance.maintenance_thread import (
     MaintenanceThread,
     apply_retention,
     compact_rollup,
@@ -240,7 +240,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
 def test_a_chore_that_fails_is_said_and_tried_again_and_others_are_done(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(schedule, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(maintenance_thread, "RETRY_SECONDS", 0.05)
     stopping, done = threading.Event(), []
 
     def failing() -> bool:
