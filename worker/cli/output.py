@@ -54,6 +54,15 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     console.print(as_table(title, columns, rows))
 
 
+def compact_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table without borders and with one line per row: text that does not fit is cut off."""
+    result = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        cells = (" ".join(("" if value is None else _cell(value)).split()) for value in row)
+        result.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
+    console.print(result)
+
+
 def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     result = Table(*columns, title=title, title_justify="left", title_style="bold")
     for row in rows:
