@@ -93,7 +93,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
     """Lease the oldest queued or lapsed job to `owner` under a new fencing token; None when there is no such job.
 
     A lapsed job whose cancellation was requested is cancelled instead. A job whose worker died `max_attempts` times
-    fails, but only after one more lease: its last worker may be alive and could not renew while the database was away.
+    fails, but only after one more lease: its last worker may be alive and could not renew because of a database outage.
     """
     while True:
         job = session.scalar(

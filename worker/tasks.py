@@ -201,7 +201,7 @@ def _handle_sigquit(**_: Any) -> None:
 def _stop_workers(sig: str, **_: Any) -> None:
     """Handle the first signal, in the main thread: current work may finish within the grace period.
 
-    A second signal ends the process at once. Its handlers are installed first, because `stop` talks to servers that may
+    A second signal ends the process at once. Its handlers are installed first, because `stop` calls servers that may
     not answer. When the second signal arrives while Celery still handles the first, Celery calls this function again.
     """
     if signal.getsignal(signal.SIGTERM) is end_at_signal:

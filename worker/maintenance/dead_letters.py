@@ -44,7 +44,7 @@ def drop(database: Database, ids: Sequence[str] | None) -> int:
 def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
     """Yield dead letters in chunks, so that any number of them fits into memory.
 
-    When `ids` is None, these are all that exist at the first chunk; later ones are left out.
+    When `ids` is None, these are all that exist at the first chunk; later ones are not included.
     """
     if ids is not None:
         with database.read() as session:

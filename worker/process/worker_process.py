@@ -156,7 +156,7 @@ class WorkerProcess:
         return (STALLED_EXIT, reason) if reason else None
 
     def maintenance_tasks(self) -> list[MaintenanceTask]:
-        """Periodic cleanup that runs beside the work."""
+        """Periodic cleanup that runs in another thread during the work."""
         return []
 
     def has_work(self) -> bool:
@@ -176,7 +176,7 @@ class WorkerProcess:
         parent = os.environ.get(PARENT_VARIABLE)
         while not self.stopping.is_set():
             if parent and os.getppid() != int(parent):
-                log.warning("the process that started this worker is gone; ending")
+                log.warning("the process that started this worker has ended; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             try:

@@ -1,6 +1,6 @@
 """Validate tweets, read and write the wire format, and store a record's fields in a dead letter.
 
-Knows flat objects only; `tweet_file` and `x_api` produce them.
+Handles flat objects only; `tweet_file` and `x_api` produce them.
 """
 
 import base64
