@@ -215,12 +215,8 @@ def train(
     no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if not wait:
         nudged = not no_server and nudge(make_app(settings), TRAINING)
-        if json:
-            output.as_json(output.fields(job))
-        else:
-            output.console.print(
-                f"job {job.id} queued" + ("" if nudged else "; it waits for a worker: `tweetscore up`")
-            )
+        hint = "" if nudged else "; it waits for a worker: `tweetscore up`"
+        output.as_json(output.fields(job)) if json else output.console.print(f"job {job.id} queued{hint}")
         return
     if no_server:
         with _owned_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
