@@ -76,9 +76,9 @@ class _Registration:
         with self._database.begin() as session:
             if self.in_doubt:
                 jobs.lock(session, job_id)  # fails while the earlier commit may still be running
-                made = registry.of_job(session, job_id)
-                if made is not None and made.artifact_url == self._url:
-                    return made.id
+                existing = registry.of_job(session, job_id)
+                if existing is not None and existing.artifact_url == self._url:
+                    return existing.id
                 self.in_doubt = False
             jobs.finish(session, job_id, token, "succeeded")
             version = self._version()

@@ -243,7 +243,7 @@ class ScoringWorker(WorkerProcess):
     def has_work(self) -> bool:
         self.stream.ensure_group()
         self.stream.detect_vanished()  # the pipeline does this only while it reads
-        # Without a champion nothing can be scored. Asking for it logs that once, and loads a new champion early.
+        # Nothing can be scored without a champion. `current` logs that once, and starts to load a new champion early.
         if self.champion.current() is None:
             self.stopping.wait(self.settings.watch_seconds)
             return False
