@@ -34,7 +34,7 @@ def release_job(
 ) -> bool:
     """Queue a job again without counting this start. Returns whether it was released.
 
-    `message` is stored as the job's error; nobody claims the job for `pause_seconds`. When another worker has claimed
+    `message` is stored as the job's error; no worker claims the job for `pause_seconds`. When another worker has claimed
     the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A start
     must be subtracted only once.
     """

@@ -156,7 +156,7 @@ class _Run:
             ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
             with self.autocast:
                 logits = self.state.model(ids.to(self.device), mask.to(self.device))
-            # Every row has the same weight, whatever the size of its batch.
+            # Every row has the same weight, in small and in large batches.
             loss = self.loss_of(logits.float(), self.targets[index].to(self.device)) * (len(index) / rows_of_step)
             loss.backward()
             value += loss.item()

@@ -92,7 +92,7 @@ class Store:
         return [name for name in self.remote.names(whole=False) if name.startswith(prefix)]
 
     def remove(self, url: str, sha256: str) -> None:
-        """Remove a folder and the engines stored beside it. A missing folder is not an error.
+        """Remove a folder and the engines stored next to it. A missing folder is not an error.
 
         Raises `BadArtifact` when the URL names the store itself, and `StoreUnavailable`.
         """

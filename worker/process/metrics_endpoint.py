@@ -75,7 +75,7 @@ class WorkerCollector(Collector):
             _gauge("tweetscore_stream_length", "records in the stream", depth.length),
             _gauge("tweetscore_stream_pending", "records read and not yet acknowledged", depth.pending),
             _gauge("tweetscore_oldest_unscored_seconds", "age of the oldest record without a score", age),
-            # The count is stored beside the stream, so every worker exports the same value.
+            # The count is stored next to the stream, so every worker exports the same value.
             CounterMetricFamily(
                 "tweetscore_records_vanished",
                 "records erased from the stream before they were scored",

@@ -269,7 +269,7 @@ class TrainingWorker(WorkerProcess):
     def __init__(
         self, settings: Settings, nudge: Callable[[], None], request_queue: RequestQueue | None = None
     ) -> None:
-        """`request_queue` holds Celery messages that ask for training; None to serve only jobs in SQL."""
+        """`request_queue` holds Celery messages that request training; None to run only jobs in SQL."""
         super().__init__(settings, nudge)
         # Imported here: a scoring worker needs neither plots nor TensorBoard, and starts faster without them.
         from training.jobs.run import run_next_job

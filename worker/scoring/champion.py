@@ -47,7 +47,7 @@ class Champion:
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> ScoringModel | None:
-        """The model to score the next window with; None while there is none, which is logged once.
+        """The model to score the next window with; None without a champion, which is logged once.
 
         Blocks only while no model can serve. A failure to load is logged, never raised.
         """

@@ -134,7 +134,7 @@ class EngineTrial:
     # --- the choice saved by this worker's child or another's
 
     def _new_choice(self) -> int | None:
-        """The modification time of the newest saved choice; None without one, and when it was found unusable."""
+        """The modification time of the newest saved choice; None when there is none or it was found unusable."""
         paths = [Path(folder) / CHOICE for folder in self._request.folders]
         newest = max((path.stat().st_mtime_ns for path in paths if path.is_file()), default=None)
         return None if newest == self._unusable else newest

@@ -215,7 +215,7 @@ def owned(
 
 
 def _acquire(lock: int) -> bool:
-    """Acquire the owner lock; False when an owner holds it. A process that only checks for an owner is waited for."""
+    """Acquire the owner lock; False when an owner holds it. Waits for a process that only checks for an owner."""
     while not try_lock(lock):
         if not try_lock(lock, fcntl.LOCK_SH):
             return False
