@@ -34,9 +34,9 @@ def release_job(
 ) -> bool:
     """Queue a job again without counting this start. Returns whether it was released.
 
-    `message` is stored as the job's error; no worker claims the job for `pause_seconds`. When another worker has claimed
-    the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A start
-    must be subtracted only once.
+    `message` is stored as the job's error; no worker claims the job for `pause_seconds`. When another worker has
+    claimed the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A
+    start must be subtracted only once.
     """
     try:
         jobs.release(session, job_id, token, message, pause_seconds)

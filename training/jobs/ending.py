@@ -57,7 +57,7 @@ def _run(database: Database, context: TrainingContext, job: TrainingJob, lease: 
         # The schema was upgraded and this release cannot work with it. Nothing may be written, and the start does not
         # count as a failed attempt.
         record_clean_stop(context.jobs_folder, job)
-        log.warning("job %d: left to its lease: %s", job.id, error)
+        log.warning("job %d: another worker resumes it when its lease expires: %s", job.id, error)
     except Cancelled:
         return _finish(database, lease, "cancelled", None)
     except Exception as error:
@@ -104,7 +104,7 @@ def _release_for_outage(
     """Queue a job again because a store or the database did not answer. Other jobs may not need it."""
     context.outages[job.id] += 1
     pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (context.outages[job.id] - 1), LONGEST_PAUSE_SECONDS)
-    log.warning("job %d: queued again, not before %g s from now: %s", job.id, pause, error)
+    log.warning("job %d: queued again with a pause of %g s: %s", job.id, pause, error)
     reason = str(error) if isinstance(error, StoreUnavailable) else "the database did not answer"
     _release(database, job, lease, f"waiting: {reason}", pause)
 
@@ -137,4 +137,4 @@ def _release_at_stop(database: Database, context: TrainingContext, job: Training
             raise
         log.warning("job %d: the next worker of this home queues it again, the database does not answer", job.id)
     except OSError as error:
-        log.warning("job %d: left to its lease: %s", job.id, error)
+        log.warning("job %d: another worker resumes it when its lease expires: %s", job.id, error)
