@@ -239,7 +239,7 @@ def test_epoch_that_runs_again_replaces_its_row(database: Database) -> None:
         with database.begin() as session:
             jobs.record_epoch(session, job.fencing_token, epoch_metric(job.id, epoch, train_loss=loss))
     with database.begin() as session:
-        jobs.forget_epochs_after(session, job.id, 2)
+        jobs.delete_epochs_after(session, job.id, 2)
     with database.read() as session:
         assert [(m.epoch, m.train_loss) for m in jobs.epochs(session, job.id)] == [(1, 0.9), (2, 0.1)]
 

@@ -167,7 +167,8 @@ def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda
                     console.print(f"job {job_id}: {epoch_line(epoch)}")
                 printed = len(done)
             if job.state in FINISHED_STATES:
-                live.update(progress, refresh=True)  # the epochs follow in the summary
+                # The summary shows the epochs. Without a terminal `Live` prints its last content without a newline.
+                live.update(progress if console.is_terminal else Group(), refresh=True)
                 return job
             watch()
             time.sleep(POLL_SECONDS)
