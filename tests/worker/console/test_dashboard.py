@@ -170,4 +170,4 @@ def test_another_database_is_refused_in_words(settings: Settings) -> None:
 def test_a_port_that_is_taken_is_refused_in_words(address: str, tmp_path: Path) -> None:
     arguments: list[Any] = [sys.executable, "-m", "worker.cli", "dashboard", "--port", str(urlsplit(address).port)]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert (ended.returncode, "take another --port" in ended.stderr) == (2, True)
+    assert (ended.returncode, "choose another --port" in ended.stderr) == (2, True)
