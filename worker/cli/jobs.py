@@ -74,9 +74,7 @@ def jobs_retry(job_id: JobId, json: Json = False) -> None:
     if json:
         output.as_json({**output.fields(job), "from_scratch": from_scratch})
     else:
-        restart = (
-            f"; it failed more than {days:g} days ago, so its checkpoints were deleted and it starts from the beginning"
-        )
+        restart = f"; it failed more than {days:g} days ago, so it has no checkpoints and starts from the beginning"
         output.console.print(f"job {job.id} is queued again{restart if from_scratch else ''}", soft_wrap=True)
 
 
