@@ -69,6 +69,19 @@ def wait_until(condition: Callable[[], object], every: float = 0.02) -> None:
         every = max(every, min(1.2 * every, 0.1))
 
 
+# The files and folders with the longest tests, which run first, so that the processes end together.
+LONGEST = (
+    "tests/benchmarks", "tests/faults", "tests/training/jobs", "tests/training/store", "tests/training/loop",
+    "tests/training/model", "tests/worker/cli", "tests/worker/intake", "tests/worker/process", "tests/worker/scoring",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+    )
+
+
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Say a figure that was measured, at the end of the whole run."""
