@@ -20,8 +20,8 @@ from worker.stream.stream import Depth, Stream
 OWN_UNTIL_STDIN_ENDS = """
 import sys
 from pathlib import Path
-from worker import embedded
-with embedded.owned(Path(sys.argv[1])):
+from worker.stream import embedded_valkey
+with embedded_valkey.owned(Path(sys.argv[1])):
     print("up", flush=True)
     sys.stdin.read()
 """
