@@ -46,26 +46,26 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.support.world"]
 LABELS = ["negative", "neutral", "positive"]
-# Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
+# With it, each of the hundreds of processes that tests start would compile the project again: a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# The processes of tests share the cores already: beside a busy one, two threads multiply matrices at a quarter to half
-# of the speed of one. Here torch is loaded; the processes started from here read the variables.
+# The test processes already share the cores: beside a busy process, two threads multiply matrices at a quarter to half
+# of the speed of one. The call is for this process, the variable for those it starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 limit_spin_waiting()
 os.environ["COLUMNS"] = "200"  # tables of commands that run in this process keep their columns
-# A busy machine is slow, not wrong.
+# A slow machine is no failure.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
 
 
-# How long a test waits for anything. Cores that are shared may be ten times slower than they were a minute ago, and
-# what comes true in time waits no longer for it.
+# How long a test waits for a condition. Shared cores may be ten times slower than a minute ago; a condition that holds
+# ends the wait at once.
 PATIENCE_SECONDS = 300.0
 
 
 def wait_until(condition: Callable[[], object], every: float = 0.02) -> None:
-    """Return when `condition` holds, asked more and more seldom; fail when it does not within `PATIENCE_SECONDS`."""
+    """Poll `condition`, less often over time, until it holds; fail after `PATIENCE_SECONDS`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"did not come true within {PATIENCE_SECONDS:g} s"
@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Say a figure that was measured, at the end of the whole run."""
+    """Print a measured figure at the end of the whole run."""
     return lambda line: record_property("measured", line)
 
 
@@ -126,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded_valkey
 
 @pytest.fixture
 def raw(server: embedded_valkey.Server) -> Iterator["redis.Redis"]:
-    """A plain client, as anybody's program would have one."""
+    """A plain Redis client."""
     with redis.Redis.from_url(server.url) as client:
         yield client
 
@@ -220,7 +220,7 @@ def home_database(settings: Settings, migrated_file: Path) -> Iterator[Database]
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer BERT with the starter's tokenizer, saved as `from_pretrained` wants it."""
+    """A random two-layer BERT with the starter's tokenizer, saved for `from_pretrained`."""
     folder = tmp_path_factory.mktemp("encoder") / "tiny"
     tokenizer = load_tokenizer(STARTER_FOLDER)
     torch.manual_seed(1)
@@ -235,7 +235,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """An untrained three-label model as a registered artifact would lie there: `folder` and `sha256`."""
+    """An untrained three-label model, saved as an artifact: `folder` and `sha256`."""
     config = make_config("fast", base_model=str(tiny_encoder))
     encoder = BaseModelFolder(str(tiny_encoder), tiny_encoder)
     tokenizer = load_tokenizer(tiny_encoder)
@@ -250,7 +250,7 @@ def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def promote(tiny_artifact: SimpleNamespace) -> Callable[..., int]:
-    """Register the tiny model in a database and make it champion, from a copy in `store`; returns its version id."""
+    """Register the tiny model, or a copy of it in `store`, and make it champion; returns its version id."""
 
     def register(database: Database, store: Path | None = None) -> int:
         folder = tiny_artifact.folder if store is None else shutil.copytree(tiny_artifact.folder, store / "tiny")

@@ -29,7 +29,7 @@ DRAINED = Depth(length=0, lag=0, pending=0)
 
 
 class Killed(BaseException):
-    """Ends a worker at this point, as a signal does: no code on the route may handle it."""
+    """Ends a worker at this point, as SIGKILL would: no code on the route may handle it."""
 
 
 class Holding(Champion):
