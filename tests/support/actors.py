@@ -1,7 +1,7 @@
 """Worker processes that tests may kill, forked from a server that has already imported everything.
 
-A loop takes the place of Celery and delivers the nudges, so that a worker starts in a fraction of a second. The tests of
-the real command are in `test_workers.py` and `test_storm.py`.
+A loop takes the place of Celery and delivers the nudges, so that a worker starts in a fraction of a second. The tests
+of the real command are in `test_workers.py` and `test_storm.py`.
 """
 
 import logging
