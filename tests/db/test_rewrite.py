@@ -20,7 +20,7 @@ from db.errors import DatabaseError
 from db.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
-from tests.db.test_predictions import tweet_row, url_of, write
+from tests.support.rows import tweet_row, url_of, write
 from tests.support.world import on_postgresql
 from tests.worker.maintenance.test_export import SECRET, found_in
 from worker.cli.main import app

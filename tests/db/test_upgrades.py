@@ -24,10 +24,9 @@ from db.errors import SchemaMismatch
 from db.models import Base, utc_now
 from db.session import Database, open_database
 from tests.conftest import wait_until
-from tests.db.test_predictions import answer, prediction_row, tweet_row, write
-from tests.db.test_views import assert_counted, run
 from tests.support.commands import command as running
 from tests.support.releases import CONTRACTS, DEMANDS, EXPANDS, NEXT, RENAMES, next_chain, next_release, with_mood
+from tests.support.rows import answer, assert_counted, prediction_row, run, tweet_row, write
 from tests.support.world import on_postgresql, on_sqlite
 from worker.cli.doctor import examine
 from worker.cli.main import app

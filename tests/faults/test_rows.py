@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-FAULTS = 32
+from tests.support.faults import FAULTS
 
 
 def test_each_of_the_faults_has_one_test_with_its_number() -> None:

@@ -28,8 +28,9 @@ from db.session import Database, open_database
 from tests.conftest import wait_until
 from tests.support.bench import wire
 from tests.support.commands import worker
+from tests.support.pages import section
+from tests.support.paths import ROOT
 from tests.support.world import World
-from tests.test_readme import ROOT, section
 from training.config import make_config
 from training.data.dataset import find_dataset
 from training.errors import BadArtifact, BadDataset, ModelUnavailable

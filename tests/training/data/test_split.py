@@ -17,7 +17,7 @@ from sqlalchemy import select
 from db import jobs, registry
 from db.models import TestPrediction
 from db.session import Database
-from tests.training.data.test_dataset import many, rows_of
+from tests.support.datasets import many, rows_of
 from training.config import TrainConfig, make_config
 from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset

@@ -17,7 +17,7 @@ from db.errors import LeaseLost
 from db.models import TrainingJob, utc_now
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.db.test_jobs import cancel, claim, claim_new, lapse, read, row, submit
+from tests.support.job_rows import cancel, claim, claim_new, lapse, read, row, submit
 from tests.support.paths import ROOT
 from training.errors import Cancelled, StopRequested
 from training.jobs.lease import Lease

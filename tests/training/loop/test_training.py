@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,66 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import GRAPH, IMAGES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from training.config import TrainConfig, make_config
-from training.data.dataset import Dataset, Split, read_rows, split_rows
+from tests.support.training_loop import CPU, Bench, maker, stop_at
+from training.config import make_config
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluation.decisions import to_probabilities
 from training.evaluation.metrics import metrics
-from training.loop.checkpoints import Checkpoints
-from training.loop.fit import Epoch, FitInputs, Hooks, as_good, fit
+from training.loop.fit import Hooks, as_good
 from training.loop.predict import loss_function, predict
 from training.model.artifact import load_artifact, make_spec, save_artifact
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
-from training.text.tokenizer import encode, load_tokenizer
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The easy rows, tokenised, ready to be trained on with these settings."""
-
-    config: TrainConfig
-    encoder: BaseModelFolder
-    data: Dataset
-    rows: dict[str, list[list[int]]]
-    tokenizer: Any
-
-    def model(self) -> Classifier:
-        return build_model(self.encoder, len(self.data.labels), self.config)
-
-    def fit(
-        self, model: Classifier, folder: Path, valid: Split | None = None, hooks: Hooks | None = None
-    ) -> list[Epoch]:
-        return fit(
-            model, self.inputs(valid), device=CPU, board_folder=folder / "board",
-            checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
-        )  # fmt: skip
-
-    def inputs(self, valid: Split | None = None) -> FitInputs:
-        return FitInputs(
-            self.data.train, valid or self.data.valid, self.rows["train"], self.rows["valid"], self.data.labels,
-            self.config, self.tokenizer.pad_token_id,
-        )  # fmt: skip
-
-    def predict(self, model: Classifier, part: str = "valid", batch_size: int = 4) -> Any:
-        targets = getattr(self.data, part).targets
-        return predict(model, self.rows[part], targets, self.config, batch_size, self.tokenizer.pad_token_id, CPU)
-
-
-def maker(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
-    def make(preset: str = "fast", **overrides: Any) -> Bench:
-        settings = {"base_model": str(tiny_encoder), "epochs": 3, "train_batch_size": 8, "learning_rate": 1e-3}
-        config = make_config(preset, **{**settings, **overrides})
-        data = split_rows(read_rows(labelled_csv), config)
-        tokenizer = load_tokenizer(tiny_encoder)
-        parts = {"train": data.train, "valid": data.valid, "test": data.test}
-        rows = {part: encode(tokenizer, split.texts, config.max_length) for part, split in parts.items()}
-        return Bench(config, BaseModelFolder("tiny", tiny_encoder), data, rows, tokenizer)
-
-    return make
 
 
 @pytest.fixture
@@ -175,14 +126,6 @@ def test_of_epochs_that_few_rows_cannot_tell_apart_the_later_is_kept() -> None:
     assert as_good(1.0, best=1.0, rows=10)
     assert not as_good(0.99, best=1.0, rows=10)
     assert as_good(0.0, best=0.0, rows=10)
-
-
-def stop_at(step: int, *, validating: bool) -> Hooks:
-    def on_step(at: int, total: int, loss: float | None, rate: float | None) -> None:
-        if at == step and validating == (loss is None):
-            raise StopRequested
-
-    return Hooks(on_step=on_step)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from db.session import Database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench
 from tests.support.s3 import S3, s3_server
-from tests.training.jobs.test_job_route import count, job_of, left_in, running, shorten
+from tests.support.training_jobs import count, job_of, left_in, running, shorten
 from training.errors import BadArtifact, ModelUnavailable, StoreUnavailable
 from training.jobs.inputs import fetched_base_model, store_base_model
 from training.jobs.run import run_next_job
