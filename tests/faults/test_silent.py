@@ -28,8 +28,8 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, wire
 from tests.support.commands import worker
 from tests.support.compose import free_port
+from tests.support.scraped import scraped
 from tests.support.world import World
-from tests.worker.scoring.test_metrics import scraped
 from worker.process import health
 from worker.scoring.scoring_model import ScoringModel
 from worker.settings import load_settings

@@ -14,7 +14,7 @@ from training.errors import ModelUnavailable
 from training.store.paths import inside_roots
 
 STARTER = "starter"
-STARTER_FOLDER = Path(__file__).parent / "starter"
+STARTER_FOLDER = Path(__file__).parents[1] / "starter"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Old organisation names on the Hugging Face hub -> new ones. The guide uses an old name.
 RENAMED = {"cl-tohoku/": "tohoku-nlp/"}

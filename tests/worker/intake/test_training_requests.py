@@ -26,7 +26,7 @@ from db.session import open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
 from tests.support.actors import acting, killed_at
 from tests.support.commands import worker
-from tests.support.world import World
+from tests.support.world import World, on_postgresql
 from worker.app import TRAINING, broker_url
 from worker.intake.request_queue import RequestQueue, read_request
 from worker.intake.submit_job import submit_training
@@ -294,19 +294,30 @@ def test_a_message_that_is_no_task_is_refused_and_the_next_is_worked(place: Simp
 
 
 @pytest.mark.parametrize(
-    "options", [{"dataset": "a\x00b"}, {"labels": {"a\x00": "b", "c": "d"}}, {"epochs": float("nan")}]
+    ("options", "says"),
+    [
+        ({"dataset": "a\x00b"}, "NUL"),
+        ({"labels": {"a\x00": "b", "c": "d"}}, "NUL"),
+        ({"epochs": float("nan")}, "epochs is nan"),
+        ({"base_model": "a/../b"}, r"'a/\.\./b' is not a hub name"),
+        ({"dataset": 7}, "outside"),
+    ],
 )
-def test_what_no_database_stores_becomes_a_failed_job_with_a_sentence(
-    place: SimpleNamespace, options: dict[str, Any]
+def test_a_bad_request_becomes_a_failed_job_with_a_sentence(
+    place: SimpleNamespace, options: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(Exception, match=r"NUL|epochs is nan"):
+    with pytest.raises(Exception, match=says):
         ask(place, **options).get(timeout=PATIENCE_SECONDS)
 
 
 # --- none is lost
 
 
-@pytest.mark.parametrize("point", ["taken", "accepted", "claimed"])
+@pytest.mark.parametrize(
+    ("database_url", "point"),
+    [("sqlite", "taken"), ("postgresql", "accepted"), ("sqlite", "claimed")],
+    indirect=["database_url"],
+)
 @pytest.mark.usefixtures("clean_queue")
 def test_a_request_survives_a_worker_that_is_killed_over_it(world: World, labelled_csv: Path, point: str) -> None:
     dataset = world.settings.home / "datasets" / "labelled.csv"
@@ -320,6 +331,7 @@ def test_a_request_survives_a_worker_that_is_killed_over_it(world: World, labell
     assert [row["request_id"] for row in world.rows(TrainingJob)] == [request_id]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_queue")
 def test_requests_survive_twenty_kills_at_any_moment(world: World) -> None:
     ids = [world.ask("/etc/passwd") for _ in range(60)]
@@ -333,6 +345,7 @@ def test_requests_survive_twenty_kills_at_any_moment(world: World) -> None:
     assert {row["request_id"] for row in world.rows(TrainingJob)} == set(ids)
 
 
+@on_postgresql
 @pytest.mark.usefixtures("clean_queue")
 def test_the_same_message_twice_never_changes_the_job_that_is_there(world: World) -> None:
     request_id = uuid.uuid4().hex

@@ -148,6 +148,7 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
     assert lite.scored()["mended"] == new
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_worker_whose_only_model_cannot_be_read_stays_well_and_scores_once_it_is_mended(world: World) -> None:
     sums = model_store(world.settings).folder / "tiny" / SUMS

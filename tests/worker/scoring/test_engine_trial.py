@@ -13,10 +13,10 @@ import torch
 from db import registry
 from db.models import ModelVersion, ScoringWindow
 from tests.conftest import LABELS, wait_until
+from tests.support.artifacts import artifact_of
 from tests.support.bench import CPU, Bench, wire
 from tests.support.commands import worker
 from tests.support.world import World, on_sqlite
-from tests.worker.scoring.test_engines import artifact_of
 from training.config import make_config
 from training.model.artifact import Artifact, load_artifact
 from training.model.base_model import BaseModelFolder

@@ -6,51 +6,30 @@ import logging
 import re
 import socket
 import time
-import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from structlog.contextvars import bound_contextvars
 
 from db.models import DeadLetter, ScoringWindow
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, wire
 from tests.support.commands import worker
-from tests.support.world import World
+from tests.support.scraped import looked, scraped
+from tests.support.world import World, on_postgresql, on_sqlite
 from worker.process import logging_setup, metrics_endpoint
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
 from worker.stream.stream import Stream
 
 
-def parsed(text: str) -> dict[tuple[str, str], float]:
-    """(name, its label values) -> value."""
-    return {
-        (sample.name.removeprefix("tweetscore_"), ",".join(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def scraped(port: int) -> dict[tuple[str, str], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as answer:
-        return parsed(answer.read().decode())
-
-
 def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def looked(collector: WorkerCollector) -> dict[tuple[str, str], float]:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return parsed(generate_latest(registry).decode())
-
-
+@on_postgresql
 def test_a_scorer_tells_what_it_did_and_what_waits(world: World) -> None:
     world.stream.publish([wire(i, f"雨が降る{i}") for i in range(30)] + [b"not JSON"])
     with worker(world.given, "score", metrics_port=0) as scorer:
@@ -84,6 +63,7 @@ def test_a_scorer_tells_what_it_did_and_what_waits(world: World) -> None:
     assert any(line.get("model_version") == rows[-1]["model_version_id"] for line in said)
 
 
+@on_sqlite
 def test_a_trainer_names_its_job_in_every_line_about_it(world: World, labelled_csv: Path) -> None:
     job = world.submit(labelled_csv)
     with worker(world.given, "train", metrics_port=0) as trainer:
