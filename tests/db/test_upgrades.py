@@ -343,7 +343,7 @@ def assert_commands_refuse(labelled_csv: Path, words: str) -> None:
     with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
         check_health(load_settings(), "db")
     [found] = [check for check in examine(load_settings()) if check.name == "database"]
-    assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
+    assert (found.ok, "`tweetscore db upgrade`" in found.finding) == (False, True)
 
 
 @on_postgresql

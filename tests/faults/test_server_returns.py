@@ -32,10 +32,10 @@ from worker.stream import embedded_valkey, server_supervisor
 SLOWLY = {"key-load-delay": "300"}
 SLOW_UP = f"""
 import sys
-from worker import keeper
+from worker.stream import server_supervisor
 from worker.cli.main import main
-keeper.CONFIG |= {SLOWLY!r}
-keeper.START_SECONDS = 2.0
+server_supervisor.CONFIG |= {SLOWLY!r}
+server_supervisor.START_SECONDS = 2.0
 sys.argv = ["tweetscore", "up"]
 main()
 """

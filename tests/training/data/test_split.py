@@ -208,7 +208,7 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     rows += [("0", "嬉しい日だった1"), ("1", "悲しい日だった0"), ("1", "　"), ("0", "")]
     path = tmp_path / "training_data.csv"
     path.write_text(csv_of(rows, "label,tweet", "{},{}".format), encoding="utf-8")
-    wanted = {"base_model": str(tiny_encoder), "epochs": 2, "split": "guide"}
+    wanted = {"base_model": str(tiny_encoder), "epochs": 1, "split": "guide"}
     job_id = submit_training(settings, sqlite, path, "fast", **wanted).id
     run_next_job(sqlite, training_context(settings), "here", threading.Event())
     with sqlite.read() as session:

@@ -22,6 +22,7 @@ from tests.support.lossy import Door
 from tests.support.outages import breakable
 from tests.support.s3 import S3, s3_server
 from tests.support.training_jobs import NEVER, count, job_of, left_in, running, shorten, submit
+from tests.support.world import on_postgresql
 from training.jobs.context import TrainingContext
 from training.jobs.inputs import store_dataset
 from training.jobs.run import run_next_job
@@ -37,20 +38,15 @@ END = b"finished_at=$"
 
 
 @pytest.fixture
-def through(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
-    """One PostgreSQL database twice: `near`, which is always there, and `far`, by a door."""
+def through(database: Database, database_url: str) -> Iterator[SimpleNamespace]:
+    """One PostgreSQL database twice: `near`, which is always available, and `far`, through a proxy that can fail."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts", dir="/tmp")))
         door = Door(database_url, folder)
         stack.callback(door.end)
-        near, far = open_database(database_url), open_database(door.url)
-        stack.callback(near.close)
+        far = open_database(door.url)
         stack.callback(far.close)
-        migrate.upgrade(near)
-        yield SimpleNamespace(door=door, near=near, far=far)
-
-
-on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+        yield SimpleNamespace(door=door, near=database, far=far)
 
 
 def artifacts(context: TrainingContext) -> list[str]:
@@ -72,23 +68,18 @@ def is_whole(database: Database, context: TrainingContext, job_id: int) -> bool:
 # --- the database is away in the middle of a job
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def outage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Database, Callable[[], Any], Callable[[], Database]]]:
-    """A database, a way to take it away for the time of a block, and a second opening of it."""
+) -> Iterator[tuple[Database, Callable[[], Any]]]:
+    """A database, and a way to make it unavailable for the time of a block."""
     monkeypatch.setattr(db_session, "BUSY_TIMEOUT_MS", 200)  # half a minute each time, otherwise
     with ExitStack() as stack:
         url, away = breakable(request.param, tmp_path, stack)
-
-        def another() -> Database:
-            opened = open_database(url)
-            stack.callback(opened.close)
-            return opened
-
-        database = another()
+        database = open_database(url)
+        stack.callback(database.close)
         migrate.upgrade(database)
-        yield database, away, another
+        yield database, away
 
 
 def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrupt_it(
@@ -98,7 +89,7 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
     base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    database, away, _ = outage
+    database, away = outage
     context = replace(context, lease_seconds=1.5, max_attempts=1)
     job_id = submit(database, labelled_csv, **{**base, "epochs": 1000})
     stopping = threading.Event()
@@ -122,6 +113,7 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
     assert done == list(range(1, len(done) + 1)), "those of the outages too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outage", ["postgresql"], indirect=True)
 def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_next_gives_the_job_back(
     outage: Any,
@@ -130,7 +122,7 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
     base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    database, away, _ = outage
+    database, away = outage
     context = replace(context, max_attempts=1, lease_seconds=1.5)
     job_id = submit(database, labelled_csv, **{**base, "epochs": 1000})
     stopping = threading.Event()
@@ -152,6 +144,7 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
     assert is_whole(database, context, job_id)
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_off_the_count(
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any],
@@ -209,9 +202,18 @@ def test_a_start_is_not_excused_from_a_count_that_began_anew(database: Database)
 
 # --- an answer is lost
 
+either_is_lost = pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
+either_is_lost_one_slowly = pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(True, id="the answer is lost"),
+        pytest.param(False, id="the commit is lost", marks=pytest.mark.slow),
+    ],
+)
+
 
 @on_postgresql
-@pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
+@either_is_lost_one_slowly
 def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_artifact(
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
     caplog: pytest.LogCaptureFixture,
@@ -229,7 +231,7 @@ def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_art
 
 
 @on_postgresql
-@pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
+@either_is_lost_one_slowly
 def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip
@@ -251,31 +253,31 @@ def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
 
 
 @on_postgresql
-@pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
+@either_is_lost
 def test_a_claim_without_an_answer_is_one_start_or_none(
-    through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
-) -> None:  # fmt: skip
-    job_id = submit(through.near, labelled_csv, **base)
+    through: SimpleNamespace, context: TrainingContext, unreadable_csv: Path, answer: bool
+) -> None:
+    job_id = submit(through.near, unreadable_csv)
     through.door.lose(CLAIM, answer)
     assert run_next_job(through.far, context, "here", NEVER) == (job_id if answer else None)
     assert through.door.lost.is_set()
     if not answer:
         assert run_next_job(through.far, context, "here", NEVER) == job_id
-    assert (job_of(through.near, job_id).attempts, job_of(through.near, job_id).fencing_token) == (1, 1)
-    assert is_whole(through.near, context, job_id)
+    job = job_of(through.near, job_id)
+    assert (job.attempts, job.fencing_token, job.state) == (1, 1, "failed")
+    assert "row 2 of bytes.csv" in job.error, "it was worked on to its end"
 
 
 @on_postgresql
-@pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
+@either_is_lost
 def test_a_failure_without_an_answer_is_written_once(
     through: SimpleNamespace,
     context: TrainingContext,
-    tmp_path: Path,
+    unreadable_csv: Path,
     answer: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
-    job_id = submit(through.near, tmp_path / "bytes.csv")
+    job_id = submit(through.near, unreadable_csv)
     through.door.lose(END, answer)
     caplog.set_level("INFO")
     assert run_next_job(through.far, context, "here", NEVER) == job_id
@@ -324,6 +326,7 @@ def fragile() -> Iterator[S3]:
         yield server
 
 
+@pytest.mark.slow
 def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_jobs_go_on(
     fragile: S3,
     context: TrainingContext,

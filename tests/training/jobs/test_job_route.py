@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from sqlalchemy import select
+from transformers import pipeline
 
 from db import jobs, registry
 from db.models import ConfusionCell, EpochMetric, ModelVersion, TestPrediction, utc_now
@@ -20,14 +22,16 @@ from training import failpoint
 from training.jobs.context import TrainingContext
 from training.jobs.run import run_next_job
 from training.model.artifact import load_artifact
+from training.model.batching import pad
 from training.store.paths import file_sha256
+from training.text.tokenizer import encode
 from worker.cli import output
 
 
 def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
     database: Database, context: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
-    job_id = submit(database, labelled_csv, file_sha256(labelled_csv), **base)
+    job_id = submit(database, labelled_csv, file_sha256(labelled_csv), **{**base, "baseline": True})
     assert run_next_job(database, context, "here", NEVER) == job_id
     job = job_of(database, job_id)
     assert (job.state, job.error, job.attempts, job.lease_owner) == ("succeeded", None, 1, None)
@@ -66,7 +70,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(output, "console", Console(file=screen, width=200))
-    job_id = submit(sqlite, labelled_csv, **base)
+    job_id = submit(sqlite, labelled_csv, **{**base, "baseline": True})
     failpoint.arm("baseline=full~tfidf")
     try:
         run_next_job(sqlite, context, "here", NEVER)
@@ -81,7 +85,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
     assert f"Note: {note}." in (artifact / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_job_of_several_labels_a_row_is_trained_and_registered(
+def test_a_job_of_several_labels_a_row_is_registered_and_plain_transformers_give_the_same_probabilities(
     sqlite: Database, context: TrainingContext, tmp_path: Path, base: dict[str, Any]
 ) -> None:
     path = tmp_path / "several.csv"
@@ -97,7 +101,17 @@ def test_a_job_of_several_labels_a_row_is_trained_and_registered(
         for row in tested:
             assert set(row.actual.split("|")) == set(lines[row.row_number - 1].split(",")[0].split("|"))
             assert row.predicted == "|".join(name for name, value in row.probabilities.items() if value >= 0.5)
+        version = registry.of_job(session, job_id)
+        assert version is not None
     assert count(sqlite, ConfusionCell) == 0
+    artifact = load_artifact(Path(version.artifact_url.removeprefix("file://")))
+    text = "今日は最高の一日でした"
+    [said] = pipeline("text-classification", str(artifact.folder))([text], top_k=None)
+    with torch.inference_mode():
+        ours = artifact.model(*pad(encode(artifact.tokenizer, [text], 200), 0)).sigmoid()[0]
+    assert {s["label"]: s["score"] for s in said} == pytest.approx(
+        dict(zip(artifact.spec.labels, ours.tolist(), strict=True)), abs=1e-5
+    )
 
 
 def test_the_same_job_twice_has_the_same_validation_losses(
@@ -149,10 +163,9 @@ def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
 
 
 def test_a_failed_job_is_recorded_on_every_database(
-    database: Database, context: TrainingContext, tmp_path: Path
+    database: Database, context: TrainingContext, unreadable_csv: Path
 ) -> None:
-    (tmp_path / "bytes.csv").write_bytes(b"label,text\nx,\x82\n")
-    job_id = submit(database, tmp_path / "bytes.csv")
+    job_id = submit(database, unreadable_csv)
     run_next_job(database, context, "here", NEVER)
     job = job_of(database, job_id)
     assert job.state == "failed"

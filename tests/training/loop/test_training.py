@@ -16,22 +16,36 @@ from tensorboard.backend.event_processing.event_accumulator import GRAPH, IMAGES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
+from tests.conftest import write_labelled
 from tests.support.training_loop import CPU, Bench, maker, stop_at
 from training.config import make_config
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluation.decisions import to_probabilities
 from training.evaluation.metrics import metrics
-from training.loop.fit import Hooks, as_good
+from training.loop.fit import Epoch, Hooks, as_good
 from training.loop.predict import loss_function, predict
 from training.model.artifact import load_artifact, make_spec, save_artifact
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
 
+# Dropout and BatchNorm, so that random state and buffers count, and a pace at which every epoch tells.
+SENSITIVE = {"preset": "guide", "pooling": "mean", "learning_rate": 1e-2}
+
 
 @pytest.fixture
 def bench(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
     return maker(tiny_encoder, labelled_csv)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Epoch]:
+    """The epochs of a `SENSITIVE` run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    made = maker(tiny_encoder, write_labelled(folder / "labelled.csv"))(**SENSITIVE)
+    epochs = made.fit(made.model(), folder)
+    assert np.abs(np.diff([epoch.valid_loss for epoch in epochs])).min() > 1e-3
+    return epochs
 
 
 def small_bert(hidden_size: int, **options: Any) -> BertModel:
@@ -138,18 +152,13 @@ def test_of_epochs_that_few_rows_cannot_tell_apart_the_later_is_kept() -> None:
     ],
 )
 def test_a_stopped_run_goes_on_where_it_stood_to_the_result_of_an_unbroken_one(
-    bench: Callable[..., Bench], tmp_path: Path, step: int, validating: bool
+    bench: Callable[..., Bench], tmp_path: Path, unbroken: list[Epoch], step: int, validating: bool
 ) -> None:
-    # Dropout and BatchNorm, so that random state and buffers count, and a pace at which every epoch tells.
-    made = bench("guide", pooling="mean", learning_rate=1e-2)
-    unbroken = made.fit(made.model(), tmp_path / "unbroken")
-    assert np.abs(np.diff([epoch.valid_loss for epoch in unbroken])).min() > 1e-3
+    made = bench(**SENSITIVE)
     with pytest.raises(StopRequested):
-        made.fit(made.model(), tmp_path / "broken", hooks=stop_at(step, validating=validating))
+        made.fit(made.model(), tmp_path, hooks=stop_at(step, validating=validating))
     seen: list[int] = []
-    resumed = made.fit(
-        made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
-    )
+    resumed = made.fit(made.model(), tmp_path, hooks=Hooks(on_resume=lambda progress: seen.append(progress.step)))
     assert seen == [step]
     assert [epoch.epoch for epoch in resumed] == [1, 2, 3]
     for ours, theirs in zip(resumed, unbroken, strict=True):
@@ -159,19 +168,16 @@ def test_a_stopped_run_goes_on_where_it_stood_to_the_result_of_an_unbroken_one(
 
 
 def test_a_torn_checkpoint_is_passed_over_aloud_for_the_one_before(
-    bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bench: Callable[..., Bench], tmp_path: Path, unbroken: list[Epoch], caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = bench(pooling="mean", learning_rate=1e-2)
-    unbroken = made.fit(made.model(), tmp_path / "unbroken")
+    made = bench(**SENSITIVE)
     with pytest.raises(StopRequested):
-        made.fit(made.model(), tmp_path / "broken", hooks=stop_at(9, validating=False))
-    newest = max((tmp_path / "broken" / "checkpoints").glob("step-*"))
+        made.fit(made.model(), tmp_path, hooks=stop_at(9, validating=False))
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-30])
     seen: list[int] = []
     with caplog.at_level(logging.WARNING):
-        resumed = made.fit(
-            made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
-        )
+        resumed = made.fit(made.model(), tmp_path, hooks=Hooks(on_resume=lambda progress: seen.append(progress.step)))
     assert seen == [6]
     assert f"checkpoint {newest.name} cannot be used" in caplog.text
     assert [e.valid_loss for e in resumed] == pytest.approx([e.valid_loss for e in unbroken], abs=1e-4)
