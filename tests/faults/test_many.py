@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import pytest
+
 from db.models import ScoringWindow
 from tests.conftest import wait_until
 from tests.support.actors import Actor
 from tests.support.bench import wire
-from tests.support.world import World
+from tests.support.world import World, on_postgresql, on_sqlite
 
+pytestmark = pytest.mark.slow
 # Some seconds of work: of a second's, one scorer had a twentieth, waiting for SQLite.
 TWEETS = 24_000
 
@@ -27,6 +30,7 @@ def publish(world: World, first: int, count: int) -> None:
     world.stream.publish([wire(i, f"雨が降る{i}") for i in range(first, first + count)])
 
 
+@on_postgresql
 def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World, report: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         actors = [stack.enter_context(world.worker(window_tweets=64, min_idle_seconds=30)) for _ in range(4)]
@@ -43,6 +47,7 @@ def test_four_scorers_have_fair_shares_and_do_nothing_twice(world: World, report
     assert world.dead() == []
 
 
+@on_sqlite
 def test_scorers_that_join_and_leave_under_load_lose_nothing_and_do_nothing_twice(world: World) -> None:
     given = {"window_tweets": 64, "min_idle_seconds": 30}
     with ExitStack() as stack:

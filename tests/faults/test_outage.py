@@ -76,6 +76,7 @@ def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away
         worker.kill()
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) -> None:
     """A server that keeps its connections and says nothing, for longer than a client's patience."""
@@ -119,6 +120,7 @@ def outage(
         )
 
 
+@pytest.mark.slow
 def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_all_is_drained(
     outage: tuple[World, Callable[[], Any]],
 ) -> None:
@@ -148,6 +150,7 @@ def test_20_while_the_database_is_away_nothing_is_acknowledged_and_afterwards_al
     assert world.passes() == published + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "outage", [pytest.param("sqlite", marks=pytest.mark.storm), "postgresql"], indirect=True, ids=str
 )
@@ -174,6 +177,7 @@ def test_a_request_to_train_that_comes_while_the_database_is_away_is_a_job_when_
         assert "outside the folders" in world.asked(asked).error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outage", ["postgresql"], indirect=True)  # to look at a locked SQLite is no trouble
 def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
     outage: tuple[World, Callable[[], Any]],

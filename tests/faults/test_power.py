@@ -67,6 +67,7 @@ def acknowledged_too_early(trace: str, wal: str) -> tuple[int, list[str]]:
     return sent, early
 
 
+@pytest.mark.slow
 @needs_strace
 @on_sqlite
 def test_no_acknowledgement_leaves_before_its_commit_is_on_disk(world: World, tmp_path: Path) -> None:

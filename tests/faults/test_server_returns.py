@@ -220,6 +220,7 @@ def filled(home: Path, others: int) -> None:
         pipe.execute()
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_for_by_everybody(
     own: World, monkeypatch: pytest.MonkeyPatch
@@ -344,6 +345,7 @@ def test_the_setting_decides_whether_every_write_is_synced(settings: Settings, s
 # --- the real command
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_server_killed_under_up_comes_back_and_everybody_goes_on(own: World) -> None:
     with command(own.settings.logs / "up.log", own.given, "up") as up:

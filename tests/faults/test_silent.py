@@ -85,7 +85,7 @@ class Server:
         self._running.cleanup()
 
 
-@pytest.fixture(scope="module", params=["socket", "tcp"])
+@pytest.fixture(scope="module", params=["socket", pytest.param("tcp", marks=pytest.mark.slow)])
 def postgres(request: pytest.FixtureRequest) -> Iterator[Server]:
     # Not below pytest's folder, which is closed to the user the server runs as.
     with tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True) as folder:

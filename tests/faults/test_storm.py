@@ -1,6 +1,6 @@
 """Storms: workers killed at random while tweets stream in, a trainer killed again and again.
 
-The ordinary run kills less often; `pytest -m storm` is the whole of it. Both say what was killed and how long it took.
+`pytest -m slow` kills less often than `pytest -m storm`. Both report what was killed and how long it took.
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.support.actors import Actor
 from tests.support.bench import wire
 from tests.support.commands import Command, command
 from tests.support.servers import server_pid
-from tests.support.world import World
+from tests.support.world import World, on_postgresql
 from training.config import make_config
 from training.model.artifact import make_spec, save_artifact
 from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder
@@ -132,7 +132,11 @@ class Scorer(Command):
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(40, id="40 kills"), pytest.param(200, id="200 kills", marks=pytest.mark.storm)]
+    "kills",
+    [
+        pytest.param(40, id="40 kills", marks=pytest.mark.slow),
+        pytest.param(200, id="200 kills", marks=pytest.mark.storm),
+    ],
 )
 def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
     starter_world: World, kills: int, report: Callable[[str], None]
@@ -245,6 +249,8 @@ class Publisher(threading.Thread):
             raise self.error
 
 
+@pytest.mark.slow
+@on_postgresql
 def test_a_trainer_killed_ten_times_ends_its_job_as_if_nobody_had_touched_it(
     world: World, labelled_csv: Path, report: Callable[[str], None]
 ) -> None:
