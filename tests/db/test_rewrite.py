@@ -1,4 +1,4 @@
-"""What was deleted leaves the files too, or it is said that it did not: beside readers, writers and other roles."""
+"""Deleted text leaves the files too, or an error names what prevents it: readers, writers and other roles."""
 
 import json
 import subprocess
@@ -91,7 +91,7 @@ def test_delete_beside_an_open_reader_says_what_is_left_and_is_whole_when_that_e
         found = json.loads(said.stdout)
         assert (found["tweets"], len(found["not_rewritten"])) == (50, 1)
         assert "still in the database file: another program reads" in said.stderr
-        assert found_in(settings.home), "it was said for nothing"
+        assert found_in(settings.home), "the message is true: the text is still there"
         again = CliRunner().invoke(app, delete)
         assert (again.exit_code, "deleted 0 tweets" in again.stdout) == (1, True)
         patient(hasty)

@@ -23,7 +23,7 @@ Epochs = dict[int, float]
 def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkpoint_whole(
     world: World, labelled_csv: Path, unbroken: Epochs
 ) -> None:
-    """A limit on the size of a file is what a full disk is to one process: the third checkpoint does not fit."""
+    """A limit on the file size acts like a full disk for one process: the third checkpoint does not fit."""
     job_id = world.submit(labelled_csv, epochs=3)
     with world.worker("train", "draft=pause:600~step-00000006", lease_seconds=60) as trainer:
         wait_for_log(trainer, "failpoint draft")

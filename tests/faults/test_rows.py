@@ -1,4 +1,4 @@
-"""Every fault has its test: thirty-two, each with its number."""
+"""Each of the numbered faults has exactly one test."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Who may do what: users of the server, TLS, roots of files, code that comes with a model, and what logs hold."""
+"""Access rights: users of the server, TLS, roots of files, code that comes with a model, and the content of logs."""
 
 import json
 import pickle
@@ -158,7 +158,7 @@ def test_weights_are_safetensors_and_torch_load_reads_our_own_state_alone() -> N
     assert all("weights_only=True" in call for call in found["training/loop/checkpoints.py"])
 
 
-# --- what is shown and logged
+# --- messages and logs
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_sslmode_reaches_the_database(postgresql: str) -> None:
     opened = open_database(f"{postgresql}&sslmode=disable")
     migrate.upgrade(opened)
     opened.close()
-    # A Unix socket carries no TLS, so what is demanded there must be refused, not dropped.
+    # A Unix socket has no TLS, so an `sslmode` that cannot be met must be refused, not ignored.
     with pytest.raises(TweetscoreError) as refused:
         migrate.upgrade(open_database(f"{postgresql}&sslmode=nonsense"))
     assert "sslmode" in str(refused.value)

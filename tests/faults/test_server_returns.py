@@ -1,4 +1,4 @@
-"""The embedded server ends under its owner and is started again; it loads for long and is waited for."""
+"""The embedded server dies and its owner restarts it; clients wait while it loads a long log."""
 
 import ctypes
 import os
@@ -28,7 +28,7 @@ from worker.process.health import Unhealthy, check_health
 from worker.settings import Settings, load_settings
 from worker.stream import embedded_valkey, server_supervisor
 
-# Microseconds a command. A server that loads answers whoever asks after each 1,024 commands.
+# Microseconds per command. While it loads, the server answers other clients after every 1,024 commands.
 SLOWLY = {"key-load-delay": "300"}
 SLOW_UP = f"""
 import sys
@@ -152,7 +152,7 @@ def test_a_server_that_says_nothing_at_all_is_ended_after_its_time(
     assert embedded_valkey.owner(home) is None
 
 
-# --- who asks meanwhile
+# --- clients that ask meanwhile
 
 
 def test_health_and_doctor_say_that_a_killed_server_is_started_again_and_a_publisher_waits_a_bounded_while(
@@ -281,7 +281,7 @@ def test_up_says_how_far_its_server_has_loaded_and_can_be_ended_meanwhile(home: 
         assert client.xlen("tweets") == 20
 
 
-# --- what is on the disk
+# --- data on the disk
 
 
 @contextmanager

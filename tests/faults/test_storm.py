@@ -102,7 +102,7 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
 
 @pytest.fixture
 def starter_world(own: World, tmp_path: Path) -> World:
-    """The starter encoder under an untrained head as champion: as large as what users score with."""
+    """The champion is the starter encoder with an untrained head, which has the size of a real model."""
     config = make_config("fast", base_model=STARTER)
     encoder, tokenizer, labels = (
         BaseModelFolder(STARTER, STARTER_FOLDER),
@@ -132,11 +132,13 @@ class Scorer(Command):
 
 
 @pytest.mark.parametrize(
-    "kills",
+    ("kills", "database_url"),
     [
-        pytest.param(40, id="40 kills", marks=pytest.mark.slow),
-        pytest.param(200, id="200 kills", marks=pytest.mark.storm),
+        pytest.param(40, "sqlite", marks=pytest.mark.slow),
+        pytest.param(200, "sqlite", marks=pytest.mark.storm),
+        pytest.param(200, "postgresql", marks=pytest.mark.storm),
     ],
+    indirect=["database_url"],
 )
 def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
     starter_world: World, kills: int, report: Callable[[str], None]
@@ -148,7 +150,7 @@ def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
 def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
     starter_world: World, report: Callable[[str], None]
 ) -> None:
-    """The same with Celery and all: each start takes seconds, and many a kill comes before the worker is ready."""
+    """The same with the real command: a start takes seconds, and many kills come before the worker is ready."""
     with embedded_valkey.owned(starter_world.settings.home):
         first = Scorer(starter_world)
         first.says(" ready.")
@@ -160,7 +162,7 @@ def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
 def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_twice(
     starter_world: World, monkeypatch: pytest.MonkeyPatch, report: Callable[[str], None]
 ) -> None:
-    """The server that `tweetscore up` owns, and now and then a scorer, while one publishes who knows of neither."""
+    """Kill the server that `tweetscore up` owns, and some scorers, while a program publishes."""
     world, chance = starter_world, random.Random(20261125)
     for name, value in child_environment(world.settings).items():
         monkeypatch.setenv(name, value)
@@ -171,7 +173,7 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
         publisher = stack.enter_context(Publisher(chance))
         for kill in range(SERVER_KILLS):
             wait_until(lambda: embedded_valkey.find(world.settings.home))
-            pause = time.monotonic() + chance.uniform(0.5, 20)  # some die young, some do not
+            pause = time.monotonic() + chance.uniform(0.5, 20)  # some before they count as healthy
             wait_until(lambda pause=pause: time.monotonic() > pause)
             os.kill(
                 server_pid(embedded_valkey.Server(embedded_valkey.socket_path(world.settings.home))), signal.SIGKILL
@@ -204,7 +206,7 @@ def _scores(process: psutil.Process) -> bool:
 
 
 class Publisher(threading.Thread):
-    """Calls `worker.publish` until it is told to end; `acknowledged` are the ids of the calls that returned."""
+    """Calls `worker.publish` until it is stopped; `acknowledged` are the ids of the calls that returned."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(name="publisher", daemon=True)

@@ -63,7 +63,7 @@ def test_04_only_the_record_whose_scoring_kills_its_process_is_dead_lettered(wor
 
 @on_postgresql
 def test_05_a_malformed_record_is_dead_lettered_with_a_reason_and_its_window_mates_are_scored(bench: Bench) -> None:
-    """`test_records` has every reason, `test_fuzz` random records."""
+    """`test_tweet_record` tests every reason, `test_fuzz` random records."""
     bench.promote()
     malformed = {
         b"{": "not JSON", b"\xff\xfe": "not UTF-8", b'{"id": "1"}': "no text", wire("1", "a\0"): "NUL",
@@ -107,7 +107,7 @@ def test_07_a_worker_that_wakes_late_takes_nothing_back(world: World) -> None:
         with world.worker(failpoints="forwarded=pause:3@1") as heir:
             wait_for_log(heir, "claimed 10 records")
             sleeper.send(signal.SIGCONT)
-            assert asleep.renew(held) == 0, "the guarded renewal says whose they are"
+            assert asleep.renew(held) == 0, "the records belong to another consumer now"
             assert {row["consumer"] for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)} != {
                 holder.encode()
             }
@@ -131,7 +131,7 @@ def test_15_after_flushall_the_group_is_made_again_and_new_tweets_are_scored(wor
     with world.worker():
         world.stream.publish([wire("before")])
         wait_until(lambda: world.scored() == {"before"})
-        # On the shared server only this stream may go; for its workers the loss is the same.
+        # The server is shared, so only this stream is deleted; its workers see the same as after FLUSHALL.
         world.raw.delete(world.stream.key, f"{world.stream.key}:suspects")
         world.raw.xadd(world.stream.key, {"tweet": wire("after")})
         wait_until(lambda: world.scored() == {"before", "after"})
@@ -210,13 +210,13 @@ def test_31_dead_consumers_are_taken_off_the_list_only_when_they_hold_nothing(wo
     stream = world.stream
     assert len(world.raw.xinfo_consumers(stream.key, stream.group)) == 3
     assert stream.sweep(0) <= 2
-    assert stream.depth().pending == 12, "whoever still holds them stays on the list"
+    assert stream.depth().pending == 12, "a consumer with pending records stays on the list"
     with world.worker(min_idle_seconds=0.1):
         world.drained()
         assert world.predictions() == 12
 
         def only_the_living_is_listed() -> bool:
-            world.stream.publish([wire("later")])  # a worker looks around while it has work
+            world.stream.publish([wire("later")])  # a worker removes consumers while it has work
             return len(world.raw.xinfo_consumers(stream.key, stream.group)) == 1
 
         wait_until(only_the_living_is_listed, every=0.2)

@@ -1,4 +1,4 @@
-"""A job and a database or store that is away: an outage is no death, and a lost answer costs no model."""
+"""Jobs while the database or a store is unavailable: an outage is not a failed start, and no model is lost."""
 
 import tempfile
 import threading
@@ -54,7 +54,7 @@ def artifacts(context: TrainingContext) -> list[str]:
 
 
 def is_whole(database: Database, context: TrainingContext, job_id: int) -> bool:
-    """Whether the job succeeded and its model, of which there is one, can be loaded from the only artifact there is."""
+    """Whether the job succeeded and registered one model, which can be loaded from the only artifact in the store."""
     job = job_of(database, job_id)
     with database.read() as session:
         version = registry.of_job(session, job_id)
@@ -65,7 +65,7 @@ def is_whole(database: Database, context: TrainingContext, job_id: int) -> bool:
         return version.artifact_url.endswith(f"/{name}")
 
 
-# --- the database is away in the middle of a job
+# --- the database becomes unavailable during a job
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -73,7 +73,7 @@ def outage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Database, Callable[[], Any]]]:
     """A database, and a way to make it unavailable for the time of a block."""
-    monkeypatch.setattr(db_session, "BUSY_TIMEOUT_MS", 200)  # half a minute each time, otherwise
+    monkeypatch.setattr(db_session, "BUSY_TIMEOUT_MS", 200)  # instead of 30 s each time
     with ExitStack() as stack:
         url, away = breakable(request.param, tmp_path, stack)
         database = open_database(url)
@@ -110,7 +110,7 @@ def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrup
     assert is_whole(database, context, job_id)
     with database.read() as session:
         done = [epoch.epoch for epoch in jobs.epochs(session, job_id)]
-    assert done == list(range(1, len(done) + 1)), "those of the outages too"
+    assert done == list(range(1, len(done) + 1)), "epochs during the outages are recorded too"
 
 
 @pytest.mark.slow
@@ -131,10 +131,10 @@ def test_a_worker_told_to_end_while_the_database_is_away_ends_at_once_and_the_ne
             wait_until(lambda: count(database, EpochMetric) > 0)
             gone.enter_context(away())
             wait_until(lambda: "could not be written" in caplog.text)
-            told_at = time.monotonic()
+            stopped_at = time.monotonic()
             stopping.set()
-        assert time.monotonic() - told_at < 20, "of a grace period of thirty"
-        assert run_next_job(database, context, "here", NEVER) is None, "nobody answers"
+        assert time.monotonic() - stopped_at < 20, "of a grace period of thirty"
+        assert run_next_job(database, context, "here", NEVER) is None, "the database does not answer"
     assert left_in(context.jobs_folder / str(job_id))[-1] == "stopped-1"
     job = job_of(database, job_id)
     assert (job.state, job.attempts) == ("running", 1)
@@ -150,7 +150,7 @@ def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_o
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """Three times, of two that are allowed; the taker gives it back in order each time."""
+    """It happens three times, more than the two starts allowed; the other worker releases the job each time."""
     context = replace(context, lease_seconds=1.5, max_attempts=2)
     job_id = submit(through.near, labelled_csv, **{**base, "epochs": 1000})
     for _ in range(3):
@@ -172,7 +172,7 @@ def test_a_start_whose_job_was_taken_over_during_an_outage_of_its_own_is_taken_o
 
 
 def test_the_last_start_of_a_job_is_heard_before_it_fails(database: Database) -> None:
-    """A lease that lapsed while the database was away: its owner answers a moment after another worker looked."""
+    """The lease lapsed while the database was unavailable, and its owner renews it after another worker looked."""
     job_id = submit(database, Path("d.csv"))
     token = claim(database, "here", max_attempts=1).fencing_token
     lapse(database, job_id)
@@ -265,7 +265,7 @@ def test_a_claim_without_an_answer_is_one_start_or_none(
         assert run_next_job(through.far, context, "here", NEVER) == job_id
     job = job_of(through.near, job_id)
     assert (job.attempts, job.fencing_token, job.state) == (1, 1, "failed")
-    assert "row 2 of bytes.csv" in job.error, "it was worked on to its end"
+    assert "row 2 of bytes.csv" in job.error, "it ran to its end"
 
 
 @on_postgresql
@@ -288,7 +288,7 @@ def test_a_failure_without_an_answer_is_written_once(
     assert "taken over" not in caplog.text
 
 
-# --- what nobody registered
+# --- artifacts that were never registered
 
 
 def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
@@ -317,7 +317,7 @@ def test_what_an_ended_job_never_registered_is_removed_and_nothing_else(
     assert job_of(sqlite, cancelled).state == "cancelled"
 
 
-# --- a store is away
+# --- a store is unavailable
 
 
 @pytest.fixture
@@ -350,12 +350,12 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
         assert "waiting: s3://tweetscore/data does not answer" in job.error
         pauses.append((job.lease_expires_at - utc_now()).total_seconds())
         if len(pauses) == 1:
-            assert run_next_job(sqlite, context, "here", NEVER) == other, "it needs no store"
+            assert run_next_job(sqlite, context, "here", NEVER) == other, "this job needs no store"
         else:
-            assert run_next_job(sqlite, context, "here", NEVER) is None, "not at once again"
+            assert run_next_job(sqlite, context, "here", NEVER) is None, "the job is not claimed again at once"
         lapse(sqlite, waits)
     assert job_of(sqlite, other).state == "succeeded"
-    assert 35 < pauses[-1] <= 40, "twice as long each time: 5, 10, 20, 40 s"
+    assert 35 < pauses[-1] <= 40, "the pause doubles: 5, 10, 20, 40 s"
     fragile.start()
     store_dataset(inputs, labelled_csv)
     assert run_next_job(sqlite, context, "here", NEVER) == waits

@@ -1,4 +1,4 @@
-"""The route of a job, from the queue to a registered model: every way it can end, and what it leaves behind."""
+"""The route of a job, from the queue to a registered model: how it can end, and what it leaves behind."""
 
 import io
 import shutil
@@ -57,7 +57,7 @@ def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
         assert all(sum(row.probabilities.values()) == pytest.approx(1, abs=1e-5) for row in tested)
         folder = Path(version.artifact_url.removeprefix("file://"))
         assert load_artifact(folder, version.sha256).spec.labels == version.labels
-    assert left_in(context.jobs_folder) == []  # the checkpoints have served
+    assert left_in(context.jobs_folder) == []  # checkpoints are removed at the end
     assert run_next_job(database, context, "here", NEVER) is None
 
 
@@ -157,7 +157,7 @@ def test_a_job_that_cannot_run_fails_with_a_sentence_and_leaves_nothing(
     assert job.error is not None
     assert [fragment for fragment in fragments if fragment not in job.error] == []
     assert "\n" not in job.error
-    assert "Error:" not in job.error  # a user's mistake is told in words, not as a Python exception
+    assert "Error:" not in job.error  # a user's mistake is a sentence, not a Python exception
     assert (count(sqlite, ModelVersion), left_in(context.model_store.folder)) == (0, [])
     assert run_next_job(sqlite, context, "here", NEVER) is None
 
@@ -188,12 +188,12 @@ def test_a_worker_that_must_end_gives_the_job_back_and_the_next_goes_on(
     assert run_next_job(sqlite, context, "there", NEVER) == job_id
     assert job_of(sqlite, job_id).state == "succeeded"
     assert len(epoch_seconds(sqlite, job_id)) == len(done) + 2
-    assert epoch_seconds(sqlite, job_id)[: len(done)] == done  # as they were: not one was run again
+    assert epoch_seconds(sqlite, job_id)[: len(done)] == done  # unchanged: no epoch ran again
     assert count(sqlite, ModelVersion) == 1
 
 
 def claim_again(database: Database, job_id: int) -> None:
-    """As when the lease lapsed: another worker holds the job now, under a newer token."""
+    """Let the lease lapse and another worker claim the job with a newer token, in one transaction."""
     with database.begin() as session:
         jobs.get(session, job_id).lease_expires_at = utc_now() - timedelta(seconds=1)
         session.flush()
@@ -209,7 +209,7 @@ def test_a_trainer_whose_job_was_taken_over_stops_and_leaves_everything_to_the_o
     job = job_of(sqlite, job_id)
     assert (job.state, job.lease_owner, job.fencing_token, job.error) == ("running", "there", 2, None)
     assert (count(sqlite, ModelVersion), left_in(context.model_store.folder)) == (0, [])
-    assert left_in(context.jobs_folder) == [str(job_id)]  # its checkpoints are the successor's now
+    assert left_in(context.jobs_folder) == [str(job_id)]  # the next worker resumes from its checkpoints
 
 
 def test_a_job_whose_checkpoints_are_gone_starts_over_and_shows_no_epoch_twice(

@@ -1,4 +1,4 @@
-"""The lease of a job: kept by its heartbeat, noticed when lost, and taken over from a worker that died."""
+"""The lease of a job: its heartbeat renews it, and its worker notices when another one has taken it."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ from tests.support.world import on_postgresql, on_sqlite
 from training.errors import Cancelled, StopRequested
 from training.jobs.lease import Lease
 
-# Claims a job, says under which token, and works on it until it should not.
+# Claims a job, prints its token, and works on it until the lease is lost.
 TRAINER = """
 import sys, threading, time
 from db import jobs
@@ -111,7 +111,7 @@ def test_heartbeat_notices_a_takeover_and_a_cancellation_between_steps(database:
         wait_until(lambda: raises(Cancelled, lease.check))
     with lease_of(database, job, lease_seconds=0.3) as lease:
         with database.begin() as session:
-            jobs.get(session, job.id).fencing_token += 1  # what a claim by somebody else does
+            jobs.get(session, job.id).fencing_token += 1  # what a claim by another worker does
         wait_until(lambda: raises(LeaseLost, lease.check))
 
 

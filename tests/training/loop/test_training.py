@@ -29,7 +29,7 @@ from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
 
-# Dropout and BatchNorm, so that random state and buffers count, and a pace at which every epoch tells.
+# Dropout and BatchNorm, so that random state and buffers matter, and a learning rate at which every epoch differs.
 SENSITIVE = {"preset": "guide", "pooling": "mean", "learning_rate": 1e-2}
 
 
@@ -122,7 +122,7 @@ def test_the_loss_of_an_easy_set_falls_and_the_labels_are_learned(bench: Callabl
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tmp_path: Path) -> None:
-    """Validation labels turned round: the better the training, the worse the figure."""
+    """The validation labels are swapped, so that training makes the validation figure worse."""
     made = bench(pooling="mean", learning_rate=3e-3, epochs=4, precision="float32")
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     model = made.model()
@@ -186,7 +186,7 @@ def test_a_torn_checkpoint_is_passed_over_aloud_for_the_one_before(
 def test_a_checkpoint_whose_best_weights_are_torn_is_passed_over_too(
     bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Validation labels turned round, so that the first epoch stays the best; then its weights are damaged."""
+    """The validation labels are swapped, so that the first epoch stays the best; then its weights are damaged."""
     made = bench(pooling="mean", learning_rate=1e-2)
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     with pytest.raises(StopRequested):
@@ -287,7 +287,7 @@ def test_an_artifact_gives_the_same_logits_as_the_model_that_was_saved(
     made = bench(preset)
     model = made.model().train()
     batch = pad(made.rows["train"][:9], 0)
-    model(*batch)  # BatchNorm's statistics leave their start
+    model(*batch)  # change BatchNorm's statistics from their initial values
     model.eval()
     spec = make_spec(made.data.labels, model.config, made.encoder, made.tokenizer)
     sha256 = save_artifact(tmp_path / "store" / "a", model, made.tokenizer, spec)

@@ -1,4 +1,4 @@
-"""Models, datasets and checkpoints behind a URL: a real S3 server, and machines that share only it and the database."""
+"""Models, datasets and checkpoints on a real S3 server, used by machines that share only it and the database."""
 
 import hashlib
 import multiprocessing
@@ -94,7 +94,7 @@ def test_one_machine_submits_another_trains_a_third_scores(
     model = load_model(version, serving_from(scores))
     assert model.spec.labels == ["negative", "positive"]
     assert len(model.score(["嬉しい"])) == 1
-    # Nothing of the run is left behind, and what a machine has it has in its cache.
+    # The run leaves no files, and each machine keeps its copy in its cache.
     assert left_in(scores.home / "models") == left_in(trains.home / "jobs") == []
     assert not [name for name in s3.names() if f"{trains.checkpoint_store}".removeprefix("s3://tweetscore/") in name]
     copy = model_store(scores).place(version.artifact_url, version.sha256)
@@ -148,7 +148,7 @@ def test_the_copy_used_longest_ago_makes_room_and_one_in_use_stays(far: SimpleNa
     with far.store.fetched(*urls["a"]), far.store.fetched(*urls["d"]):
         assert here() == {"a", "d"}
     with far.store.fetched(*urls["a"]), far.store.fetched(*urls["d"]), far.store.fetched(*urls["b"]):
-        assert here() == {"a", "b", "d"}  # more than fits, since all are in use
+        assert here() == {"a", "b", "d"}  # more than the limit, since all are in use
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
         wait_until(lambda: count(sqlite, EpochMetric) > 1)
         stopping.set()
     done = count(sqlite, EpochMetric)
-    shutil.rmtree(here.home)  # that machine is gone
+    shutil.rmtree(here.home)  # that machine is lost
     shorten(sqlite, job.id, done + 2)
     with sqlite.begin() as session:
         before = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
@@ -215,7 +215,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
     with sqlite.begin() as session:
         after = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
-    assert after[:done] == before  # as they were: not one was run again
+    assert after[:done] == before  # unchanged: no epoch ran again
     assert len(after) == done + 2
     prefix = str(here.checkpoint_store).removeprefix("s3://tweetscore/")
     assert [name for name in s3.names() if name.startswith(prefix)] == []
@@ -235,12 +235,12 @@ def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
         pass
 
 
-# --- the server goes away
+# --- the server becomes unavailable
 
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> Iterator[S3]:
-    """A server of this test alone, which it may kill."""
+    """A server for one test, which may kill it."""
     with s3_server() as server:
         yield server
 
