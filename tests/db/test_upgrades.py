@@ -360,6 +360,7 @@ def test_who_only_asks_needs_no_right_to_see_the_schemas_number(database: Databa
         run(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_beside_an_empty_database_waits_takes_no_message_and_ends_when_told(
     given: dict[str, Any], database_url: str, server: Any, tmp_path: Path

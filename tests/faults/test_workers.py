@@ -90,6 +90,7 @@ def test_a_worker_with_bad_settings_exits_with_2_and_names_the_setting(own: Worl
     assert "TWEETSCORE_METRICS_HOST is '192.0.2.1'" in scorer.said()
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_signal_ends_it_at_once(
     world: World,
@@ -116,6 +117,7 @@ def test_a_second_signal_that_comes_while_celery_answers_the_first_ends_a_worker
     assert ended.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) -> None:
     given = {
@@ -160,6 +162,7 @@ def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> Non
         assert scorer.alive
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_other_alone(own: World) -> None:
     given = {**own.given, "failpoints": "starting=kill"}
@@ -174,6 +177,7 @@ def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_
     assert not alive
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
     given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 3600}
@@ -194,6 +198,7 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
     assert own.predictions() == 5
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
     with embedded_valkey.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
@@ -211,6 +216,7 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
     assert own.predictions() == sent
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own: World) -> None:
     with embedded_valkey.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
