@@ -305,7 +305,7 @@ def tweetscore() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         from worker.cli.main import main
 
-        given = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        given = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin.encode())), encoding="utf-8")  # type: ignore[arg-type]
         said, complained = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
         with (
             mock.patch.dict(os.environ, {**COMMAND_ENVIRONMENT, **os.environ, **environment}),

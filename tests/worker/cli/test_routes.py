@@ -261,6 +261,7 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     assert "tokens per forward pass" in champion
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("champion")
 def test_a_killed_worker_is_started_again_and_a_stop_leaves_nothing_running(up: SimpleNamespace) -> None:
     """Last in the file: it ends the `up` the others use."""

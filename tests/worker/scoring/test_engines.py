@@ -128,6 +128,7 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
         assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "the engine works after an error"
 
 
+@pytest.mark.slow
 def test_nothing_phones_home() -> None:
     program = """import worker.scoring.engines; worker.scoring.engines.openvino()
 import nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry
