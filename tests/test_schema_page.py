@@ -1,7 +1,5 @@
 """`docs/schema.md` is what the code generates, and its example queries run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +8,11 @@ from db import schema_page
 from db.models import Base, TrainingJob
 from db.session import Database
 from db.views import VIEWS
-from tests.db.test_predictions import NOON, answer, assign, make_version, prediction_row, tweet_row, write
-from tests.support.paths import ROOT
+from tests.support.rows import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
 
 def test_the_page_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "-m", "db.schema_page", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert schema_page.main(["--check"]) == 0
 
 
 def test_check_reports_a_missing_and_a_stale_page_and_writes_nothing(

@@ -8,6 +8,7 @@ import pytest
 from tests.benchmarks import scoring
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "figures.json"
     assert scoring.main(["--small", "--tweets", str(scoring.SAMPLE_TWEETS), "--json", str(written)]) == 0

@@ -9,6 +9,7 @@ from tests.benchmarks import training
 from tests.conftest import write_labelled
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_labelled(tmp_path / "jrte-train.csv").read_text(encoding="utf-8")
     rows += "".join(f"neutral,ただの日だった{i}\n" for i in range(30))

@@ -1,7 +1,7 @@
-"""Processes to be killed: the real lanes of a worker, forked from a server that has imported everything already.
+"""Worker processes that tests may kill, forked from a server that has already imported everything.
 
-What Celery would do, hand over the nudges, is one loop here, so that a worker is there in a fraction of a second and
-can be killed by the dozen. The tests of the real command are in `test_workers.py` and `test_storm.py`.
+A loop takes the place of Celery and delivers the nudges, so that a worker starts in a fraction of a second. The tests
+of the real command are in `test_workers.py` and `test_storm.py`.
 """
 
 import logging
@@ -33,14 +33,14 @@ FORKS.set_forkserver_preload(["tests.support.actors", "training.jobs.run"])  # w
 def make_worker(role: str, settings: Settings, nudge: Callable[[], None]) -> WorkerProcess:
     if role == "score":
         return ScoringWorker(settings, nudge)
-    # What is handed on to Celery is read by nobody here.
+    # Messages for Celery go to a key that no process reads.
     return TrainingWorker(
         settings, nudge, RequestQueue(connect(stream_url(settings)), TRAINING, f"{TRAINING}:{os.getpid()}")
     )
 
 
 class Actor:
-    """One process: a worker of a role on the settings `given`, its log in the home's folder of logs."""
+    """One worker process with a role and the settings `given`; its log lies in the home's folder of logs."""
 
     def __init__(self, role: str, given: dict[str, Any], failpoints: str = "") -> None:
         self._process = FORKS.Process(target=_act, args=(role, {**given, "failpoints": failpoints}), daemon=True)
@@ -76,7 +76,7 @@ class Actor:
 
 @contextmanager
 def acting(role: str, given: dict[str, Any], failpoints: str = "") -> Iterator[Actor]:
-    """A worker for the time of the block; gone afterwards, whatever became of it."""
+    """A worker for the time of the block; it is killed afterwards."""
     actor = Actor(role, given, failpoints)
     try:
         yield actor
@@ -85,7 +85,7 @@ def acting(role: str, given: dict[str, Any], failpoints: str = "") -> Iterator[A
 
 
 def killed_at(role: str, given: dict[str, Any], failpoints: str) -> None:
-    """A worker that runs until its failpoint ends it."""
+    """Run a worker until its failpoint ends it."""
     with acting(role, given, failpoints) as actor:
         assert actor.ended() == -signal.SIGKILL, actor.said()
 
@@ -112,7 +112,7 @@ def _act(role: str, given: dict[str, Any]) -> None:
             nudged.clear()
             try:
                 worker.run()
-            except Exception:  # as Celery does with a task: said, and the next nudge is worked for
+            except Exception:  # as Celery does: log it and take the next nudge
                 logging.exception("the run failed")
 
 

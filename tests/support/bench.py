@@ -1,7 +1,9 @@
 """Shared by the tests of the route: a stream, a database, workers on both, and queries of their state."""
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy import select
 
 from db.models import Base, DeadLetter, Prediction
 from db.session import Database
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_SECONDS, wait_until
 from training.model.artifact import load_artifact
 from training.store.cache import Cache
 from training.store.store import Store
@@ -19,7 +21,7 @@ from worker.scoring.champion import Champion
 from worker.scoring.engine_choice import Choice
 from worker.scoring.engines import TorchEngine
 from worker.scoring.pipeline import Limits, Pipeline
-from worker.scoring.scoring_model import ScoringModel, Serving
+from worker.scoring.scoring_model import Scores, ScoringModel, Serving
 from worker.stream.stream import Depth, Stream
 
 CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the models of the tests lie in different folders
@@ -27,7 +29,7 @@ DRAINED = Depth(length=0, lag=0, pending=0)
 
 
 class Killed(BaseException):
-    """Ends a worker at this point, as a signal does: no code on the route may handle it."""
+    """Ends a worker at this point, as SIGKILL would: no code on the route may handle it."""
 
 
 class Holding(Champion):
@@ -39,6 +41,32 @@ class Holding(Champion):
 
     def current(self) -> ScoringModel:
         return self.model
+
+
+class Slow(ScoringModel):
+    """Sets `begun` when a forward starts, and waits for `go`."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def forward(self, rows: Any) -> Scores:
+        self.begun.set()
+        assert self.go.wait(PATIENCE_SECONDS)
+        return super().forward(rows)
+
+
+@contextlib.contextmanager
+def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
+    """Drain in a thread; after the block it has ended without an error."""
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(pipeline.drain()))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(PATIENCE_SECONDS)
+    assert done
 
 
 class Bench:

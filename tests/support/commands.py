@@ -1,4 +1,4 @@
-"""The real command in processes of its own: `tweetscore worker ROLE`, `tweetscore up`."""
+"""`tweetscore worker ROLE` and `tweetscore up` as processes of their own."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from worker.settings import load_settings
 
 
 class Command:
-    """One process of ours, its output in a file; with `under`, the child of a program that watches it."""
+    """One process that writes its output to a file. With `under`, that program starts it and watches it."""
 
     def __init__(self, output: Path, given: dict[str, Any], *arguments: str, under: Sequence[str] = ()) -> None:
         self.output, self.watching = output, bool(under)
@@ -48,7 +48,7 @@ class Command:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            # Whoever watches goes after the one it watches, which would go on alone.
+            # Kill the children first: without its parent a child would go on.
             for process in [*self.family(), self.process] if self.watching else [self.process]:
                 process.kill()
         self.process.wait()
@@ -65,7 +65,7 @@ def command(output: Path, given: dict[str, Any], *arguments: str) -> Iterator[Co
 
 @contextmanager
 def worker(given: dict[str, Any], role: str, failpoints: str = "", **more: Any) -> Iterator[Command]:
-    """`tweetscore worker ROLE`, ready."""
+    """`tweetscore worker ROLE`, once it is ready."""
     output = Path(given["home"]) / "logs" / f"{role}-{uuid.uuid4().hex}.log"
     with command(output, {**given, "failpoints": failpoints, **more}, "worker", role) as running:
         wait_until(lambda: " ready." in running.said() or running.process.poll() is not None)

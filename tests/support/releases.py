@@ -67,7 +67,7 @@ CONTRACTS = (
 def next_chain(
     folder: Path, migration: tuple[str, str], oldest_schema: str = compatibility.OLDEST_SCHEMA
 ) -> Iterator[Path]:
-    """In this process the migrations, copied to `folder`, end with `NEXT`; the code needs `oldest_schema` or newer."""
+    """Make this process use a copy of the migrations that ends with `NEXT`, and require `oldest_schema` or newer."""
     chain = folder / "migrations"
     shutil.copytree(MIGRATIONS, chain, ignore=shutil.ignore_patterns("__pycache__"))
     _write_migration(chain, migration)
@@ -84,12 +84,12 @@ def next_chain(
 
 @dataclass(frozen=True)
 class Release:
-    """A tree of code whose newest migration is `NEXT`."""
+    """A copy of the code whose newest migration is `NEXT`."""
 
     tree: Path
 
     def run(self, settings: Settings, *command: str) -> "subprocess.CompletedProcess[str]":
-        """`python -m COMMAND` of this release."""
+        """Run `python -m COMMAND` with this code."""
         given = {"PYTHONPATH": str(self.tree), "DATABASE_URL": settings.sql_url, "COLUMNS": "200"}
         return subprocess.run(
             [sys.executable, "-m", *command], capture_output=True, text=True, timeout=PATIENCE_SECONDS, cwd=self.tree,
@@ -106,14 +106,14 @@ class Release:
 
     @contextmanager
     def as_code(self, patch: Any) -> Iterator[None]:
-        """Processes that are started in the block run this code."""
+        """Make processes that are started in the block run this code."""
         with patch.context() as within:
             within.setenv("PYTHONPATH", str(self.tree))
             yield
 
 
 def next_release(tree: Path, migration: tuple[str, str], change: Callable[[Path], None] = lambda tree: None) -> Release:
-    """This tree once more below `tree`, with a migration that goes (up, down), and a `change` to its files."""
+    """Copy the code to `tree`, add a migration of (up, down), and `change` its files."""
     for package in ("db", "training", "worker"):
         shutil.copytree(ROOT / package, tree / package, copy_function=_copy)
     shutil.copy(ROOT / "pyproject.toml", tree)
@@ -129,7 +129,7 @@ def _write_migration(chain: Path, migration: tuple[str, str]) -> None:
 
 
 def with_mood(tree: Path) -> None:
-    """Code that needs the column of `EXPANDS`, and stores another mood than its default."""
+    """Change the code to require the column of `EXPANDS` and to store another value than its default."""
     edit(tree / "db" / "compatibility.py", r'OLDEST_SCHEMA = "\d+"', f'OLDEST_SCHEMA = "{NEXT}"')
     edit(
         tree / "db" / "models.py",
@@ -146,7 +146,7 @@ def edit(path: Path, pattern: str, by: str) -> None:
 
 
 def _copy(source: str, target: str) -> None:
-    """Weights are linked; compiled files come along, so that the copy starts as soon."""
+    """Link large files; copy the others, compiled ones too, so that the copy starts as fast."""
     if Path(source).stat().st_size > LINKED_BYTES:
         Path(target).symlink_to(source)
     else:

@@ -1,4 +1,4 @@
-"""A real S3 server in a process of its own, which a test may stop and start again; what it holds goes with it."""
+"""An S3 server (moto) in a process of its own. A test may kill and restart it, which deletes its objects."""
 
 import contextlib
 import http.client
@@ -19,7 +19,7 @@ BUCKET = "tweetscore"
 
 
 class S3:
-    """`environment` is what a client needs to find it and to be let in."""
+    """`environment` holds the address and the credentials for clients."""
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -29,7 +29,7 @@ class S3:
             "AWS_ACCESS_KEY_ID": "tester",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "1",  # a server that was killed is given up sooner
+            "AWS_MAX_ATTEMPTS": "1",  # so that clients give up a killed server sooner
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -61,10 +61,10 @@ class S3:
 
     @contextmanager
     def killed_after(self, sent: int) -> Iterator[None]:
-        """For a client that asks within the block the server dies once it has sent so many bytes."""
+        """Kill the server once it has sent so many bytes to clients that were made in the block."""
         with socket.create_server(("127.0.0.1", 0)) as door:
             os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{door.getsockname()[1]}"
-            s3fs.S3FileSystem.clear_instance_cache()  # clients that have not asked yet come by this door
+            s3fs.S3FileSystem.clear_instance_cache()  # so that new clients connect to this address
             threading.Thread(target=self._let_in, args=(door, [sent]), daemon=True).start()
             try:
                 yield
@@ -111,7 +111,7 @@ def s3_server() -> Iterator[S3]:
     try:
         server.start()
         os.environ.update(server.environment)
-        s3fs.S3FileSystem.clear_instance_cache()  # those that were made for another server
+        s3fs.S3FileSystem.clear_instance_cache()  # clients of another server
         yield server
     finally:
         server.kill()

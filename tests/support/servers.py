@@ -1,4 +1,4 @@
-"""What the tests of the embedded server share: a home, what is in a server, owners in processes of their own."""
+"""For the tests of the embedded server: a home, the contents of a server, and owners in processes of their own."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ from worker.stream.stream import Depth, Stream
 OWN_UNTIL_STDIN_ENDS = """
 import sys
 from pathlib import Path
-from worker import embedded
-with embedded.owned(Path(sys.argv[1])):
+from worker.stream import embedded_valkey
+with embedded_valkey.owned(Path(sys.argv[1])):
     print("up", flush=True)
     sys.stdin.read()
 """
@@ -29,7 +29,7 @@ with embedded.owned(Path(sys.argv[1])):
 
 @contextmanager
 def short_home() -> Iterator[Path]:
-    """A home whose path is short enough for a socket wherever the tests' own folders lie."""
+    """A home whose path is short enough for a socket; pytest's folders may be too deep."""
     with tempfile.TemporaryDirectory(prefix="ts", dir="/tmp") as folder:
         yield Path(folder) / "home"
 
@@ -47,7 +47,7 @@ def is_running(pid: int) -> bool:
 
 
 def fill(server: embedded_valkey.Server, count: int = 20) -> None:
-    """A stream in which a reader holds some records and has acknowledged one."""
+    """Fill a stream; a reader holds some of its records and has acknowledged one."""
     with connect(server.url) as client:
         stream = Stream(client, "tweets", "scorers", "reader")
         stream.ensure_group()
@@ -68,14 +68,14 @@ def contents(server: embedded_valkey.Server) -> tuple[list[object], Depth, list[
 
 
 def log_file(home: Path) -> Path:
-    """The file of the append-only log that grows."""
+    """The file that the append-only log is written to."""
     (found,) = (home / "valkey" / "appendonlydir").glob("*.incr.aof")
     return found
 
 
 @contextmanager
 def owner_process(home: Path, **environment: str) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that owns the home's server; ends it as `owned` does unless it was killed."""
+    """A process that owns the home's server, and stops it at its end unless it was killed."""
     with subprocess.Popen(
         [sys.executable, "-c", OWN_UNTIL_STDIN_ENDS, str(home)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -92,7 +92,7 @@ def owner_process(home: Path, **environment: str) -> Iterator["subprocess.Popen[
 
 @contextmanager
 def orphan(home: Path, prepare: Callable[[embedded_valkey.Server], None] = fill) -> Iterator[int]:
-    """A server whose owner was killed without a chance to stop it; yields its process number."""
+    """A server whose owner was killed; yields the process id of the server."""
     with owner_process(home) as owner:
         server = embedded_valkey.find(home)
         assert server is not None

@@ -1,4 +1,4 @@
-"""A world to break: a home, a server, a database of each kind in turn, and the tiny model as champion."""
+"""Fixtures for faults: a home, a server, a database of each kind in turn, and the tiny model as champion."""
 
 import signal
 import threading
@@ -29,16 +29,16 @@ from worker.stream import embedded_valkey
 from worker.stream.redis_client import connect
 from worker.stream.stream import Stream
 
-# For what is the same whichever database it is: one of them, in turn.
+# For tests in which the kind of database does not matter: one of the two.
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-# An epoch of the 48 training rows.
+# The 48 training rows make two steps an epoch.
 TWO_STEPS = {"train_batch_size": 32}
 
 
 @dataclass
 class World:
-    """What the workers of one test work on. `given` are their settings."""
+    """The database, stream and home of one test. `given` are the settings of its workers."""
 
     given: dict[str, Any]
     database: Database
@@ -63,10 +63,10 @@ class World:
             yield actor
 
     def killed_at(self, failpoints: str, role: str = "score", **more: Any) -> None:
-        """A worker came, and its failpoint ended it."""
+        """Run a worker until its failpoint ends it."""
         killed_at(role, {**self.given, **more}, failpoints)
 
-    # --- looking
+    # --- state
 
     def rows(self, table: type[Base]) -> list[dict[str, Any]]:
         with self.database.read() as session:
@@ -77,27 +77,27 @@ class World:
             return session.scalar(select(func.count()).select_from(table)) or 0
 
     def scored(self) -> set[str]:
-        """Ids with a row; a second row for one would show in `predictions`."""
+        """Ids of the tweets with a prediction. `predictions` counts the rows."""
         return {row["tweet_id"] for row in self.rows(Prediction)}
 
     def predictions(self) -> int:
         return self.count(Prediction)
 
     def passes(self) -> int:
-        """How often a tweet went through a committed window: more than there are rows when some were scored again."""
+        """Tweets of all committed windows; more than there are rows when some were scored again."""
         return sum(row["tweets"] for row in self.rows(ScoringWindow))
 
     def dead(self) -> list[dict[str, Any]]:
         return self.rows(DeadLetter)
 
     def drained(self) -> None:
-        """Nothing is left in the stream: lag 0, pending 0, trimmed; and nothing of it was taken for vanished."""
+        """Wait until the stream is empty: lag 0, pending 0, trimmed; no record is counted as vanished."""
         wait_until(lambda: self.stream.depth() == DRAINED)
         self.stream.detect_vanished()
         assert self.stream.vanished().records == 0
 
     def recovers(self) -> None:
-        """One healthy worker puts everything in order."""
+        """Let one healthy worker score everything that is left."""
         with self.worker():
             self.drained()
 
@@ -127,7 +127,7 @@ class World:
         return {epoch.epoch: epoch.valid_loss for epoch in found}
 
     def finishes(self, job_id: int, state: str = "succeeded") -> TrainingJob:
-        """One healthy trainer brings the job to its end, and clears up behind it."""
+        """Let one healthy trainer finish the job and remove its checkpoints."""
         with self.worker("train") as actor:
             self.ends(job_id, state)
             actor.send(signal.SIGTERM)
@@ -142,13 +142,13 @@ class World:
 
 @pytest.fixture
 def clean_queue(server: embedded_valkey.Server) -> None:
-    """The queue has one name; what another test of this process left there is none of this one's."""
+    """Empty the training queue: all tests of this process use the same name."""
     redis.Redis.from_url(server.url).delete(TRAINING, f"{TRAINING}:taken")
 
 
 @pytest.fixture
 def quick(tmp_path: Path, tiny_encoder: Path) -> dict[str, Any]:
-    """Settings of a quick and impatient worker, its database still to be named."""
+    """Settings of a worker with short waits, without a database."""
     return {
         "home": tmp_path / "home",
         "base_model": str(tiny_encoder),
@@ -161,9 +161,9 @@ def quick(tmp_path: Path, tiny_encoder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[int, float]:
-    """Epoch -> validation loss of three epochs on `labelled_csv` that nobody disturbed."""
+    """Epoch -> validation loss of three epochs on `labelled_csv`, trained without a fault."""
     folder = tmp_path_factory.mktemp("unbroken")
     database = open_database(f"sqlite:///{folder / 'unbroken.db'}")
     migrate.upgrade(database)
@@ -184,13 +184,13 @@ def given(quick: dict[str, Any], database_url: str) -> dict[str, Any]:
 def world(
     given: dict[str, Any], database: Database, server: embedded_valkey.Server, promote: Callable[..., int]
 ) -> World:
-    """On the test process's server, which no test may stop."""
+    """A world on the server of the test process, which no test may stop."""
     given |= {"redis_url": server.url, "stream_key": f"tweets-{uuid.uuid4().hex}"}
     return World(given, database, server.url, promote(database, Path(given["home"]) / "models"))
 
 
 @pytest.fixture
 def own(given: dict[str, Any], database: Database, promote: Callable[..., int]) -> World:
-    """On the home's embedded server, which the test starts and stops as it likes."""
+    """A world on the home's embedded server, which the test starts and stops."""
     url = f"unix://{embedded_valkey.socket_path(Path(given['home']))}"
     return World(given, database, url, promote(database, Path(given["home"]) / "models"))

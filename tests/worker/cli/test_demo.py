@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+import pytest
 
 from db.models import Prediction, Tweet
 from db.readonly import run_query
@@ -30,9 +31,12 @@ def unlabelled() -> list[dict[str, str]]:
     return [json.loads(line) for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(tweetscore: Callable, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_demo_walks_the_whole_route_and_leaves_nothing_running(
+    tweetscore_process: Callable, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
-    ended = tweetscore("demo", timeout=4 * PATIENCE_SECONDS, TWEETSCORE_ENGINE="auto")
+    ended = tweetscore_process("demo", timeout=4 * PATIENCE_SECONDS, TWEETSCORE_ENGINE="auto")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for part in (
         "job 1 succeeded",

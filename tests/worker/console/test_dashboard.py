@@ -1,24 +1,24 @@
 """The dashboard in a real browser: pages open, charts draw, nothing is written, and no other host is asked."""
 
+import asyncio
 import shutil
+import socket
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import httpx
 import pytest
+from datasette.app import Datasette
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from db import migrate, predictions, registry
 from db.models import ConfusionCell
 from db.session import Database, open_database
-from tests.conftest import PATIENCE_SECONDS
-from tests.db.test_predictions import assign, make_version, prediction_row, tweet_row, write
 from tests.support.commands import command
+from tests.support.rows import assign, make_version, prediction_row, tweet_row, write
+from worker.console import dashboard
 from worker.console.dashboard import make_dashboard
 from worker.errors import BadRequest
 from worker.settings import Settings, load_settings
@@ -99,6 +99,7 @@ def watched(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Watche
     page.close()
 
 
+@pytest.mark.slow
 def test_every_chart_draws_and_nothing_else_happens(address: str, watched: Watched) -> None:
     page = watched.page
     page.goto(f"{address}/-/dashboards/sentiment", wait_until="networkidle")
@@ -116,6 +117,7 @@ def test_every_chart_draws_and_nothing_else_happens(address: str, watched: Watch
     assert overflow <= 1, "the page is wider than the screen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("watched", [DESK], indirect=True, ids=["desk"])
 @pytest.mark.parametrize("name", ["labels", "unsure", "wrong", "dead", "words?word=映画", "topic?topic=映画"])
 def test_canned_questions_say_what_they_are_and_run(address: str, watched: Watched, name: str) -> None:
@@ -126,10 +128,28 @@ def test_canned_questions_say_what_they_are_and_run(address: str, watched: Watch
     assert watched.said == []
 
 
+@pytest.mark.slow
 def test_the_front_page_leads_to_the_dashboard(address: str, watched: Watched) -> None:
     watched.page.goto(address, wait_until="networkidle")
     assert watched.page.locator("h1").inner_text() == "tweetscore"
     assert watched.page.locator("a[href='/-/dashboards']").count() == 1
+
+
+# --- without a browser
+
+
+@pytest.fixture
+def filled(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> Datasette:
+    """The application over a database with rows."""
+    fill(sqlite)
+    monkeypatch.setattr(dashboard, "QUERY_MS", 500)
+    return make_dashboard(load_settings(database_url=sqlite.engine.url.render_as_string()))
+
+
+def answered(application: Datasette, sql: str) -> tuple[int, Any]:
+    """Status and JSON of a question."""
+    answer = asyncio.run(application.client.get("/tweetscore.json", params={"sql": sql, "_shape": "objects"}))
+    return answer.status_code, answer.json()
 
 
 @pytest.mark.parametrize(
@@ -144,19 +164,15 @@ def test_the_front_page_leads_to_the_dashboard(address: str, watched: Watched) -
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
     ],
 )
-def test_nothing_can_be_written_or_go_on_for_ever(address: str, sql: str) -> None:
-    count = f"{address}/tweetscore.json?sql={quote('SELECT count(*) AS n FROM tweets')}&_shape=array"
-    before = httpx.get(count).json()
-    refused = httpx.get(f"{address}/tweetscore.json", params={"sql": sql}, timeout=PATIENCE_SECONDS)
-    assert refused.status_code == 400
-    assert refused.json()["ok"] is False
-    assert httpx.get(count).json() == before
+def test_nothing_can_be_written_or_go_on_for_ever(filled: Datasette, sql: str) -> None:
+    status, said = answered(filled, sql)
+    assert (status, said["ok"]) == (400, False)
+    assert answered(filled, "SELECT count(*) AS n FROM tweets")[1]["rows"] == [{"n": 40}]
 
 
-def test_connections_cannot_write_whatever_is_asked(sqlite: Database) -> None:
-    """Not the pattern that questions must match, but the way the file is opened."""
-    made = make_dashboard(load_settings(database_url=sqlite.engine.url.render_as_string()))
-    connection = made.get_database("tweetscore").connect()
+def test_connections_cannot_write_whatever_is_asked(filled: Datasette) -> None:
+    """The file is opened read-only, whatever passes the pattern that questions must match."""
+    connection = filled.get_database("tweetscore").connect()
     with pytest.raises(Exception, match="readonly"):
         connection.execute("DELETE FROM tweets")
     connection.close()
@@ -167,7 +183,7 @@ def test_another_database_is_refused_in_words(settings: Settings) -> None:
         make_dashboard(settings.model_copy(update={"database_url": "postgresql://somebody@host/name"}))
 
 
-def test_a_port_that_is_taken_is_refused_in_words(address: str, tmp_path: Path) -> None:
-    arguments: list[Any] = [sys.executable, "-m", "worker.cli", "dashboard", "--port", str(urlsplit(address).port)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+def test_a_port_that_is_taken_is_refused_in_words(tweetscore: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = tweetscore("dashboard", "--port", str(taken.getsockname()[1]))
     assert (ended.returncode, "choose another --port" in ended.stderr) == (2, True)

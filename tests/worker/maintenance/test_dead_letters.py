@@ -3,7 +3,6 @@
 import json
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from hypothesis import strategies as st
 from db import predictions
 from db.errors import NotFound
 from db.models import DeadLetter, utc_now
+from db.session import Database
 from tests.support.bench import DRAINED, Bench, wire
 from worker.app import make_app
-from worker.connections import open_sql
 from worker.maintenance.dead_letters import drop, retry
 from worker.scoring.scoring_model import Scores, ScoringModel
 from worker.settings import Settings
@@ -109,10 +108,11 @@ def test_letters_are_processed_in_chunks_and_an_unknown_id_changes_nothing(bench
         assert (predictions.dead_count(session), predictions.recent_dead(session, 5)) == (0, [])
 
 
-def test_the_command_lists_shows_retries_and_drops(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:
-    database = open_sql(settings)
+def test_the_command_lists_shows_retries_and_drops(
+    tweetscore: Run, settings: Settings, home_database: Database
+) -> None:
     letters = {"1-0": wire("7", "x" * 30_000), "2-0": b'{"id": "8"', "3-0": b"\xff\xfe"}
-    with database.begin() as session:
+    with home_database.begin() as session:
         for record_id, payload in letters.items():
             letter = DeadLetter(record_id=record_id, payload=payload, reason=f"reason of {record_id}", attempts=1)
             letter.buried_at = utc_now()

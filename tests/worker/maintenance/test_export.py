@@ -17,14 +17,13 @@ import pytest
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from db import migrate, predictions
+from db import predictions
 from db.errors import NotFound
 from db.models import DeadLetter, Prediction, Tweet
-from db.session import Database, open_database
+from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
-from tests.db.test_predictions import NOON, assign, make_version, prediction_row, tweet_row, write
-from tests.support.bench import Bench, wire
-from tests.worker.scoring.test_pipeline import Slow, draining
+from tests.support.bench import Bench, Slow, draining, wire
+from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
 from worker.cli import output
 from worker.connections import model_store
@@ -119,14 +118,11 @@ def test_an_export_that_fails_leaves_the_earlier_file(scored: Database, tmp_path
 
 
 def test_the_command_exports_to_standard_output_and_to_a_file(
-    tweetscore: Run, settings: Settings, tmp_path: Path
+    tweetscore: Run, home_database: Database, tmp_path: Path
 ) -> None:
-    database = open_database(settings.sql_url)
-    migrate.upgrade(database)
-    version = make_version(database)
-    assign(database, version)
-    write(database, [tweet_row("1", text="良い")], [prediction_row("1", version)])
-    database.close()
+    version = make_version(home_database)
+    assign(home_database, version)
+    write(home_database, [tweet_row("1", text="良い")], [prediction_row("1", version)])
     said = tweetscore("export", "--format", "jsonl")
     assert (said.returncode, json.loads(said.stdout)["text"]) == (0, "良い")
     assert tweetscore("export", "--format", "parquet", "--out", str(tmp_path / "a.parquet")).returncode == 0
@@ -178,7 +174,7 @@ def test_copies_within_one_page_of_the_api_are_counted(tmp_path: Path) -> None:
     assert check_file(str(path), "starter", 50)["duplicates"] == 2
 
 
-def test_the_command_checks_a_file_of_tweets(tweetscore: Run, settings: Settings, tmp_path: Path) -> None:
+def test_the_command_checks_a_file_of_tweets(tweetscore: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id":1,"text":"良い"}\n{"data":[{"id":"2","text":"悪い"}]}\n', encoding="utf-8")
     said = tweetscore("data", "check", str(path), "--json")
@@ -239,11 +235,10 @@ SECRET = "誰にも言えない秘密の話"
 
 
 def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
-    tweetscore: Run, settings: Settings, tiny_artifact: SimpleNamespace, promote: Any
+    tweetscore: Run, settings: Settings, home_database: Database, tiny_artifact: SimpleNamespace, promote: Any
 ) -> None:
     """Search every file in the home for the scored, waiting and dead-lettered texts, as UTF-8 and as JSON escapes."""
-    database = open_database(settings.sql_url)
-    migrate.upgrade(database)
+    database = home_database
     model_store(settings).folder.mkdir(parents=True)
     promote(database, model_store(settings).folder)
     tweets = [{"id": str(i), "text": f"普通の話{i}", "author_id": "b"} for i in range(50)]

@@ -14,15 +14,25 @@ from typing import Any
 import pytest
 from sqlalchemy import event, func, select, text
 
-from db import jobs, migrate, predictions, upkeep
+from db import jobs, predictions, upkeep
 from db.errors import DatabaseError
 from db.models import DeadLetter, ScoringWindow, SentimentRollup, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.db.test_predictions import answer, letter_row, make_version, prediction_row, tweet_row, url_of, write
-from tests.db.test_views import assert_counted, run, some
+from tests.support.actors import wait_for_log
 from tests.support.bench import wire
-from tests.support.commands import command
+from tests.support.rows import (
+    answer,
+    assert_counted,
+    letter_row,
+    make_version,
+    prediction_row,
+    run,
+    some,
+    tweet_row,
+    url_of,
+    write,
+)
 from tests.support.world import World, on_postgresql, on_sqlite
 from training.jobs.expired_checkpoints import remove_expired_checkpoints
 from training.store.cache import Cache
@@ -36,8 +46,6 @@ from worker.maintenance.maintenance_thread import (
     delete_old_windows,
     maintenance_lock,
 )
-from worker.settings import Settings
-from worker.stream import embedded_valkey
 
 NEVER = threading.Event()
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,16 +69,13 @@ def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
     assert_counted(database)
 
 
-def test_a_worker_applies_the_retention(settings: Settings, tmp_path: Path) -> None:
-    """A scoring worker with nothing to do takes out what was kept too long."""
-    database = open_database(settings.sql_url)
-    migrate.upgrade(database)
-    write(database, [tweet_row("1", received_at=datetime.now(UTC) - timedelta(days=2))], [])
-    given = {"home": settings.home, "retention_days": 1}
-    with embedded_valkey.owned(settings.home, 64), command(tmp_path / "log", given, "worker", "score") as worker:
-        worker.says("retention of 1 days: 1 tweets")
-    assert tweets_in(database) == 0
-    database.close()
+@on_sqlite
+def test_a_worker_applies_the_retention(world: World) -> None:
+    """A scoring worker with nothing to do deletes what was kept too long."""
+    write(world.database, [tweet_row("1", received_at=datetime.now(UTC) - timedelta(days=2))], [])
+    with world.worker(retention_days=1) as worker:
+        wait_for_log(worker, "retention of 1 days: 1 tweets")
+    assert tweets_in(world.database) == 0
 
 
 def tweets_in(database: Database) -> int:
@@ -340,11 +345,10 @@ def test_a_trainer_clears_away_what_a_job_left_that_was_cancelled_in_the_queue(
         wait_until(lambda: not kept.exists())
 
 
-def test_a_retry_long_after_the_failure_says_that_it_begins_from_scratch(tweetscore: Run, settings: Settings) -> None:
-    database = open_database(settings.sql_url)
-    migrate.upgrade(database)
-    late, soon = job_in(database, "failed", 8), job_in(database, "failed", 6)
-    database.close()
+def test_a_retry_long_after_the_failure_says_that_it_begins_from_scratch(
+    tweetscore: Run, home_database: Database
+) -> None:
+    late, soon = job_in(home_database, "failed", 8), job_in(home_database, "failed", 6)
     said = tweetscore("jobs", "retry", str(late))
     assert said.returncode == 0
     assert "more than 7 days ago, so it has no checkpoints and starts from the beginning" in said.stdout

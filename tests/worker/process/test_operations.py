@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -37,19 +36,7 @@ def ran(*command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def tool(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
-
-
 # --- the files by themselves
-
-
-def test_the_compose_file_is_what_the_specification_asks_for() -> None:
-    ran(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "docker-compose.yml")
-
-
-def test_the_dockerfile_has_no_known_fault() -> None:
-    ran(tool("hadolint"), "Dockerfile")
 
 
 @pytest.mark.parametrize("name", ["trainer", "trainer-cpu", "scorer", "scorer-cpu"])
@@ -180,6 +167,9 @@ class Running:
         }
         lines = "".join(wire(i, f"今日は嬉しい{i}").decode() + "\n" for i in range(300))
         self.pushed = deployment.run("tweetscore", "push", "-", stdin=lines, **publisher)
+        with self.connect("reader") as reader:
+            count = "SELECT count(*) FROM v_predictions_current"
+            wait_until(lambda: reader.execute(count).fetchone() == (300,))
 
     def ask(self, sql: str) -> list[dict[str, Any]]:
         done = self.deployment.run("tweetscore", "query", sql, "--json")
@@ -207,11 +197,12 @@ def page(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
+@pytest.mark.slow
 def test_tweets_pushed_by_the_producer_are_scored_and_read_by_the_reader(running: Running) -> None:
     for done in (*running.migrated, running.trained, running.promoted, running.pushed):
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(running.trained.stdout)["state"] == "succeeded"
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
+    assert running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}]
     assert running.ask("SELECT current_user AS me") == [{"me": "tweetscore_reader"}]
     [once] = running.ask("SELECT count(*) AS n, sum(tweets) AS tweets FROM scoring_windows")
     assert once["tweets"] == 300
@@ -221,6 +212,7 @@ def test_tweets_pushed_by_the_producer_are_scored_and_read_by_the_reader(running
         assert running.deployment.healthy(service), service
 
 
+@pytest.mark.slow
 def test_the_roles_may_do_what_they_must_and_no_more(running: Running) -> None:
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         running.connect("worker", "wrong")
@@ -250,6 +242,7 @@ def test_the_roles_may_do_what_they_must_and_no_more(running: Running) -> None:
         assert kept == (1, "noeviction")
 
 
+@pytest.mark.slow
 def test_a_worker_that_may_not_bring_the_schema_says_who_can(running: Running) -> None:
     with running.connect("owner") as connection:
         connection.execute("CREATE SCHEMA IF NOT EXISTS empty AUTHORIZATION tweetscore_owner")
@@ -263,6 +256,7 @@ def test_a_worker_that_may_not_bring_the_schema_says_who_can(running: Running) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_flower_and_tensorboard_answer(running: Running) -> None:
     ports = running.deployment.ports
     for port in ("6006", "5555"):
@@ -271,6 +265,7 @@ def test_flower_and_tensorboard_answer(running: Running) -> None:
     assert page(ports["5555"], "/workers").count("score-") >= 2
 
 
+@pytest.mark.slow
 def test_a_job_that_failed_is_a_failed_task_in_flower_and_its_sender_is_told_why(running: Running) -> None:
     port, password = running.deployment.ports["redis:6379"], running.deployment.password["redis_worker"]
     url = f"redis://worker:{password}@127.0.0.1:{port}/0"
@@ -294,9 +289,9 @@ def _up(port: int) -> bool:
 SAMPLE_RANGE = "BETWEEN now() - interval '1 day' AND now() + interval '1 day'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "target"), [t for t in TARGETS if "rawSql" in t[1]])
 def test_every_question_of_the_dashboard_has_an_answer(running: Running, title: str, target: dict[str, Any]) -> None:
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     sql = re.sub(r"\$__timeFilter\((\w+)\)", rf"\1 {SAMPLE_RANGE}", target["rawSql"])
     assert "$__" not in sql
     with running.connect("reader") as reader:
@@ -308,6 +303,7 @@ def test_every_question_of_the_dashboard_has_an_answer(running: Running, title: 
     assert rows or "v_low_confidence" in sql, title  # a model may be sure of everything
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian) is missing")
 def test_prometheus_finds_every_worker_and_all_that_is_asked_of_it(running: Running) -> None:
     deployment = running.deployment
@@ -342,8 +338,8 @@ def test_prometheus_finds_every_worker_and_all_that_is_asked_of_it(running: Runn
     assert len(json.loads(page(port, "/api/v1/rules"))["data"]["groups"][0]["rules"]) == len(RULES)
 
 
+@pytest.mark.slow
 def test_the_workers_role_deletes_tweets_and_rewrites_their_files_or_says_that_it_may_not(running: Running) -> None:
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     delete = ("tweetscore", "delete", "--json", "--tweet-id")
     with running.connect("owner") as owner:
         may = owner.info.server_version >= 170_000
@@ -357,6 +353,7 @@ def test_the_workers_role_deletes_tweets_and_rewrites_their_files_or_says_that_i
     assert running.deployment.run(*delete, "9", service="migrate").returncode == 0
 
 
+@pytest.mark.slow
 def test_everything_ends_when_told_to(running: Running) -> None:
     """The last: the workers end by themselves, with nothing left to score."""
     ended = {}

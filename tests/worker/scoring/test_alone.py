@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import psutil
 import pytest
 
 from db import jobs
-from db.session import open_database
-from worker.connections import input_store
+from db.session import Database, open_database
+from training.jobs.run import run_next_job
+from worker.connections import input_store, training_context
 from worker.settings import Settings
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import connect
@@ -42,15 +44,16 @@ def test_training_with_wait_runs_a_worker_of_its_own(
 
 
 def test_the_guides_preset_trains_with_its_own_head_and_values(
-    tweetscore: Run, settings: Settings, labelled_csv: Path, tiny_encoder: Path
+    tweetscore: Run, settings: Settings, home_database: Database, labelled_csv: Path, tiny_encoder: Path
 ) -> None:
     """The guide's file: a header row whatever it says, then an integer label and a text."""
     rows = labelled_csv.read_text(encoding="utf-8").replace("positive", "1").replace("negative", "0")
     labelled_csv.write_text(rows.replace("label,text", "class,content"), encoding="utf-8")
-    arguments = ["--preset", "guide", "--epochs", "2", "--labels", "0=negative,1=positive", "--wait", "--json"]
-    ended = tweetscore("train", str(labelled_csv), "--base-model", str(tiny_encoder), *arguments)
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
+    arguments = ["--preset", "guide", "--epochs", "2", "--labels", "0=negative,1=positive"]
+    queued = tweetscore("train", str(labelled_csv), "--base-model", str(tiny_encoder), *arguments)
+    assert queued.returncode == 0, queued.stderr
+    assert run_next_job(home_database, training_context(settings), "here", threading.Event()) == 1
+    told = json.loads(tweetscore("jobs", "show", "1", "--json").stdout)
     config = told["config"]
     assert (config["head"], config["loss"], config["max_length"], config["seed"]) == ("guide", "bce", 200, 200)
     assert (config["train_batch_size"], config["valid_batch_size"], config["test_batch_size"]) == (16, 8, 8)

@@ -13,10 +13,10 @@ import torch
 from db import registry
 from db.models import ModelVersion, ScoringWindow
 from tests.conftest import LABELS, wait_until
+from tests.support.artifacts import artifact_of
 from tests.support.bench import CPU, Bench, wire
 from tests.support.commands import worker
 from tests.support.world import World, on_sqlite
-from tests.worker.scoring.test_engines import artifact_of
 from training.config import make_config
 from training.model.artifact import Artifact, load_artifact
 from training.model.base_model import BaseModelFolder
@@ -134,6 +134,7 @@ def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_o
     assert again.engine.name == BETTER, "the saved engine serves from the first window on"
 
 
+@pytest.mark.slow
 def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
     lite: Bench, place: Path, champions: Callable[..., Champion], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,6 +155,7 @@ def test_one_process_of_a_machine_tries_and_the_others_take_over_what_it_kept(
     assert caplog.text.count("trying engines in the background") == 1
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_worker_told_to_end_in_mid_trial_ends_at_once_and_one_that_is_killed_leaves_the_trial_to_another(
     world: World, place: Path

@@ -18,16 +18,15 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from tests.conftest import LABELS
+from tests.support.artifacts import artifact_of, random_rows
 from training.config import make_config
 from training.errors import BadArtifact
-from training.loop.predict import predict
-from training.model.artifact import Artifact, Reference, load_artifact, make_reference, make_spec, save_artifact
-from training.model.base_model import STARTER_FOLDER, BaseModelFolder
+from training.model.artifact import Artifact, Reference, load_artifact
+from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, pad_arrays
 from training.model.classifier import Classifier, build_model
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
-from training.text.tokenizer import load_tokenizer
 from worker.engine_names import FLOAT32_TORCH
 from worker.errors import DeviceFull
 from worker.scoring.engine_choice import Choice, read_choice, saved_choices
@@ -37,23 +36,6 @@ from worker.scoring.engines import Batch, Engine, EngineBuilder, Logits, TorchEn
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
-
-
-def random_rows(n: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of 3 to 60 tokens, framed as by a tokenizer."""
-    generator = np.random.default_rng(seed)
-    return [[2, *generator.integers(5, 3000, generator.integers(1, 59)).tolist(), 3] for _ in range(n)]
-
-
-def artifact_of(model: Classifier, folder: Path) -> Artifact:
-    """The model saved and loaded again, with validation rows and their float32 logits."""
-    tokenizer = load_tokenizer(STARTER_FOLDER)
-    rows = random_rows(200)
-    targets = np.zeros((len(rows), len(LABELS)), np.float32)
-    logits = predict(model, rows, targets, model.config, 32, tokenizer.pad_token_id, CPU).logits
-    spec = make_spec(LABELS, model.config, BaseModelFolder("tiny", STARTER_FOLDER), tokenizer)
-    save_artifact(folder, model, tokenizer, spec, make_reference(rows, logits))
-    return load_artifact(folder)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +128,7 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
         assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "the engine works after an error"
 
 
+@pytest.mark.slow
 def test_nothing_phones_home() -> None:
     program = """import worker.scoring.engines; worker.scoring.engines.openvino()
 import nncf, sys, openvino.tools.ovc.telemetry_utils as telemetry

@@ -1,66 +1,37 @@
 """Metrics and logs of a worker, read as Prometheus and a log collector read them."""
 
 import io
-import json
 import logging
-import re
 import socket
 import time
-import urllib.request
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from structlog.contextvars import bound_contextvars
 
 from db.models import DeadLetter, ScoringWindow
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, wire
 from tests.support.commands import worker
-from tests.support.world import World
+from tests.support.scraped import log_lines, looked, metrics_port, scraped
+from tests.support.world import World, on_postgresql
 from worker.process import logging_setup, metrics_endpoint
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect_briefly
 from worker.stream.stream import Stream
 
 
-def parsed(text: str) -> dict[tuple[str, str], float]:
-    """(name, its label values) -> value."""
-    return {
-        (sample.name.removeprefix("tweetscore_"), ",".join(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def scraped(port: int) -> dict[tuple[str, str], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as answer:
-        return parsed(answer.read().decode())
-
-
-def lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-
-
-def looked(collector: WorkerCollector) -> dict[tuple[str, str], float]:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return parsed(generate_latest(registry).decode())
-
-
+@on_postgresql
 def test_a_scorer_tells_what_it_did_and_what_waits(world: World) -> None:
     world.stream.publish([wire(i, f"雨が降る{i}") for i in range(30)] + [b"not JSON"])
     with worker(world.given, "score", metrics_port=0) as scorer:
         world.drained()
         scorer.says("metrics on")
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/metrics", scorer.said())[1])  # type: ignore[index]
+        port = metrics_port(scorer)
         wait_until(lambda: scraped(port).get(("worker", "scoring,idle")) == 1)
         found = scraped(port)
         rows = world.rows(ScoringWindow)
-        said = lines(scorer.said())
+        said = log_lines(scorer.said())
     assert found["tweets_total", ""] == world.predictions() == 30
     assert found["buried_total", ""] == found["dead_letters", ""] == world.count(DeadLetter) == 1
     assert found["windows_total", ""] == len(rows)
@@ -82,20 +53,6 @@ def test_a_scorer_tells_what_it_did_and_what_waits(world: World) -> None:
     # Its log is JSON, since it goes to a file.
     assert any(line["event"].startswith("scored 30 tweets") and line["level"] == "info" for line in said)
     assert any(line.get("model_version") == rows[-1]["model_version_id"] for line in said)
-
-
-def test_a_trainer_names_its_job_in_every_line_about_it(world: World, labelled_csv: Path) -> None:
-    job = world.submit(labelled_csv)
-    with worker(world.given, "train", metrics_port=0) as trainer:
-        world.ends(job, "succeeded")
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/metrics", trainer.said())[1])  # type: ignore[index]
-        found = scraped(port)
-        said = lines(trainer.said())
-    assert found["jobs", "succeeded"] == 1
-    assert ("model_version", "") not in found  # a trainer has no model
-    about = [line for line in said if f"job {job}:" in line["event"]]
-    assert len(about) > 2
-    assert {line["job"] for line in about} == {job}
 
 
 def test_the_oldest_record_is_the_first_unread_or_the_first_not_acknowledged(bench: Bench) -> None:
@@ -120,11 +77,11 @@ def test_the_oldest_record_is_the_first_unread_or_the_first_not_acknowledged(ben
     assert stream.oldest() is None
 
 
-def test_a_broker_that_is_silent_keeps_nobody_waiting_and_is_said_to_be_away(bench: Bench) -> None:
+def test_a_broker_that_is_silent_keeps_nobody_waiting_and_is_said_to_be_away(lite: Bench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         collector = WorkerCollector(
-            "scoring", lambda: "idle", lambda: 7, Stream(connect_briefly(url), "tweets", "g"), bench.database
+            "scoring", lambda: "idle", lambda: 7, Stream(connect_briefly(url), "tweets", "g"), lite.database
         )
         for _ in range(2):
             began = time.monotonic()
@@ -165,7 +122,7 @@ def test_a_line_holds_what_is_bound_and_no_words_of_a_tweet(output: type[io.Stri
         assert "window" in said
         assert "5-0" in said
         return
-    [line] = lines(said)
+    [line] = log_lines(said)
     assert {name: line[name] for name in ("level", "logger", "window", "model_version")} == {
         "level": "error", "logger": "worker.test", "window": "5-0", "model_version": 3,
     }  # fmt: skip

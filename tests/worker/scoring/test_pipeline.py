@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,40 +14,13 @@ from sqlalchemy.exc import OperationalError
 from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
-from tests.support.bench import DRAINED, Bench, Killed, wire
+from tests.support.bench import DRAINED, Bench, Killed, Slow, draining, wire
 from training.model.batching import plan_batches
 from worker.scoring.overlap import WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import Pipeline
 from worker.scoring.scoring_model import Scores, ScoringModel
 from worker.scoring.window import Window
 from worker.stream.stream import Depth, Stream
-
-
-class Slow(ScoringModel):
-    """Sets `begun` when a forward starts, and waits for `go`."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.begun, self.go = threading.Event(), threading.Event()
-
-    def forward(self, rows: Any) -> Scores:
-        self.begun.set()
-        assert self.go.wait(PATIENCE_SECONDS)
-        return super().forward(rows)
-
-
-@contextlib.contextmanager
-def draining(pipeline: Pipeline) -> Iterator[threading.Thread]:
-    """Drain in a thread; after the block it has ended without an error."""
-    done: list[int] = []
-    thread = threading.Thread(target=lambda: done.append(pipeline.drain()))
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join(PATIENCE_SECONDS)
-    assert done
-
 
 # --- what is stored
 
@@ -177,22 +149,6 @@ def test_locked_database_is_waited_for_and_drained_afterwards(lite: Bench, caplo
 
 
 # --- holding and stopping
-
-
-def test_long_forward_keeps_its_records(lite: Bench) -> None:
-    champion = lite.holding(Slow)
-    model = champion.model
-    lite.stream.publish([wire(i) for i in range(3)])
-    with draining(lite.worker(champion, min_idle_seconds=1)):
-        assert model.begun.wait(PATIENCE_SECONDS)
-        until = time.monotonic() + 3
-        thief = Stream(lite.raw, lite.stream.key, lite.stream.group)
-        wait_until(lambda: thief.claim_idle(1_000, 10) or time.monotonic() > until)
-        held = lite.deliveries()
-        model.go.set()
-    assert held == [1, 1, 1]
-    assert len(lite.scored()) == 3
-    assert lite.stream.depth() == DRAINED
 
 
 def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench) -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tests.conftest import wait_until
 from tests.support.actors import wait_for_log
 from tests.support.bench import Bench, wire
+from tests.support.scraped import looked
 from tests.support.servers import short_home
 from tests.support.world import World, on_sqlite
-from tests.worker.scoring.test_metrics import looked
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import connect
