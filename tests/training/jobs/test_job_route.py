@@ -114,19 +114,6 @@ def test_a_job_of_several_labels_a_row_is_registered_and_plain_transformers_give
     )
 
 
-def test_the_same_job_twice_has_the_same_validation_losses(
-    sqlite: Database, context: TrainingContext, labelled_csv: Path, base: dict[str, Any]
-) -> None:
-    losses = []
-    for _ in range(2):
-        job_id = submit(sqlite, labelled_csv, **base)
-        run_next_job(sqlite, context, "here", NEVER)
-        with sqlite.begin() as session:
-            losses.append([metric.valid_loss for metric in jobs.epochs(session, job_id)])
-    assert len(losses[0]) == 2
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
 BAD_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "one class": ({"content": "label,text\n" + "".join(f"good,x{i}\n" for i in range(20))}, ["good", "two labels"]),
     "dataset outside the roots": ({"dataset": "/etc/passwd"}, ["'/etc/passwd'", "TWEETSCORE_READ_ROOTS"]),
