@@ -18,6 +18,7 @@ from db.models import ConfusionCell, EpochMetric, ModelVersion, TestPrediction, 
 from db.session import Database
 from tests.conftest import wait_until
 from tests.support.training_jobs import NEVER, count, epoch_seconds, job_of, left_in, running, shorten, submit
+from tests.support.world import on_postgresql
 from training import failpoint
 from training.jobs.context import TrainingContext
 from training.jobs.run import run_next_job
@@ -28,6 +29,7 @@ from training.text.tokenizer import encode
 from worker.cli import output
 
 
+@on_postgresql
 def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
     database: Database, context: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
