@@ -1,11 +1,12 @@
-# Two stages: what builds does not run. TORCH is `cpu`, or a CUDA build's name, such as `cu128`; EXTRAS are extras of
-# pyproject.toml: the compose file's monitor needs `flower`, stores on S3 need `s3`, some base models `unidic-lite`.
+# Two stages, so that the image contains no build tools. TORCH is `cpu` or the name of a CUDA build, such as `cu128`.
+# EXTRAS are extras of pyproject.toml: the compose file's monitor needs `flower`, stores on S3 need `s3`, and some base
+# models need `unidic-lite`.
 FROM python:3.11.13-bookworm AS build
 ARG TORCH=cpu
 ARG EXTRAS="flower s3 unidic-lite"
 ENV PATH=/venv/bin:$PATH
 WORKDIR /src
-# What changes seldom comes first, so that a change of ours costs seconds: torch, then all else that we need.
+# Layers that rarely change come first, so that a change of the code takes seconds: torch, then the other dependencies.
 RUN python -m venv /venv \
     && pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" "torch==2.13.*"
 COPY pyproject.toml ./
@@ -19,7 +20,7 @@ RUN pip install --no-cache-dir --no-deps .
 
 FROM python:3.11.13-slim-bookworm
 ENV PATH=/venv/bin:$PATH TWEETSCORE_HOME=/data
-# Volumes take over whose their folders are. Models come from a store or the hub, never with the image.
+# New volumes get the owner of these folders. The image contains no models: they come from a store or the hub.
 RUN useradd --uid 10001 --create-home tweetscore && install -d -o tweetscore /data /models
 COPY --from=build /venv /venv
 USER 10001

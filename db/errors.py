@@ -57,18 +57,18 @@ def plain(name: object) -> str:
 
 def listed(names: Iterable[object]) -> str:
     """Names for a message, separated by commas; a long list is shortened."""
-    taken: list[str] = []
-    for name in (rest := list(names)):
-        if sum(map(len, taken)) > LISTED_CHARS:
-            return f"{', '.join(taken)} and {len(rest) - len(taken)} more"
-        taken.append(plain(name))
-    return ", ".join(taken)
+    shown_names: list[str] = []
+    for name in (every := list(names)):
+        if sum(map(len, shown_names)) > LISTED_CHARS:
+            return f"{', '.join(shown_names)} and {len(every) - len(shown_names)} more"
+        shown_names.append(plain(name))
+    return ", ".join(shown_names)
 
 
 def public_url(url: str) -> str:
     """A URL for messages and logs, with the passwords before the host and in the query replaced by ***."""
-    scheme, there, rest = url.partition("://")
-    place, asks, query = rest.partition("?")
-    who, at, where = place.rpartition("@")
-    user, colon, _ = who.partition(":")
-    return f"{scheme}{there}{user}{colon and ':***'}{at}{where}{asks}{SECRET.sub('***', query)}"
+    scheme, slashes, rest = url.partition("://")
+    place, question_mark, query = rest.partition("?")
+    credentials, at, host = place.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}{slashes}{user}{colon and ':***'}{at}{host}{question_mark}{SECRET.sub('***', query)}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import JSON, Boolean, Float, Integer, Text
 
 from db.models import Base, UtcDateTime
-from db.readonly import ask
+from db.readonly import run_query
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d")
 
 def whole(url: str, sql: str) -> "pd.DataFrame":
     """The result of one SELECT. Raises `DatabaseError`."""
-    with ask(url, sql) as (columns, rows):
+    with run_query(url, sql) as (columns, rows):
         return _frame(columns, list(rows))
 
 
@@ -58,7 +58,7 @@ def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, No
 
 def _chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
     """First yields an empty frame once the database has executed the query."""
-    with ask(url, sql) as (columns, rows):
+    with run_query(url, sql) as (columns, rows):
         nothing = _frame(columns, [])
         yield nothing
         if not (chunk := list(islice(rows, chunksize))):

@@ -93,7 +93,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float, max_attempts: i
     """Lease the oldest queued or lapsed job to `owner` under a new fencing token; None when there is no such job.
 
     A lapsed job whose cancellation was requested is cancelled instead. A job whose worker died `max_attempts` times
-    fails, but only after one more lease: its last worker may be alive and could not renew while the database was away.
+    fails, but only after one more lease: its last worker may be alive and could not renew because of a database outage.
     """
     while True:
         job = session.scalar(
@@ -146,17 +146,18 @@ def renew_lease(session: Session, job_id: int, token: int, lease_seconds: float)
     return _write(session, job_id, token, {"lease_expires_at": ends, "error": None})
 
 
-def holds(session: Session, job_id: int, token: int) -> bool:
-    """Whether the job is running under this token.
+def is_running_with_token(session: Session, job_id: int, token: int) -> bool:
+    """Whether the job is running and this token is its newest.
 
-    Raises an error for which `is_away` is true while another transaction holds the row, such as one whose connection
-    was lost and that may still commit.
+    Raises an error for which `is_away` is true while another transaction has locked the row, such as one whose
+    connection was lost and that may still commit.
     """
     job = lock(session, job_id)
     return job is not None and (job.state, job.fencing_token) == ("running", token)
 
 
 def lock(session: Session, job_id: int) -> TrainingJob | None:
+    """Lock a job's row until the transaction ends; fails at once when another transaction has locked it."""
     return session.get(TrainingJob, job_id, with_for_update={"nowait": True}, populate_existing=True)
 
 
@@ -181,16 +182,16 @@ def record_step(
 
 def record_epoch(session: Session, token: int, metric: EpochMetric) -> None:
     """Store the metrics of an epoch. An epoch that is repeated after a resume replaces its row."""
-    hold(session, metric.job_id, token)
+    require_token(session, metric.job_id, token)
     session.merge(metric)
 
 
-def forget_epochs_after(session: Session, job_id: int, epoch: int) -> None:
+def delete_epochs_after(session: Session, job_id: int, epoch: int) -> None:
     """Delete the epochs that a resumed run will repeat."""
     session.execute(delete(EpochMetric).where(EpochMetric.job_id == job_id, EpochMetric.epoch > epoch))
 
 
-def hold(session: Session, job_id: int, token: int) -> None:
+def require_token(session: Session, job_id: int, token: int) -> None:
     """Lock the job's row and raise `LeaseLost` unless the token is still the newest."""
     _write(session, job_id, token, {"fencing_token": token})
 
@@ -205,11 +206,11 @@ def finish(session: Session, job_id: int, token: int, state: str, error: str | N
 
 
 def release(
-    session: Session, job_id: int, token: int, says: str | None = None, pause_seconds: float | None = None
+    session: Session, job_id: int, token: int, reason: str | None = None, pause_seconds: float | None = None
 ) -> None:
     """Queue the job again; this start does not count as an attempt.
 
-    `says` is the reason to show to users. No worker may claim the job for `pause_seconds`.
+    `reason` is shown to users. No worker may claim the job for `pause_seconds`.
     """
     _write(
         session,
@@ -220,12 +221,12 @@ def release(
             "attempts": TrainingJob.attempts - 1,
             "lease_owner": None,
             "lease_expires_at": None if pause_seconds is None else utc_now() + timedelta(seconds=pause_seconds),
-            "error": says,
+            "error": reason,
         },
     )
 
 
-def excuse(session: Session, job_id: int, token: int, started_at: datetime | None) -> bool:
+def uncount_start(session: Session, job_id: int, token: int, started_at: datetime | None) -> bool:
     """Uncount the start of a live worker whose lease lapsed and whose job another worker has claimed since.
 
     Call it once per start. Returns False and changes nothing when the job has finished, or when `retry` has reset the
@@ -257,15 +258,17 @@ def retry(session: Session, job_id: int) -> TrainingJob:
     return job
 
 
-def past_resuming(session: Session, job_ids: Sequence[int], failed_before: datetime, hold: bool = False) -> set[int]:
+def past_resuming(
+    session: Session, job_ids: Sequence[int], failed_before: datetime, lock_rows: bool = False
+) -> set[int]:
     """The jobs that will not resume from a checkpoint: succeeded, cancelled, or failed before `failed_before`.
 
-    With `hold` their rows are locked until the transaction ends.
+    With `lock_rows` their rows are locked until the transaction ends.
     """
     failed = and_(TrainingJob.state == "failed", TrainingJob.finished_at < failed_before)
     ended = or_(TrainingJob.state.in_(("succeeded", "cancelled")), failed)
     query = select(TrainingJob.id).where(TrainingJob.id.in_(job_ids), ended)
-    return set(session.scalars(query.with_for_update() if hold else query))
+    return set(session.scalars(query.with_for_update() if lock_rows else query))
 
 
 def request_cancel(session: Session, job_id: int) -> TrainingJob:
@@ -301,7 +304,8 @@ def any_unanswered(session: Session) -> bool:
 
 
 def claim_answers(session: Session, seconds: float, limit: int = 100) -> list[TrainingJob]:
-    """Reserve finished jobs whose result is not yet sent. They are due again after `seconds` unless `answered`."""
+    """Reserve finished jobs whose result is not yet sent. They are due again after `seconds` unless
+    `mark_answered` is called."""
     query = select(TrainingJob).where(_unanswered()).order_by(TrainingJob.id).limit(limit)
     due = list(session.scalars(query.with_for_update(skip_locked=True)))
     for job in due:
@@ -310,7 +314,7 @@ def claim_answers(session: Session, seconds: float, limit: int = 100) -> list[Tr
     return due
 
 
-def answered(session: Session, request_id: str) -> None:
+def mark_answered(session: Session, request_id: str) -> None:
     """Note that the result was sent; the message is deleted."""
     values = {"message": None, "answer_due_at": None}
     session.execute(update(TrainingJob).where(TrainingJob.request_id == request_id).values(**values))

@@ -138,8 +138,8 @@ class Prediction(Base):
 
 
 class SentimentRollup(Base):
-    """In PostgreSQL every connection adds to rows of its own shard, so that workers never wait for each other; the
-    housekeeping of a worker later adds these rows to shard 0. A query sums over the shards."""
+    """On PostgreSQL every connection adds to its own shard, so that workers do not wait for each other. The maintenance
+    thread of a worker later adds these rows to shard 0. A query sums over the shards."""
 
     __tablename__ = "sentiment_rollup"
     __table_args__ = (
@@ -192,7 +192,7 @@ class TrainingJob(Base):
         comment="SHA-256 of the dataset, in hexadecimal. NULL until a worker has read the dataset."
     )
     lease_owner: Mapped[str | None] = mapped_column(
-        comment="Name of the worker that claimed the job last. NULL when the lease was given back."
+        comment="Name of the worker that claimed the job last. NULL when the lease was released."
     )
     lease_expires_at: Mapped[datetime | None] = mapped_column(
         comment="End of the lease, UTC; on a queued job, the earliest next start. NULL when neither applies."
@@ -201,10 +201,10 @@ class TrainingJob(Base):
         default=0, comment="Number of claims so far. Only the worker with the newest token may write the job."
     )
     attempts: Mapped[int] = mapped_column(
-        default=0, comment="Number of starts that count against the limit. Interrupted starts are taken off."
+        default=0, comment="Number of starts that count against the limit. Interrupted starts are subtracted."
     )
     cancel_requested: Mapped[bool] = mapped_column(
-        default=False, comment="True once a user has asked to cancel the job."
+        default=False, comment="True once a user has requested cancellation."
     )
     step: Mapped[int] = mapped_column(default=0, comment="Optimizer steps done.")
     total_steps: Mapped[int | None] = mapped_column(comment="Optimizer steps in all. NULL before the first step.")
@@ -310,7 +310,7 @@ class TestMetric(Base):
     )
     metric: Mapped[str] = mapped_column(
         primary_key=True,
-        comment="Name of the metric. _low and _high end a 95 % interval; tfidf_ and majority_ begin a baseline's.",
+        comment="Name of the metric. _low and _high: ends of its 95 % interval. tfidf_ and majority_: of a baseline.",
     )
     label: Mapped[str] = mapped_column(
         primary_key=True, default="", comment="The label that was measured. Empty for the whole test split."

@@ -27,7 +27,7 @@ def unscored(
     session: Session, model_version_id: int, since: datetime | None, until: datetime, after: str, limit: int
 ) -> list[tuple[str, str]]:
     """(id, text) of tweets without a prediction of this model version, in order of id and after `after`."""
-    query = select(Tweet.tweet_id, Tweet.text).where(*_lacking(model_version_id, since, until), Tweet.tweet_id > after)
+    query = select(Tweet.tweet_id, Tweet.text).where(*_unscored(model_version_id, since, until), Tweet.tweet_id > after)
     return [(id_, text) for id_, text in session.execute(query.order_by(Tweet.tweet_id).limit(limit))]
 
 
@@ -38,16 +38,16 @@ def present(session: Session, tweet_ids: Sequence[str]) -> set[str]:
 
 
 def unscored_count(session: Session, model_version_id: int, since: datetime | None, until: datetime) -> int:
-    query = select(func.count()).select_from(Tweet).where(*_lacking(model_version_id, since, until))
+    query = select(func.count()).select_from(Tweet).where(*_unscored(model_version_id, since, until))
     return session.scalar(query) or 0
 
 
-def _lacking(model_version_id: int, since: datetime | None, until: datetime) -> list[ColumnElement[bool]]:
+def _unscored(model_version_id: int, since: datetime | None, until: datetime) -> list[ColumnElement[bool]]:
     """Conditions: no prediction, received by `until`, and written (or else received) at `since` or later."""
-    there = select(Prediction.tweet_id).where(
+    scored = select(Prediction.tweet_id).where(
         Prediction.tweet_id == Tweet.tweet_id, Prediction.model_version_id == model_version_id
     )
-    conditions = [~there.exists(), Tweet.received_at <= until]
+    conditions = [~scored.exists(), Tweet.received_at <= until]
     if since is not None:
         conditions.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) >= since)
     return conditions
@@ -111,10 +111,10 @@ def delete_tweets(
 
     A tweet is deleted when its id or author is listed, or when it was written (or else received) before `before`.
     """
-    meant: list[ColumnElement[bool]] = [Tweet.tweet_id.in_(tweet_ids), Tweet.author_id.in_(authors)]
+    conditions: list[ColumnElement[bool]] = [Tweet.tweet_id.in_(tweet_ids), Tweet.author_id.in_(authors)]
     if before is not None:
-        meant.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) < before)
-    query = select(Tweet.tweet_id).where(or_(*meant), Tweet.tweet_id > after).order_by(Tweet.tweet_id).limit(limit)
+        conditions.append(func.coalesce(Tweet.tweet_created_at, Tweet.received_at) < before)
+    query = select(Tweet.tweet_id).where(or_(*conditions), Tweet.tweet_id > after).order_by(Tweet.tweet_id).limit(limit)
     ids = list(session.scalars(query.with_for_update()))
     session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
     session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))

@@ -17,38 +17,38 @@ from db.errors import DatabaseError, shown
 
 STATEMENT_TIMEOUT_MS = 60_000
 # Interval of the timeout check in instructions of SQLite's virtual machine: about a hundred checks per second.
-STEPS_BETWEEN_LOOKS = 100_000
+STEPS_BETWEEN_CHECKS = 100_000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
-Answer = tuple[list[str], Iterator[Sequence[Any]]]
+Result = tuple[list[str], Iterator[Sequence[Any]]]
 
 
 @contextmanager
-def ask(url: str, sql: str) -> Iterator[Answer]:
+def run_query(url: str, sql: str) -> Iterator[Result]:
     """Column names and streamed rows of one SELECT. Raises `DatabaseError` with the message of the database."""
     parsed = _checked(url, sql)
     try:
         if parsed.get_backend_name() == "sqlite":
-            with _ask_sqlite(parsed.database or "", sql) as answer:
-                yield answer
+            with _query_sqlite(parsed.database or "", sql) as result:
+                yield result
         else:
-            with _ask_postgresql(
+            with _query_postgresql(
                 parsed.set(drivername="postgresql").render_as_string(hide_password=False), sql
-            ) as answer:
-                yield answer
+            ) as result:
+                yield result
     except (sqlite3.Error, psycopg.Error) as error:
-        said = str(error).strip() or type(error).__name__
-        raise DatabaseError(f"the query was refused: {said.splitlines()[0]}") from error
+        message = str(error).strip() or type(error).__name__
+        raise DatabaseError(f"the query was refused: {message.splitlines()[0]}") from error
 
 
 def _checked(url: str, sql: str) -> URL:
     """Parse the URL. Raises `DatabaseError` for input on which a driver would fail without a clear message."""
     try:
         sql.encode()
-        fits = "\x00" not in sql
+        valid = "\x00" not in sql
     except (UnicodeEncodeError, AttributeError):
-        fits = False
-    if not fits:
+        valid = False
+    if not valid:
         raise DatabaseError(f"the query {shown(sql)} is not valid text; pass one SELECT as a string without NUL")
     try:
         return make_url(url)
@@ -59,7 +59,7 @@ def _checked(url: str, sql: str) -> URL:
 
 
 @contextmanager
-def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
+def _query_sqlite(path: str, sql: str) -> Iterator[Result]:
     if not Path(path).is_file():
         raise DatabaseError(f"there is no database {path} yet; run `tweetscore demo` or `tweetscore up` first")
     place = f"file:{quote(path)}?mode=ro"
@@ -67,24 +67,24 @@ def _ask_sqlite(path: str, sql: str) -> Iterator[Answer]:
     with closing(sqlite3.connect(place, uri=True, timeout=30, check_same_thread=False)) as connection:
         # mode=ro protects this file; the authorizer denies ATTACH and PRAGMA, which could reach other files.
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
-        clock = Clock()
-        connection.set_progress_handler(clock.is_up, STEPS_BETWEEN_LOOKS)
+        timeout = RowTimeout()
+        connection.set_progress_handler(timeout.expired, STEPS_BETWEEN_CHECKS)
         cursor = connection.execute(sql)
         if cursor.description is None:
             raise DatabaseError("the query returns no rows; use SELECT")
-        yield [column[0] for column in cursor.description], clock.each(cursor)
+        yield [column[0] for column in cursor.description], timeout.watch(cursor)
 
 
-class Clock:
+class RowTimeout:
     """Interrupts a query whose next row takes too long, like PostgreSQL's statement timeout."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def is_up(self) -> bool:
+    def expired(self) -> bool:
         return time.monotonic() - self._began > STATEMENT_TIMEOUT_MS / 1000
 
-    def each(self, rows: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    def watch(self, rows: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
         self._began = time.monotonic()  # the time until the caller fetches does not count
         for row in rows:
             yield row
@@ -92,7 +92,7 @@ class Clock:
 
 
 @contextmanager
-def _ask_postgresql(url: str, sql: str) -> Iterator[Answer]:
+def _query_postgresql(url: str, sql: str) -> Iterator[Result]:
     with connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
         connection.read_only = True
         # PostgreSQL declares a cursor only for a single SELECT: no COPY to a file on the server, no second statement.

@@ -26,8 +26,8 @@ current champion predicted. In PostgreSQL these descriptions are also comments, 
 Metabase show.
 
 All times are in UTC. The types below are PostgreSQL's. SQLite stores times as ISO-8601 text with a Z, JSON as text and
-booleans as 0 or 1. Ids of tweets and authors are text, since they exceed 2^53. Ask with `tweetscore query "SELECT ..."`
-or with any SQL client that opens the database read-only."""
+booleans as 0 or 1. Ids of tweets and authors are text, since they exceed 2^53. Run queries with
+`tweetscore query "SELECT ..."` or with any SQL client that opens the database read-only."""
 
 # Each runs on SQLite and on PostgreSQL.
 EXAMPLES = {
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     text = page()
     if arguments:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE} differs from the models and views; write it anew with `{COMMAND}`", file=sys.stderr)
+            print(f"{PAGE} differs from the models and views; write it again with `{COMMAND}`", file=sys.stderr)
             return 1
         return 0
     PAGE.parent.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""Queries of the periodic housekeeping: delete old tweets, dead letters and windows, and fold the rollup shards.
+"""Queries of the periodic maintenance: delete old tweets, dead letters and windows, and fold the rollup shards.
 
-Each call handles up to `limit` rows and returns their number; fewer than `limit` means that none are left. The caller
-owns the transaction. Several workers may run them at once, since rows that another transaction has locked are skipped.
+Each call handles up to `limit` rows and returns their number; fewer than `limit` means that there are no more. The
+caller owns the transaction. Several workers may run them at once, since rows that another transaction has locked are
+skipped.
 """
 
 from datetime import datetime

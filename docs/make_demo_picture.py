@@ -2,8 +2,7 @@
 
     python docs/make_demo_picture.py
 
-The demo runs in a home of its own, which is removed afterwards. Chromium draws the picture; a Japanese font comes with
-matplotlib-fontja.
+The demo runs in a temporary home. Chromium draws the picture; the Japanese font is that of matplotlib-fontja.
 """
 
 import io
@@ -48,7 +47,7 @@ def tmux(socket: str, *arguments: str) -> str:
 
 
 def record(home: str) -> str:
-    """The demo's whole output with its colours, as ANSI text; raises when the demo fails or takes too long."""
+    """Return the whole output of the demo as ANSI text. Raises when the demo fails or takes too long."""
     socket = f"demo-{Path(home).name}"
     command = shlex.join(["env", f"TWEETSCORE_HOME={home}/home", sys.executable, "-m", "worker.cli", "demo"])
     shell = f"{command}; echo {ENDED} $?; sleep {LIMIT_SECONDS}"
@@ -85,7 +84,7 @@ def draw(printed: str, folder: Path) -> None:
 
 
 def _cell(found: re.Match[str]) -> str:
-    """A character that takes two columns, in a box of exactly that width."""
+    """Put a character of two columns into a box of that width."""
     return f"<b>{found[0]}</b>" if cell_len(found[0]) == 2 else found[0]
 
 

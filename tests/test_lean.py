@@ -15,7 +15,7 @@ from training.errors import ModelUnavailable
 from training.model import base_model
 from training.model.base_model import STARTER_FOLDER, resolve_base_model
 from training.text.tokenizer import load_tokenizer, mecab_dictionary
-from worker.intake.submit_job import store_encoder
+from worker.intake.submit_job import prepare_base_model
 from worker.settings import Settings
 
 BLOCKED = ("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower")
@@ -59,7 +59,7 @@ def test_a_model_is_trained_and_scores_on_plain_torch(
     assert json.loads(scored.stdout)["label"] in ("positive", "negative")
     examined = {check["name"]: check for check in json.loads(lean("doctor", "--json").stdout)}
     assert examined["engines"]["ok"]
-    assert "`pip install openvino nncf`" in examined["engines"]["says"]
+    assert "`pip install openvino nncf`" in examined["engines"]["finding"]
     assert examined["champion"]["ok"]
 
 
@@ -81,10 +81,10 @@ def test_a_hub_model_that_needs_unidic_lite_is_refused_before_it_is_fetched(
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
         resolve_base_model(name, None, [])
     with pytest.raises(ModelUnavailable, match=re.escape(UNIDIC_LINE)):
-        store_encoder(settings, name)
+        prepare_base_model(settings, name)
     # Workers on another machine may have the package.
-    assert store_encoder(settings.model_copy(update={"redis_url": "redis://elsewhere"}), name) == name
-    assert store_encoder(settings, "tohoku-nlp/bert-base-japanese") == "tohoku-nlp/bert-base-japanese"
+    assert prepare_base_model(settings.model_copy(update={"redis_url": "redis://elsewhere"}), name) == name
+    assert prepare_base_model(settings, "tohoku-nlp/bert-base-japanese") == "tohoku-nlp/bert-base-japanese"
 
 
 def test_a_tokenizer_that_needs_unidic_lite_is_refused_when_it_is_loaded(

@@ -129,9 +129,20 @@ def test_every_setting_it_names_exists(page: str) -> None:
 
 
 @each_page
-def test_every_file_of_the_tests_and_of_db_that_it_names_exists(page: str) -> None:
-    for path in re.findall(r"\b((?:tests|db)/[\w/]+\.py)\b", PAGES[page]):
+def test_every_path_and_module_it_names_exists(page: str) -> None:
+    for path in re.findall(r"(?<![\w./-])((?:tests|db|training|worker|docs)/[\w./-]*\w)", PAGES[page]):
         assert (ROOT / path).exists(), path
+    for name in re.findall(r"`((?:tests|db|training|worker)\.[a-z_.]+)`", PAGES[page]):
+        parent, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(parent), attribute) or importlib.util.find_spec(name), name
+
+
+def test_the_layout_of_the_architecture_page_is_the_tree() -> None:
+    blocks = [block for block in code("docs/architecture.md") if block.startswith("db/")]
+    for package in ("training", "worker"):
+        [listed] = re.findall(rf"^{package}/.*\n((?:  .*\n?)*)", "".join(blocks), re.MULTILINE)
+        folders = {path.name for path in (ROOT / package).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert set(re.findall(r"^  (\w+)/", listed, re.MULTILINE)) == folders
 
 
 def test_every_extra_named_in_the_pages_exists() -> None:

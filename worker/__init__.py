@@ -28,9 +28,9 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
 
     A tweet is {"id", "text", ...}, or a tweet or a page of tweets as the X API returns them.
 
-    Waits for a server that is restarted or loads its data. Tweets may then be in the stream twice; each still gets one
+    Waits while the server restarts or loads its data. Tweets may then be in the stream twice; each still gets one
     row. Raises `BadRecord`, and publishes nothing, when an item is not a tweet; `StreamError` or `ServerFailed` when
-    the broker is away.
+    the broker is unavailable.
     """
     from worker.intake import publish
 

@@ -65,7 +65,7 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": True,
-        # Fail soon when the broker is away: the data of a nudge is already stored.
+        # Fail soon when the broker is unavailable: the data of a nudge is already stored.
         "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
         "broker_transport_options": {"socket_connect_timeout": 5, "socket_keepalive": True},
         "timezone": "UTC",

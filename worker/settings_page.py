@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     text = page()
     if arguments:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE} differs from the settings; write it anew with `{COMMAND}`", file=sys.stderr)
+            print(f"{PAGE} differs from the settings; write it again with `{COMMAND}`", file=sys.stderr)
             return 1
         return 0
     PAGE.parent.mkdir(exist_ok=True)

@@ -59,7 +59,7 @@ class JobOutcomeTask(Task):  # type: ignore[misc]
     def _mark_answered(self, task_id: str) -> None:
         if TRAINING in workers:
             with workers[TRAINING].database.begin() as session:
-                jobs.answered(session, task_id)
+                jobs.mark_answered(session, task_id)
 
 
 @app.task(name="worker.tasks.train", base=JobOutcomeTask, bind=True, ignore_result=False, throws=(JobFailed,))
@@ -100,7 +100,7 @@ def _outcome(task: Task, worker: WorkerProcess) -> dict[str, Any]:
         task.backend.mark_as_revoked(id_, str(result), request=task.request, store_result=True)
         task.send_event("task-revoked", terminated=False, signum=None, expired=False)
         with worker.database.begin() as session:
-            jobs.answered(session, id_)
+            jobs.mark_answered(session, id_)
         raise Ignore
     return dict(result)
 
@@ -201,7 +201,7 @@ def _handle_sigquit(**_: Any) -> None:
 def _stop_workers(sig: str, **_: Any) -> None:
     """Handle the first signal, in the main thread: current work may finish within the grace period.
 
-    A second signal ends the process at once. Its handlers are installed first, because `stop` talks to servers that may
+    A second signal ends the process at once. Its handlers are installed first, because `stop` calls servers that may
     not answer. When the second signal arrives while Celery still handles the first, Celery calls this function again.
     """
     if signal.getsignal(signal.SIGTERM) is end_at_signal:

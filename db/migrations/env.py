@@ -34,9 +34,9 @@ def migrate(connection: Connection) -> None:
         context.run_migrations()
 
 
-handed: Connection | None = context.config.attributes.get("connection")
-if handed is not None:
-    migrate(handed)
+given: Connection | None = context.config.attributes.get("connection")
+if given is not None:
+    migrate(given)
 else:
     with open_database(os.environ["DATABASE_URL"]).engine.begin() as opened:
         migrate(opened)

@@ -79,7 +79,7 @@ WRITES: dict[str, Callable[[Any, int, int], object]] = {
     "record_data": lambda session, job, token: jobs.record_data(session, job, token, "0" * 64, {"rows": 1}),
     "record_step": lambda session, job, token: jobs.record_step(session, job, token, 7, 9, 0.1),
     "record_epoch": lambda session, job, token: jobs.record_epoch(session, token, epoch_metric(job, 1)),
-    "hold": lambda session, job, token: jobs.hold(session, job, token),
+    "require_token": lambda session, job, token: jobs.require_token(session, job, token),
     "finish": lambda session, job, token: jobs.finish(session, job, token, "succeeded"),
     "release": lambda session, job, token: jobs.release(session, job, token),
 }
@@ -194,7 +194,7 @@ def test_epoch_that_runs_again_replaces_its_row(database: Database) -> None:
         with database.begin() as session:
             jobs.record_epoch(session, job.fencing_token, epoch_metric(job.id, epoch, train_loss=loss))
     with database.begin() as session:
-        jobs.forget_epochs_after(session, job.id, 2)
+        jobs.delete_epochs_after(session, job.id, 2)
     with database.read() as session:
         assert [(m.epoch, m.train_loss) for m in jobs.epochs(session, job.id)] == [(1, 0.9), (2, 0.1)]
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from db import predictions, readonly
 from db.errors import DatabaseError
-from db.readonly import ask
+from db.readonly import run_query
 from db.roles import grant_readonly
 from db.session import Database, open_database
 from tests.support.rows import answer, everything, tweet_row, url_of, write
@@ -58,7 +58,7 @@ def test_question_that_would_write_is_refused(database: Database, tmp_path: Path
             ]
 
     before = state()
-    with pytest.raises(DatabaseError), ask(url_of(database), sql.replace("{folder}", str(tmp_path))) as (_, rows):
+    with pytest.raises(DatabaseError), run_query(url_of(database), sql.replace("{folder}", str(tmp_path))) as (_, rows):
         list(rows)
     assert state() == before
     assert not (tmp_path / "other.db").exists()
@@ -68,7 +68,7 @@ def test_question_that_would_write_is_refused(database: Database, tmp_path: Path
 def test_question_cannot_make_the_server_write_a_file(database: Database) -> None:
     [(folder,)] = answer(database, "SELECT setting FROM pg_settings WHERE name = 'data_directory'")
     target = Path(folder) / f"copied-{make_url(url_of(database)).database}"
-    with pytest.raises(DatabaseError), ask(url_of(database), f"COPY (SELECT 1) TO '{target}'"):
+    with pytest.raises(DatabaseError), run_query(url_of(database), f"COPY (SELECT 1) TO '{target}'"):
         pass
     assert not target.exists()
 
@@ -76,13 +76,13 @@ def test_question_cannot_make_the_server_write_a_file(database: Database) -> Non
 def test_question_is_answered_with_its_column_names(database: Database) -> None:
     write(database, [tweet_row("1", text="100%嬉しい"), tweet_row("2", text="悲しい")], [])
     sql = "WITH t AS (SELECT * FROM tweets) SELECT tweet_id AS id, text FROM t WHERE text LIKE '100!%嬉%' ESCAPE '!';"
-    with ask(url_of(database), sql) as (columns, rows):
+    with run_query(url_of(database), sql) as (columns, rows):
         assert (columns, [tuple(row) for row in rows]) == (["id", "text"], [("1", "100%嬉しい")])
 
 
 @pytest.mark.parametrize("sql", ["SELECT * FROM nowhere", "SELEC 1"])
 def test_faulty_question_is_refused_in_the_words_of_the_database(database: Database, sql: str) -> None:
-    with pytest.raises(DatabaseError, match=r"nowhere|syntax"), ask(url_of(database), sql):
+    with pytest.raises(DatabaseError, match=r"nowhere|syntax"), run_query(url_of(database), sql):
         pass
 
 
@@ -99,7 +99,7 @@ def test_rows_are_streamed_rather_than_held_in_memory(database: Database) -> Non
     )
     process = psutil.Process()
     before = process.memory_info().rss
-    with ask(url_of(database), sql) as (_, rows):
+    with run_query(url_of(database), sql) as (_, rows):
         next(iter(rows))
         assert process.memory_info().rss - before < 50_000_000  # all of them are 150 MB
         assert sum(1 for _ in rows) == 299_999
@@ -107,7 +107,7 @@ def test_rows_are_streamed_rather_than_held_in_memory(database: Database) -> Non
 
 def test_question_to_a_missing_sqlite_file_does_not_make_one(tmp_path: Path) -> None:
     path = tmp_path / "none.db"
-    with pytest.raises(DatabaseError, match=r"none\.db"), ask(f"sqlite:///{path}", "SELECT 1"):
+    with pytest.raises(DatabaseError, match=r"none\.db"), run_query(f"sqlite:///{path}", "SELECT 1"):
         pass
     assert not path.exists()
 
@@ -129,7 +129,7 @@ def test_an_endless_question_is_ended(database: Database, monkeypatch: pytest.Mo
     began = time.monotonic()
     with (
         pytest.raises(DatabaseError, match=r"interrupted|statement timeout"),
-        ask(url_of(database), ENDLESS) as (_, rows),
+        run_query(url_of(database), ENDLESS) as (_, rows),
     ):
         list(rows)
     assert 0.2 < time.monotonic() - began < 60
@@ -150,9 +150,9 @@ def test_a_role_that_may_only_look_can_do_nothing_else(database: Database) -> No
     with database.begin() as session:  # what comes later can be looked at too
         session.execute(text("CREATE TABLE later (a INTEGER)"))
     url = make_url(url_of(database)).set(username=role, password="x").render_as_string(hide_password=False)
-    with ask(url, "SELECT tweet_id FROM v_predictions_current UNION SELECT tweet_id FROM tweets") as (_, rows):
+    with run_query(url, "SELECT tweet_id FROM v_predictions_current UNION SELECT tweet_id FROM tweets") as (_, rows):
         assert [tuple(row) for row in rows] == [("1",)]
-    with ask(url, "SELECT count(*) FROM later") as (_, rows):
+    with run_query(url, "SELECT count(*) FROM later") as (_, rows):
         assert [tuple(row) for row in rows] == [(0,)]
     looker = open_database(url)  # a connection that writes where it may
     for sql in (

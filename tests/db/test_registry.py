@@ -272,7 +272,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
     compared = json.loads(tweetscore("models", "compare", str(first), str(second), "--json").stdout)
     assert compared["metrics"] == [{"metric": "accuracy", "label": "", "values": [None, 0.75]}]
     assert compared["shared_test_rows"]["rows"] == 0
-    assert "no test row was common" in tweetscore("models", "compare", str(first), str(second)).stdout
+    assert "no test row in common" in tweetscore("models", "compare", str(first), str(second)).stdout
 
     refused = tweetscore("models", "delete", str(first))
     assert (refused.returncode, "is the champion" in refused.stderr) == (2, True)
@@ -284,7 +284,7 @@ def test_the_command_rescores_rolls_back_compares_and_deletes(home: SimpleNamesp
     assert [(row["id"], row["deleted_at"] is not None) for row in listed] == [(second, True), (first, False)]
     assert len(json.loads(tweetscore("models", "list", "--json").stdout)) == 1
     shown = tweetscore("models", "show", str(first)).stdout
-    assert shown.count("champion from") == 2
+    assert shown.count("champion since") == 2
 
 
 def test_a_model_at_the_store_itself_does_not_take_the_store_with_it(home: SimpleNamespace, tweetscore: Run) -> None:

@@ -71,7 +71,7 @@ def test_23_the_job_of_a_killed_trainer_is_resumed_from_its_checkpoint_and_no_ep
     assert (before.state, before.attempts, len(world.epochs(job_id))) == ("running", 1, 2)
     with world.worker("train") as heir:
         job = world.ends(job_id, "succeeded")
-        assert f"job {job_id}: goes on from step 4" in heir.said()
+        assert f"job {job_id}: resumes from step 4" in heir.said()
     assert (job.attempts, job.fencing_token, job.step) == (2, 2, job.total_steps)
     assert list(world.epochs(job_id)) == [1, 2, 3]
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
@@ -131,7 +131,7 @@ def test_27_a_checkpoint_torn_in_mid_write_or_flipped_is_passed_over_aloud(
         job = world.ends(job_id, "succeeded")
         assert f"checkpoint {steps[-1]} cannot be used, trying the previous one" in heir.said()
         assert "sha256 differs" in heir.said()
-        assert "goes on from step 2" in heir.said()
+        assert "resumes from step 2" in heir.said()
     assert job.attempts == 2
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
 

@@ -350,7 +350,7 @@ def test_the_setting_decides_whether_every_write_is_synced(settings: Settings, s
 @on_sqlite
 def test_a_server_killed_under_up_comes_back_and_everybody_goes_on(own: World) -> None:
     with command(own.settings.logs / "up.log", own.given, "up") as up:
-        up.says("Ctrl-C ends it.")
+        up.says("Press Ctrl-C to stop.")
         for number in range(2):
             send(own.stream, [wire(f"{number}-{i}") for i in range(20)], own.settings, lambda _: None)
             kill(embedded_valkey.Server(embedded_valkey.socket_path(own.settings.home)))

@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 
 from db import connection, migrate
 from db.errors import DatabaseError, TweetscoreError
-from db.readonly import ask
+from db.readonly import run_query
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, wire
@@ -135,7 +135,7 @@ def test_a_window_in_hand_waits_for_a_silent_database_says_so_and_is_stored_once
         wait_until(lambda: "the database does not answer" in caplog.text)
         # The timeout of a statement and that of a new connection.
         assert time.monotonic() - began > 1
-        with pytest.raises(DatabaseError, match="refused"), ask(url, "SELECT 1"):
+        with pytest.raises(DatabaseError, match="refused"), run_query(url, "SELECT 1"):
             pass
         # New connections time out.
         wait_until(lambda: caplog.text.count("the database does not answer") > 1)

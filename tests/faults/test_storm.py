@@ -168,7 +168,7 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
         monkeypatch.setenv(name, value)
     with ExitStack() as stack:
         up = stack.enter_context(command(world.settings.logs / "up.log", world.given, "up", "--scorers", str(SCORERS)))
-        up.says("Ctrl-C ends it.")
+        up.says("Press Ctrl-C to stop.")
         began = time.monotonic()
         publisher = stack.enter_context(Publisher(chance))
         for kill in range(SERVER_KILLS):

@@ -180,7 +180,7 @@ def test_29_a_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_and_is_s
             registry.assign(session, registry.CHAMPION, version.id)
         world.stream.publish([wire("after")])
         wait_until(lambda: world.scored() == {"before", "after"})
-        wait_for_log(worker, f"the champion, model {version.id}, cannot be loaded, model {world.champion} goes on")
+        wait_for_log(worker, f"the champion, model {version.id}, cannot be loaded, model {world.champion} keeps")
         assert "sha256 differs" in worker.said()
     assert {row["model_version_id"] for row in world.rows(Prediction)} == {world.champion}
 

@@ -132,7 +132,7 @@ def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_
         scored = world.predictions()
         assert scored < len(sent)
         wait_until(lambda: "; upgrade tweetscore and start it again" in check_health(world.settings, "scoring"))
-        wait_for_log(trainer, f"job {job_id}: left to its lease: the database has schema {NEXT}")
+        wait_for_log(trainer, f"resumes it when its lease expires: the database has schema {NEXT}")
         trainer.send(signal.SIGTERM)
         assert trainer.ended() == 0, "a waiting worker ends on SIGTERM"
         assert (world.job(job_id).state, world.job(job_id).error) == ("running", None), "another worker can resume it"

@@ -142,7 +142,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         assert "nothing was committed for" in log
         assert "more tweets arrived" in log
         up.send(signal.SIGTERM)
-        wait_until(lambda: "ending:" in up.said())
+        wait_until(lambda: "stopping:" in up.said())
         up.send(signal.SIGTERM)
         assert up.ended() == 0
     with embedded_valkey.owned(own.settings.home):
@@ -189,7 +189,7 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
         wait_until(lambda: own.stream.depth().pending == 5)
         family = up.family()
         up.send(signal.SIGTERM)
-        up.says("ending:")
+        up.says("stopping:")
         up.send(signal.SIGTERM)
         assert up.ended() == 0, "the second signal skips the hour of grace"
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)

@@ -9,7 +9,7 @@ from sqlalchemy import select, text
 
 from db import predictions, registry
 from db.models import DeadLetter, ModelVersion, Prediction, Tweet
-from db.readonly import ask
+from db.readonly import run_query
 from db.session import Database
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -59,7 +59,7 @@ def write(database: Database, tweets: list[dict[str, Any]], scored: list[dict[st
 
 
 def answer(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with ask(url_of(database), sql) as (_, rows):
+    with run_query(url_of(database), sql) as (_, rows):
         return [tuple(row) for row in rows]
 
 

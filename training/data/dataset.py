@@ -1,8 +1,8 @@
 """Read labelled rows, remove duplicates, and split them into training, validation and test rows.
 
-Knows neither tokens nor tensors. Columns are found by name, or in the guide's form: a header row, then an integer label
-and a text. A text, its retweets and its copies count as one row, so that they cannot be in two splits; only the guide's
-own split keeps every row.
+Columns are found by name, or in the guide's form: a header row, then an integer label and a text. A text, its retweets
+and its copies count as one row, so that they cannot be in two splits; only the guide's split keeps every row. Token ids
+and tensors are made elsewhere.
 """
 
 from collections import Counter
@@ -134,7 +134,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
 
 def stratified_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
     """Split rows by `targets` (N, K); single labels are stratified."""
-    # Imported here: scoring workers import this module, too, and start faster without scikit-learn.
+    # Imported here because scoring workers also import this module, and start faster without scikit-learn.
     from sklearn.model_selection import train_test_split
 
     stratify = targets.argmax(axis=1) if config.task == "single_label" else None
@@ -151,7 +151,7 @@ def stratified_split(targets: NDArray[np.float32], config: TrainConfig) -> Posit
 
 
 def guide_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
-    """The rows that the guide draws, by its own code. It ignores labels, so a part may have no row of a label."""
+    """Split rows with the guide's code. It ignores labels, so a part may have no row of a label."""
     import pandas as pd
 
     new_df = pd.DataFrame({"row": np.arange(len(targets))})
@@ -263,7 +263,7 @@ def _row_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
 def _find_duplicates(rows: Rows, row_labels: Sequence[tuple[str, ...]]) -> "pd.DataFrame":
     """For each row, the key of its text, and whether the text is blank, repeats an earlier row, or also has other
     labels."""
-    # Imported here: scoring workers import this module, too, and start faster without pandas.
+    # Imported here because scoring workers also import this module, and start faster without pandas.
     import pandas as pd
 
     keys = pd.Series([same_text_key(text) for text in rows.texts], dtype="object")

@@ -1,6 +1,6 @@
 """Read tables from files, URLs and standard input: CSV, TSV, JSON, JSON lines and Parquet, gzipped or not.
 
-Knows encodings and formats, but neither tweets nor labels. The format follows from the ending of the name.
+Handles encodings and formats, not tweets or labels. The format follows from the ending of the name.
 """
 
 import codecs
@@ -49,7 +49,7 @@ Rows = Iterator[tuple[int, Any]]
 class TableFile:
     """An open table. `name` is safe to show; `size` is in bytes as stored, None when unknown.
 
-    `text` is the decoded text; Parquet has `binary` instead. `header` is set when the first row of a table that has a
+    `text` is the decoded text; Parquet uses `binary` instead. `header` is set when the first row of a table that has a
     header is read: CSV, TSV and Parquet.
     """
 
@@ -74,7 +74,7 @@ class TableFile:
         """Yield each row with its number; a row that cannot be read is yielded as a `BadRow`.
 
         Rows of CSV, TSV and Parquet are dictionaries by lower-case column, those of JSON the value of each line or of
-        one document. With `strict`, CSV rows with too few columns or stray quotes are bad rows, too.
+        one document. With `strict`, CSV rows with too few columns or stray quotes are also bad rows.
         """
         if self.format == "parquet":
             return _parquet_rows(self)
@@ -160,7 +160,7 @@ def _count_valid(lines: list[bytes], encoding: str) -> int:
 
 
 def _decoded(table: TableFile, content: Any, stack: ExitStack) -> TableFile:
-    """The table with its text. Peeking at the sample takes nothing out of the stream."""
+    """Add the decoded text to a table. The sample is peeked at and stays in the stream."""
     buffered = io.BufferedReader(content, SAMPLE_BYTES)
     table.encoding = guess_encoding(buffered.peek(SAMPLE_BYTES)[:SAMPLE_BYTES])
     table.text = io.TextIOWrapper(buffered, encoding=table.encoding, errors="tweetscore.mark", newline="")
@@ -189,7 +189,8 @@ def _bytes(name: str) -> Iterator[Any]:
         # The error's text is not shown, because it may contain a key.
         shown = plain(public_url(name).partition("?")[0])
         raise BadSource(
-            f"{shown} cannot be opened ({type(error).__name__}); is it there, and are credentials in the environment?"
+            f"{shown} cannot be opened ({type(error).__name__}); check that it exists and that credentials are in the "
+            "environment"
         ) from error
     with opened:
         yield opened

@@ -48,16 +48,16 @@ def baselines(
     for name, fit in fits.items():
         try:
             failpoint.passing("baseline", [name])
-            probabilities, found = fit()
+            probabilities, fit_notes = fit()
             of_rows = metrics(data.test.targets, probabilities, data.labels, task)
         except (Cancelled, StopRequested, LeaseLost):
             raise
         except Exception as error:  # a baseline is for comparison only, so its failure does not fail the job
-            note = f"the {name} baseline failed ({_kind(error)}); its figures are missing"
+            note = f"the {name} baseline failed ({_class_name(error)}); its figures are missing"
             log.warning("%s", note)
             notes.append(note)
             continue
-        notes += found
+        notes += fit_notes
         figures |= {
             (f"{name}_{metric}", label): value for (metric, label), value in of_rows.items() if metric != "support"
         }
@@ -144,6 +144,6 @@ def _limits(train: Split, fitted: Split, features: int | None) -> list[str]:
     return [f"the tfidf baseline was limited to {' and '.join(filter(None, (rows, kept)))}, to bound its memory"]
 
 
-def _kind(error: Exception) -> str:
+def _class_name(error: Exception) -> str:
     """Return the exception's class name only: its message can quote the dataset."""
     return type(error).__name__

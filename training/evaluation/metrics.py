@@ -16,16 +16,17 @@ from training.config import TrainConfig
 from training.evaluation.calibration import brier_score, calibration_error, log_loss
 from training.evaluation.decisions import Choices, Floats, choose, to_probabilities
 
-Figures = dict[tuple[str, str], float]  # by (metric, label), the label empty for the whole split
+# Values by (metric, label). The label is empty for figures of the whole split.
+Figures = dict[tuple[str, str], float]
 
 RESAMPLES = 1_000
 RESAMPLES_AT_ONCE = 50
 
 
 def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:
-    """What counts the decisions.
+    """Return accuracy, micro-F1 and macro-F1, and precision, recall, F1 and support of each label.
 
-    Of a single label micro-F1 equals accuracy, by definition; both are given because both are asked for.
+    `targets` and `probabilities` (N, K). For single labels micro-F1 equals accuracy by definition.
     """
     truth, chosen = targets.astype(np.int64), choose(probabilities, task)
     figures = {
@@ -42,9 +43,9 @@ def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str
 def model_figures(
     targets: Floats, logits: Floats, temperature: float, labels: list[str], config: TrainConfig
 ) -> Figures:
-    """Everything that is said of a model on its test rows; `targets` and `logits` (N, K).
+    """Return all figures of a model on its test rows; `targets` and `logits` (N, K).
 
-    All but `ece_uncalibrated` are of the probabilities at `temperature`, which are those that scoring gives.
+    All but `ece_uncalibrated` are computed from the probabilities at `temperature`, as in scoring.
     """
     raw, calibrated = (to_probabilities(torch.from_numpy(logits), config.task, t).numpy() for t in (1.0, temperature))
     figures = metrics(targets, calibrated, labels, config.task)
@@ -58,17 +59,17 @@ def model_figures(
 
 
 def intervals(targets: Floats, chosen: Choices, seed: int) -> Figures:
-    """95 % intervals of accuracy and macro-F1 by the percentile bootstrap: rows drawn anew, with replacement."""
+    """Return 95 % intervals of accuracy and macro-F1 by the percentile bootstrap: rows resampled with replacement."""
     truth = targets.astype(np.float64)
     decided = chosen.astype(np.float64)
     exact = (targets == chosen).all(axis=1).astype(np.float64)
     rows, generator = len(targets), np.random.default_rng(seed)
     accuracies, f1s = [], []
     for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
-        # How often each row was drawn, a resample a line: (B, N).
+        # How often each row was drawn in each resample: (B, N).
         drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES_AT_ONCE).astype(np.float64)
-        hits, said, there = drawn @ (truth * decided), drawn @ decided, drawn @ truth
-        f1s.append((2 * hits / np.maximum(said + there, 1)).mean(axis=1))
+        hits, predicted, actual = drawn @ (truth * decided), drawn @ decided, drawn @ truth
+        f1s.append((2 * hits / np.maximum(predicted + actual, 1)).mean(axis=1))
         accuracies.append(drawn @ exact / rows)
     figures: Figures = {}
     for name, values in (("accuracy", accuracies), ("f1_macro", f1s)):
@@ -78,14 +79,16 @@ def intervals(targets: Floats, chosen: Choices, seed: int) -> Figures:
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """The exact p-value that two models are equally often right, from the rows only one of them has right."""
+    """Return the p-value of the exact McNemar test, from the counts of rows that only one of two models got right."""
     differing = only_one + only_other
     return float(binomtest(only_one, differing).pvalue) if differing else 1.0
 
 
 def ranking(targets: Floats, probabilities: Floats, labels: list[str]) -> Figures:
-    """ROC-AUC and average precision of each label against the rest, and their means; none of a label that every test
-    row has, or none."""
+    """Return ROC-AUC and average precision of each label against the rest, and their means.
+
+    A label that all test rows have, or no row has, gets no figure.
+    """
     figures: Figures = {}
     for name, measure in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
         values = {
@@ -100,7 +103,7 @@ def ranking(targets: Floats, probabilities: Floats, labels: list[str]) -> Figure
 
 
 def confusion(targets: Floats, probabilities: Floats, labels: list[str]) -> dict[tuple[str, str], int]:
-    """Counts by (actual, predicted) for single labels, every pair of labels, zeros included."""
+    """Return counts by (actual, predicted) for every pair of labels, including zeros. For single labels only."""
     table = confusion_matrix(targets.argmax(1), probabilities.argmax(1), labels=range(len(labels)))
     return {
         (actual, predicted): int(table[i, j]) for i, actual in enumerate(labels) for j, predicted in enumerate(labels)

@@ -2,7 +2,7 @@
 
 A job that is started too often without finishing fails. A start that ends cleanly is written to the marker file
 JOBS_FOLDER/JOB/stopped-TOKEN and later subtracted from the job's attempts. The file contains the time of the job's
-first start, by which `jobs.excuse` detects that the job was retried in the meantime.
+first start, by which `jobs.uncount_start` detects that the job was retried in the meantime.
 """
 
 import logging
@@ -34,16 +34,16 @@ def release_job(
 ) -> bool:
     """Queue a job again without counting this start. Returns whether it was released.
 
-    `message` is stored as the job's error; nobody claims the job for `pause_seconds`. When another worker has claimed
-    the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A start
-    must be subtracted only once.
+    `message` is stored as the job's error; no worker claims the job for `pause_seconds`. When another worker has
+    claimed the job, nothing is released, and with `uncount_start` this start is subtracted from the job's attempts. A
+    start must be subtracted only once.
     """
     try:
         jobs.release(session, job_id, token, message, pause_seconds)
         return True
     except LeaseLost:
         if uncount_start:
-            jobs.excuse(session, job_id, token, started_at)
+            jobs.uncount_start(session, job_id, token, started_at)
         return False
 
 

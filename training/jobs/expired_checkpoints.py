@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def remove_expired_checkpoints(
-    database: Database, folder: Path, store: Store | None, days: float, stopping: threading.Event
+    database: Database, folder: Path, remote: Store | None, days: float, stopping: threading.Event
 ) -> None:
     """Remove the checkpoints of jobs that succeeded, were cancelled, or failed more than `days` days ago.
 
@@ -28,18 +28,18 @@ def remove_expired_checkpoints(
         _remove_local(database, folder, job_id, failed_before)
     for removed in folder.glob(".*.gone"):
         shutil.rmtree(removed, ignore_errors=True)
-    if store is not None:
-        for job_id in _ended(database, store.names(""), failed_before, stopping):
-            _remove_remote(database, store, job_id, failed_before)
+    if remote is not None:
+        for job_id in _ended(database, remote.names(""), failed_before, stopping):
+            _remove_remote(database, remote, job_id, failed_before)
 
 
 def _ended(
     database: Database, names: Iterable[str], failed_before: datetime, stopping: threading.Event
 ) -> Iterable[int]:
     """Return the job ids among folder `names` whose checkpoints have expired, until `stopping` is set."""
-    known = [int(name) for name in names if name.isdecimal()]
+    numbered = [int(name) for name in names if name.isdecimal()]
     with database.read() as session:
-        found = sorted(jobs.past_resuming(session, known, failed_before))
+        found = sorted(jobs.past_resuming(session, numbered, failed_before))
     return (job_id for job_id in found if not stopping.is_set())
 
 
@@ -47,7 +47,7 @@ def _remove_local(database: Database, folder: Path, job_id: int, failed_before: 
     place, gone = folder / str(job_id), folder / f".{job_id}.gone"
     # Lock the row: a failed job can be retried at any moment, and then needs its checkpoints.
     with database.begin() as session:
-        if jobs.past_resuming(session, [job_id], failed_before, hold=True) and place.exists():
+        if jobs.past_resuming(session, [job_id], failed_before, lock_rows=True) and place.exists():
             shutil.rmtree(gone, ignore_errors=True)
             place.rename(gone)
             log.info("job %d: removed its checkpoints, which have expired", job_id)

@@ -21,7 +21,7 @@ DIGEST_CHARS = 16
 BASE_MODELS_FOLDER = "encoders"
 
 
-def store_dataset(store: Store, path: Path) -> str:
+def save_dataset(store: Store, path: Path) -> str:
     """Copy a dataset into the store, named by its digest. Returns the path or URL to put into the job."""
     name = f"{file_sha256(path)[:DIGEST_CHARS]}{ending_of(path)}"
     if store.remote is not None:
@@ -57,7 +57,7 @@ def fetched_dataset(name: str, sha256: str | None, store: Store, roots: Sequence
     yield path
 
 
-def store_base_model(store: Store, folder: Path) -> str:
+def save_base_model(store: Store, folder: Path) -> str:
     """Copy a local base model into the store, named by its digest. Returns the path or URL to put into the job."""
     place = None if store.remote else store.folder / BASE_MODELS_FOLDER
     if place is not None:  # the draft is on the same file system, so the last step is a rename instead of a copy

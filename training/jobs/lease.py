@@ -108,7 +108,7 @@ class Lease:
     def retry_while_database_away(self, do: Callable[[], Value]) -> Value:
         """Run all queued writes, then return `do()`; retry both while the database is unavailable.
 
-        Raises `StopRequested`; see `patience.retry_while_database_away`.
+        Raises `StopRequested`; see `database_retry.retry_while_database_away`.
         """
 
         def write_then_do() -> Value:

@@ -34,8 +34,8 @@ def register_model(
     """Store the artifact, then insert the model version and finish its job in one transaction. Returns the version id.
 
     `retry` runs the transaction and may repeat it. Raises `LeaseLost`, and removes the artifact, when another worker
-    has claimed the job. When the answer to the commit is lost, the artifact stays; `orphans` removes it later if it was
-    not registered.
+    has claimed the job. When the answer to the commit is lost, the artifact stays; `unregistered_artifacts`
+    removes it later if it was not registered.
     """
     name = artifact_name(result.job_id, result.fencing_token)
 
@@ -76,9 +76,9 @@ class _Registration:
         with self._database.begin() as session:
             if self.in_doubt:
                 jobs.lock(session, job_id)  # fails while the earlier commit may still be running
-                made = registry.of_job(session, job_id)
-                if made is not None and made.artifact_url == self._url:
-                    return made.id
+                existing = registry.of_job(session, job_id)
+                if existing is not None and existing.artifact_url == self._url:
+                    return existing.id
                 self.in_doubt = False
             jobs.finish(session, job_id, token, "succeeded")
             version = self._version()

@@ -3,9 +3,9 @@
 step-STEP-WRITER     the full training state after a step, with the name of the best weights so far
 best-EPOCH-WRITER    the weights of an epoch that was the best when it ended
 
-Both are sealed folders (see `sealed.py`). A damaged one is skipped with a warning, and the one before it is used. With
-a remote store, checkpoints are also uploaded in a background thread, so another machine can resume the run. WRITER is
-the fencing token: a stale process that wakes up never overwrites the files of its successor.
+Both are sealed folders (see `sealed_folder.py`). A damaged one is skipped with a warning, and the one before it is
+used. With a remote store, checkpoints are also uploaded in a background thread, so another machine can resume the run.
+WRITER is the fencing token: a stale process that wakes up never overwrites the files of its successor.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The training loop, a plain function: rows in, the best epoch's weights left in the model. Knows no SQL, no queue."""
+"""The training loop: takes rows of token ids and loads the best weights into the model. Uses no SQL and no queue."""
 
 import gc
 import time
@@ -25,13 +25,17 @@ from training.model.batching import cut, pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
 from training.reporting.tensorboard import TensorBoardWriter
 
-# Of one forward and backward, padding included: a CPU gains nothing from more, a GPU is full.
+# Tokens of one forward and backward pass, padding included. A CPU is not faster with more, and a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Called after every step (step, total steps, loss, samples a second) and epoch. `on_step` may raise to stop."""
+    """Callbacks of a run: when it starts or resumes, after every step, and after every epoch.
+
+    `on_step` gets (step, total steps, loss, samples per second) and may raise to stop the run. It is also called before
+    the first step and between the batches of a validation, with None for the last two.
+    """
 
     on_resume: Callable[[Progress], None] = lambda progress: None
     on_step: Callable[[int, int, float | None, float | None], None] = lambda step, total, loss, rate: None
@@ -40,7 +44,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What `fit` learns from, as plain values. Rows are lists of token ids."""
+    """The data and configuration of a run. `train_rows` and `valid_rows` are lists of token ids."""
 
     train: Split
     valid: Split
@@ -60,35 +64,36 @@ def fit(
     board_folder: Path,
     hooks: Hooks,
 ) -> list[Epoch]:
-    """Train on `device`, leaving the best epoch's weights in `model` (the guide keeps the last; see `as_good`).
+    """Train `model` on `device` and load the best epoch's weights into it (see `as_good`; the guide keeps the last).
 
-    Goes on from the newest checkpoint when there is one, to the same result as an unbroken run: the order of the
-    batches follows from seed and epoch, everything else is in the checkpoint. A `StopRequested` raised by a hook leaves
-    a checkpoint behind. Returns the figures of every epoch.
+    Resumes from the newest checkpoint, if there is one, with the same result as an uninterrupted run: the order of the
+    batches follows from seed and epoch, and the checkpoint stores everything else. When a hook raises `StopRequested`,
+    a checkpoint is saved first. Returns the figures of every epoch.
     """
     torch.manual_seed(inputs.config.seed)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    loop = _Loop(model.to(device), inputs, device, checkpoints, hooks)
-    with TensorBoardWriter(board_folder, loop.at.step) as board:
-        loop.look_up()
-        while loop.at.epoch <= inputs.config.epochs and not out_of_patience(loop.at.history, inputs.config):
+    run = _Run(model.to(device), inputs, device, checkpoints, hooks)
+    progress = run.progress
+    with TensorBoardWriter(board_folder, progress.step) as board:
+        run.report_step()
+        while progress.epoch <= inputs.config.epochs and not out_of_patience(progress.history, inputs.config):
             started = time.monotonic()
-            loop.train(board, started)
-            epoch, said = loop.validate(started)
-            loop.keep(epoch)
-            board.epoch(loop.at.step, epoch, inputs.valid, said, inputs.labels, inputs.config.task)
+            run.train_epoch(board, started)
+            epoch, probabilities = run.validate(started)
+            run.save(epoch)
+            board.epoch(progress.step, epoch, inputs.valid, probabilities, inputs.labels, inputs.config.task)
             hooks.on_epoch(epoch)
-        loop.end()
+        run.load_best()
         model.eval()
         board.graph(model, inputs.train_rows[0], inputs.pad_id, device)
-        board.hparams(inputs.config, [figures for figures in loop.at.history if figures["kept"]][-1])
-    return [Epoch(**figures) for figures in loop.at.history]  # type: ignore[arg-type]
+        board.hparams(inputs.config, [figures for figures in progress.history if figures["kept"]][-1])
+    return [Epoch(**figures) for figures in progress.history]  # type: ignore[arg-type]
 
 
-class _Loop:
-    """A run under way: what `fit` goes through, a part at a time."""
+class _Run:
+    """State and steps of one run of `fit`."""
 
     def __init__(
         self,
@@ -102,82 +107,82 @@ class _Loop:
         self.checkpoints, self.hooks = checkpoints, hooks
         self.lengths = [len(row) for row in inputs.train_rows]
         self.targets = torch.from_numpy(inputs.train.targets)
-        # How rows are grouped depends on the lengths alone, so every epoch has as many steps as the first.
+        # The grouping of rows depends only on their lengths, so every epoch has as many steps as the first.
         steps_per_epoch = len(_steps(self.lengths, self.config, epoch=0))
         self.total_steps = steps_per_epoch * self.config.epochs
         optimizer = build_optimizer(model, self.config)
-        self.run = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
-        checkpoints.restore(self.run)
-        self.at = self.run.progress
-        hooks.on_resume(self.at)
+        self.state = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
+        checkpoints.restore(self.state)
+        self.progress = self.state.progress
+        hooks.on_resume(self.progress)
         self.loss_of = loss_function(self.config, inputs.train.targets).to(device)
-        # The weights stay float32; what is computed is bfloat16 where that is as good and faster.
+        # The weights stay float32; bfloat16 is used for computation where the hardware supports it.
         half = half_precision(device, self.config.precision)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
 
-    def look_up(self, loss: float | None = None, samples_per_second: float | None = None) -> None:
-        """Between steps and between batches of a validation: whether to go on."""
+    def report_step(self, loss: float | None = None, samples_per_second: float | None = None) -> None:
+        """Call `on_step`, which may raise to stop the run. On `StopRequested` save a checkpoint first."""
         try:
-            self.hooks.on_step(self.at.step, self.total_steps, loss, samples_per_second)
+            self.hooks.on_step(self.progress.step, self.total_steps, loss, samples_per_second)
         except StopRequested:
-            self.checkpoints.save(self.run)
+            self.checkpoints.save(self.state)
             raise
 
-    def train(self, board: TensorBoardWriter, started: float) -> None:
-        """The rest of an epoch's steps; `started` by `time.monotonic`."""
-        at, trained = self.at, 0
-        self.run.model.train()
-        for batches in _steps(self.lengths, self.config, at.epoch)[at.batch :]:
+    def train_epoch(self, board: TensorBoardWriter, started: float) -> None:
+        """Run the steps of the epoch that are not done yet. `started` is its start by `time.monotonic`."""
+        progress, trained = self.progress, 0
+        self.state.model.train()
+        for batches in _steps(self.lengths, self.config, progress.epoch)[progress.batch :]:
             rows = sum(map(len, batches))
             value = self._backward(batches, rows)
             if self.config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.max_grad_norm)
-            at.learning_rate = self.run.optimizer.param_groups[0]["lr"]
-            self.run.optimizer.step()
-            self.run.optimizer.zero_grad(set_to_none=True)
-            self.run.scheduler.step()
-            at.loss_sum += value * rows
-            at.batch += 1
-            at.step += 1
+                nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
+            progress.learning_rate = self.state.optimizer.param_groups[0]["lr"]
+            self.state.optimizer.step()
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.state.scheduler.step()
+            progress.loss_sum += value * rows
+            progress.batch += 1
+            progress.step += 1
             trained += rows
-            board.step(at.step, value, at.learning_rate)
+            board.step(progress.step, value, progress.learning_rate)
             failpoint.passing("stepped")
-            self.look_up(value, trained / (time.monotonic() - started))
+            self.report_step(value, trained / (time.monotonic() - started))
 
     def _backward(self, batches: list[list[int]], rows_of_step: int) -> float:
-        """The gradient of one step and its loss, the mean over the step's rows."""
+        """Compute the gradient of one step. Returns its loss, the mean over the step's rows."""
         value = 0.0
         for index in (piece for batch in batches for piece in _pieces(batch, self.lengths, self.config, self.device)):
             ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
             with self.autocast:
-                logits = self.run.model(ids.to(self.device), mask.to(self.device))
-            # Each row weighs the same, in whichever of the step's batches it stands.
+                logits = self.state.model(ids.to(self.device), mask.to(self.device))
+            # Every row has the same weight, in small and in large batches.
             loss = self.loss_of(logits.float(), self.targets[index].to(self.device)) * (len(index) / rows_of_step)
             loss.backward()
             value += loss.item()
         return value
 
     def validate(self, started: float) -> tuple[Epoch, Floats]:
-        """The epoch's figures and what is said of the validation rows (N, K)."""
-        at, inputs, config = self.at, self.inputs, self.config
+        """Return the epoch's figures and the probabilities (N, K) of the validation rows."""
+        progress, inputs, config = self.progress, self.inputs, self.config
         with self.autocast:
             scored = predict(
-                self.run.model,
+                self.state.model,
                 inputs.valid_rows,
                 inputs.valid.targets,
                 config,
                 config.valid_batch_size,
                 inputs.pad_id,
                 self.device,
-                self.look_up,
+                self.report_step,
             )
         figures = metrics(inputs.valid.targets, scored.probabilities, inputs.labels, config.task)
         failpoint.passing("validated")
-        best = max(at.best_f1_macro, figures["f1_macro", ""])
+        best = max(progress.best_f1_macro, figures["f1_macro", ""])
         epoch = Epoch(
-            at.epoch,
-            at.loss_sum / len(inputs.train_rows),
-            at.learning_rate,
+            progress.epoch,
+            progress.loss_sum / len(inputs.train_rows),
+            progress.learning_rate,
             scored.loss,
             figures["accuracy", ""],
             figures["f1_macro", ""],
@@ -186,53 +191,54 @@ class _Loop:
         )
         return epoch, scored.probabilities
 
-    def keep(self, epoch: Epoch) -> None:
-        """Weights, if they are the best so far, and a checkpoint from which the next epoch begins."""
-        at = self.at
-        at.best_f1_macro = max(at.best_f1_macro, epoch.valid_f1_macro)
-        at.history.append(asdict(epoch))
+    def save(self, epoch: Epoch) -> None:
+        """Save the weights if they are kept, and a checkpoint from which the next epoch begins."""
+        progress = self.progress
+        progress.best_f1_macro = max(progress.best_f1_macro, epoch.valid_f1_macro)
+        progress.history.append(asdict(epoch))
         if epoch.kept:
-            at.best = self.checkpoints.save_best(at.epoch, self.run.model)
+            progress.best = self.checkpoints.save_best(progress.epoch, self.state.model)
             failpoint.passing("best")
-        at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
-        self.checkpoints.save(self.run)
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        self.checkpoints.save(self.state)
         failpoint.passing("checkpointed")
 
-    def end(self) -> None:
-        """Load the best weights."""
-        at = self.at
-        if at.epoch <= self.config.epochs:  # stopped early: no more steps are to come
-            self.hooks.on_step(at.step, at.step, None, None)
-        assert at.best is not None  # noqa: S101 - the first epoch is better than none
-        self.run.optimizer.state.clear()  # twice the weights, and the best weights come beside the last
-        self.checkpoints.load_best(at.best, self.run.model)
+    def load_best(self) -> None:
+        """Load the best weights. After early stopping, first report that no more steps follow."""
+        progress = self.progress
+        if progress.epoch <= self.config.epochs:
+            self.hooks.on_step(progress.step, progress.step, None, None)
+        assert progress.best is not None  # noqa: S101 - the first epoch is always kept
+        # Free the optimizer's state, twice the size of the weights: while loading, two sets of weights are in memory.
+        self.state.optimizer.state.clear()
+        self.checkpoints.load_best(progress.best, self.state.model)
 
 
 def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
-    """One epoch's optimizer steps, each a few batches of row numbers."""
+    """Return an epoch's optimizer steps: each is a list of batches, and each batch a list of row numbers."""
     batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)
-    together = config.gradient_accumulation_steps
-    return [batches[i : i + together] for i in range(0, len(batches), together)]
+    per_step = config.gradient_accumulation_steps
+    return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
 
 
 def _pieces(batch: list[int], lengths: list[int], config: TrainConfig, device: torch.device) -> list[list[int]]:
-    """A batch of long texts goes in pieces: the gradient is the same, the memory that of shorter ones."""
+    """Cut a batch of long texts into pieces. The gradient is the same and needs less memory."""
     if config.head == "guide":
-        return [batch]  # BatchNorm would see smaller batches than were asked for
+        return [batch]  # BatchNorm would see batches smaller than `train_batch_size`
     return cut(batch, lengths, TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"]))
 
 
 def as_good(f1_macro: float, best: float, rows: int) -> bool:
-    """Whether so many validation rows cannot tell an epoch's macro-F1 from the best so far: one standard error.
+    """Return whether an epoch's macro-F1 is within one standard error of the best, given the number of validation rows.
 
-    Then the later epoch is kept, which has learned longer at a smaller rate. Taking the highest figure instead is
-    taking what chance gave: with 120 validation rows it lost half a point of macro-F1 on rows held out.
+    The later of such epochs is kept: it was trained longer and with a smaller learning rate. The highest macro-F1 is
+    partly chance: with 120 validation rows, keeping it lost half a point of macro-F1 on held-out rows.
     """
     return f1_macro >= best - sqrt(best * (1 - best) / rows)
 
 
 def out_of_patience(history: Sequence[Mapping[str, float]], config: TrainConfig) -> bool:
-    """Whether the best epoch lies `early_stopping_patience` epochs back."""
+    """Return whether the best epoch was `early_stopping_patience` epochs ago."""
     if config.early_stopping_patience is None or not history:
         return False
     quality = [epoch["valid_f1_macro"] for epoch in history]
@@ -243,7 +249,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     kind: Any = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[
         config.optimizer
     ]
-    # The fused step is one pass over the weights instead of a dozen; Adafactor has none.
+    # A fused step makes one pass over the weights instead of a dozen. Adafactor has no fused step.
     fused = {} if config.optimizer == "adafactor" else {"fused": True}
     optimizer: torch.optim.Optimizer = kind(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **fused
@@ -254,7 +260,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A schedule that is stepped after every optimizer step. `step` is the guide's StepLR, once an epoch."""
+    """Return a schedule that is stepped after every optimizer step. `step` is the guide's StepLR, once an epoch."""
     if config.schedule == "step":
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=steps_per_epoch, gamma=config.step_gamma)
     total = steps_per_epoch * config.epochs

@@ -15,7 +15,7 @@ from training.model.classifier import Classifier
 
 @dataclass(frozen=True)
 class Predictions:
-    """`logits` and `probabilities` (N, K) float32 in the rows' order, and the mean loss over them."""
+    """`logits` and `probabilities` (N, K) float32 in the order of the rows, and the mean loss over the rows."""
 
     logits: Floats
     probabilities: Floats
@@ -23,10 +23,11 @@ class Predictions:
 
 
 def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Module:
-    """Mean over rows; takes logits (B, K) and targets (B, K). The guide's is binary cross-entropy on every column.
+    """Return the loss of logits (B, K) and targets (B, K), a mean over rows. The guide uses `bce`.
 
-    With `class_weights: balanced`, and the targets (N, K) it is to train on, each label counts as much as any other:
-    cross-entropy weighs a row by N / (K * its label's rows), binary cross-entropy a label's rows against the others.
+    With `class_weights: balanced` every label has the same weight. `targets` (N, K) are those of the training rows.
+    Cross-entropy weights a row by N / (K * rows of its label). Binary cross-entropy weights the positive rows of a
+    label by the ratio of negative to positive rows.
     """
     weights = None
     if config.class_weights == "balanced" and targets is not None:
@@ -47,16 +48,19 @@ def predict(
     device: torch.device,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Predictions:
-    """Predict token-id rows, longest together so that little is padded; results come back in the rows' order."""
+    """Return the predictions of rows of token ids, in their order.
+
+    Rows of similar length share a batch, which keeps padding low. `between_batches` may raise to stop.
+    """
     model.eval()
     loss_of = loss_function(config)
-    gathered = torch.zeros(targets.shape)
+    all_logits = torch.zeros(targets.shape)
     loss = 0.0
     for index in plan_batches([len(row) for row in rows], batch_size=batch_size):
         ids, mask = pad([rows[i] for i in index], pad_id)
         logits = model(ids.to(device), mask.to(device)).float()
         loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
-        gathered[index] = logits.cpu()
+        all_logits[index] = logits.cpu()
         between_batches()
-    probabilities = to_probabilities(gathered, config.task).numpy()
-    return Predictions(gathered.numpy(), probabilities, loss / len(rows))
+    probabilities = to_probabilities(all_logits, config.task).numpy()
+    return Predictions(all_logits.numpy(), probabilities, loss / len(rows))

@@ -20,7 +20,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 RENAMED = {"cl-tohoku/": "tohoku-nlp/"}
 # Tested commits. Other repositories are pinned to the commit of the first model trained from them.
 REVISIONS = {"tohoku-nlp/bert-base-japanese-v3": "65243d6e5629b969c77309f217bd7b1a79d43c7e"}
-# The repositories of tohoku-nlp whose words are unidic-lite's; those of the others are ipadic's.
+# Repositories of tohoku-nlp that use the dictionary unidic-lite. The others use ipadic.
 UNIDIC_LITE = re.compile(r"tohoku-nlp/bert-(base-japanese(-char)?-v\d+|large-japanese.*)")
 UNIDIC_IN_CONFIG = re.compile(r'"mecab_dic"\s*:\s*"unidic_lite"')
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.model"]
@@ -65,9 +65,9 @@ def check_hub_name(name: str) -> None:
 
 
 def check_dictionary(name: str, folder: Path | None = None) -> None:
-    """Raises `ModelUnavailable` when a base model (in `folder` if it is local) needs unidic-lite and that is missing.
+    """Raise `ModelUnavailable` when a base model (in `folder` if it is local) needs unidic-lite and that is missing.
 
-    Called before a model is fetched: the tokenizer finds out only when all files are there.
+    Called before a download, because loading the tokenizer fails only after all files were fetched.
     """
     if importlib.util.find_spec("unidic_lite"):
         return

@@ -1,6 +1,6 @@
-"""Pure functions from rows of token ids to batches: shuffled for training, planned for prediction, padded for a model.
+"""Group rows of token ids into batches: shuffled for training, planned for prediction, and padded for a model.
 
-Planning works on lengths and counts only; `pad` and `pad_arrays` build the tensors at the end.
+Pure functions. Planning uses only the lengths of rows; `pad` and `pad_arrays` build the arrays.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,23 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 
-# Batches whose rows are sorted together: enough to make lengths alike, few enough to keep the epoch shuffled.
+# Batches whose rows are sorted together: enough for similar lengths, few enough to keep the epoch shuffled.
 BATCHES_SORTED_TOGETHER = 16
 
 
 def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
-    """One epoch: every row once, rows of like length together, batches in random order, the same for the same seed.
+    """Return the batches of one epoch: every row once, rows of similar length together, batches in random order.
 
-    No batch has a single row, since BatchNorm cannot train on one: the last row joins the batch before it.
+    The same seed gives the same batches. A batch of a single row is merged into the one before it, because BatchNorm
+    cannot train on one row.
     """
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     pool = batch_size * BATCHES_SORTED_TOGETHER
     batches: list[list[int]] = []
     for start in range(0, len(order), pool):
-        alike = sorted(order[start : start + pool], key=lengths.__getitem__)
-        batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+        similar = sorted(order[start : start + pool], key=lengths.__getitem__)
+        batches += [similar[i : i + batch_size] for i in range(0, len(similar), batch_size)]
     single = next((i for i, batch in enumerate(batches) if len(batch) == 1), None)
     if single is not None and len(batches) > 1:
         row = batches.pop(single)
@@ -41,11 +42,11 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list
 def plan_batches(
     lengths: Sequence[int], *, token_budget: int | None = None, batch_size: int | None = None
 ) -> list[list[int]]:
-    """Indices of the rows in batches of like length, longest first, each with longest x rows <= `token_budget` and at
-    most `batch_size` rows.
+    """Return batches of row indices, longest rows first. Each has longest * rows <= `token_budget` and at most
+    `batch_size` rows.
 
-    Sorting keeps padding low; the longest batch comes first, so that a device too small for it fails at once. A row
-    longer than the budget makes a batch of its own.
+    Sorting by length keeps padding low. The longest batch comes first, so that a device that is too small for it fails
+    at once. A row longer than the budget is a batch by itself.
     """
     most_tokens, most_rows = token_budget or maxsize, batch_size or maxsize
     batches: list[list[int]] = []
@@ -59,21 +60,21 @@ def plan_batches(
 
 
 def cut(batch: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Split a batch into the fewest pieces of about equal count with at most `token_budget` tokens each, padding
-    included, and at least two rows each."""
+    """Split a batch into the fewest pieces of about equal size that have at most `token_budget` tokens, padding
+    included. A piece has at least two rows, even if it then exceeds the budget."""
     tokens = len(batch) * max(lengths[row] for row in batch)
     pieces = max(1, min(ceil(tokens / token_budget), len(batch) // 2))
     return [piece.tolist() for piece in np.array_split(np.array(batch), pieces)]
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T) int64 padded to the longest row, and the mask (B, T) int64 that is 1 on real tokens."""
+    """Return token ids (B, T) int64, padded to the longest row, and the mask (B, T) int64, 1 for real tokens."""
     ids, mask = pad_arrays(rows, pad_id)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def pad_arrays(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids]:
-    """The same as NumPy arrays."""
+    """Like `pad`, as NumPy arrays."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
     ids = np.full(mask.shape, pad_id, np.int64)

@@ -1,4 +1,4 @@
-"""What computes: the device somebody wants, a GPU that no other process has, and how much memory is free on either."""
+"""Choose a device, claim a GPU for a process, and measure free memory."""
 
 import fcntl
 import logging
@@ -17,7 +17,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` takes the GPU if there is one; raises `BadConfig` for a device that is not there."""
+    """Return the device; `auto` is the GPU if there is one. Raises `BadConfig` for a device that cannot be used."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,7 +29,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def gpus() -> list[str]:
-    """The UUIDs of the GPUs this process sees, in the order of their numbers."""
+    """Return the UUIDs of the GPUs that this process sees, in the order of their numbers."""
     if not torch.cuda.is_available():
         return []
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
@@ -42,11 +42,11 @@ def claim_device(
     found: Callable[[], Sequence[str]] = gpus,
     free: Callable[[torch.device], int] | None = None,
 ) -> str:
-    """A device for a process of this `kind`, as torch names it, until the process ends.
+    """Return the name of a device for a process of this `kind`, and keep it claimed until the process ends.
 
-    With `auto` and `cuda` a process takes the first GPU that no other process of its kind has; locks in `folder`, which
-    the processes of this machine share, mark the taken ones. If none is left, the process shares the GPU with the most
-    free memory and logs a warning. A device given by its name is not locked, and neither is a CPU.
+    With `auto` or `cuda` a process gets the first GPU that no other process of its kind has claimed. A claim is a file
+    lock in `folder`, which the processes of this machine share. If all GPUs are claimed, the process shares the one
+    with the most free memory and logs a warning. Other devices are returned unchanged, without a lock.
     """
     uuids = found() if wanted in ("auto", "cuda") else []
     if not uuids:
@@ -55,14 +55,14 @@ def claim_device(
     if number is None:
         measure = free or free_bytes
         number = max(range(len(uuids)), key=lambda number: measure(torch.device("cuda", number)))
-        log.warning("every GPU has a %s worker already; sharing cuda:%d", kind, number)
+        log.warning("every GPU already has a %s worker; sharing cuda:%d", kind, number)
     return f"cuda:{number}"
 
 
 def _lock_first(uuids: Sequence[str], folder: Path, kind: str) -> int | None:
-    """Lock the first GPU that no process of this kind has; its number, None when all are taken.
+    """Lock the first GPU that no process of this kind has locked. Returns its number; None when all are locked.
 
-    The file stays open: the lock is gone when the process ends.
+    The file stays open until the process ends, which releases the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, uuid in enumerate(uuids):
@@ -77,7 +77,7 @@ def _lock_first(uuids: Sequence[str], folder: Path, kind: str) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory this process could still take: the GPU's, what torch keeps for reuse included; or the machine's."""
+    """Return the bytes that this process can still allocate: on the GPU, including torch's cache, or on the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -85,14 +85,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:
-    """Of the machine, or of the container that has less: what the kernel could give, its file cache included."""
+    """Return the free bytes of the machine, or of the container if it has less. The file cache counts as free."""
     available = int(psutil.virtual_memory().available)
     try:
-        most = (cgroup / "memory.max").read_text().strip()
-        held = int((cgroup / "memory.current").read_text())
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return available  # no container, or one of the older kind
-    if most == "max":
+        return available  # no container, or cgroup version 1
+    if limit == "max":
         return available
-    return max(0, min(available, int(most) - held + int(stat.get("inactive_file", 0))))
+    return max(0, min(available, int(limit) - used + int(stat.get("inactive_file", 0))))

@@ -20,7 +20,7 @@ MEASURED = {
     "ece": "Calibration error (ECE), scaled", "ece_uncalibrated": "Calibration error (ECE), before scaling",
 }  # fmt: skip
 
-# What each cleaner does, see `clean.py`.
+# What each cleaner does, see `cleaning.py`.
 CLEANED = {"1": "HTML entities resolved, links and mentions removed, white space collapsed"}
 CLEANED["2"] = (
     f"{CLEANED['1']}, the mark of hashtags removed, emoji variants unified, repeated characters limited to three"

@@ -68,7 +68,7 @@ class TensorBoardWriter:
             self._writer.add_hparams(values, {f"kept/{name}": value for name, value in kept.items()}, run_name=".")
 
     def graph(self, model: Classifier, row: Sequence[int], pad_id: int, device: torch.device) -> None:
-        """Write the model graph, traced with one row of token ids. A model that cannot be traced gets none."""
+        """Write the model graph, traced with one row of token ids. No graph is written if tracing fails."""
         ids, mask = pad([row, row], pad_id)
         try:
             with warnings.catch_warnings():

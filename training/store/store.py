@@ -1,7 +1,7 @@
 """Storage of models, datasets and checkpoints: a local folder, or any URL that fsspec opens.
 
-Folders are sealed (see `sealed.py`). SHA256SUMS is uploaded last, so a partial upload does not count as a folder.
-Downloads are verified against their digests before they enter the local cache (see `cache.py`).
+Folders are sealed (see `sealed_folder.py`). SHA256SUMS is uploaded last, so a partial upload does not count as a
+folder. Downloads are verified against their digests before they enter the local cache (see `cache.py`).
 """
 
 import hashlib
@@ -92,7 +92,7 @@ class Store:
         return [name for name in self.remote.names(whole=False) if name.startswith(prefix)]
 
     def remove(self, url: str, sha256: str) -> None:
-        """Remove a folder and the engines stored beside it. A missing folder is not an error.
+        """Remove a folder and the engines stored next to it. A missing folder is not an error.
 
         Raises `BadArtifact` when the URL names the store itself, and `StoreUnavailable`.
         """

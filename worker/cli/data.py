@@ -27,14 +27,14 @@ class Form(StrEnum):
 def check(
     file: Annotated[str, typer.Argument(help="File of labelled rows or tweets, as `train` or `push` takes it.")],
     base_model: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer counts; by default the setting's.")
+        str | None, typer.Option(help="Model whose tokenizer counts the tokens; by default TWEETSCORE_BASE_MODEL.")
     ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Count texts longer than this many tokens.")] = 200,
     json: Json = False,
 ) -> None:
     """Report a file's encoding, columns, labels, duplicates and lengths.
 
-    What is wrong is reported with how to fix it.
+    Each problem is reported with its remedy.
     """
     from worker.intake.file_report import check_file
     from worker.settings import load_settings
@@ -49,7 +49,7 @@ def check(
 
 def export(
     format: Annotated[Form, typer.Option(help="Output format.")] = Form.csv,  # noqa: A002 - the option's name
-    out: Annotated[str, typer.Option(help="File to write, whole or not at all; - is standard output.")] = "-",
+    out: Annotated[str, typer.Option(help="File, replaced when the export is complete; - is standard output.")] = "-",
     model: Annotated[int | None, typer.Option(help="Model version; by default the champion.")] = None,
     since: Annotated[datetime | None, typer.Option(formats=DAYS, help="Only tweets from this time on, UTC.")] = None,
     topic: Annotated[str | None, typer.Option(help="Only tweets of this topic.")] = None,
@@ -57,7 +57,7 @@ def export(
 ) -> None:
     """Write predictions to a CSV, JSONL or Parquet file.
 
-    In CSV a cell that a spreadsheet would run as a formula gets an apostrophe.
+    In CSV an apostrophe is put before cells that a spreadsheet would run as a formula.
     """
     from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
@@ -66,16 +66,16 @@ def export(
     from worker.settings import load_settings
 
     if format == Form.parquet and out == "-":
-        raise BadRequest("Parquet goes into a file; name one with --out")
+        raise BadRequest("Parquet cannot be written to standard output; name a file with --out")
     if out != "-" and not Path(out).absolute().parent.is_dir():
-        raise BadRequest(f"there is no folder for {out}; make it first")
+        raise BadRequest(f"the folder of {out} does not exist; create it first")
     settings = load_settings()
     database = open_for_queries(settings)
     began = time.monotonic()
-    with output.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as tell:
+    with output.long_work("exporting", MofNCompleteColumn(), TimeRemainingColumn(), prints=out == "-") as update:
         done = write(
             database, out, format, model=model, since=since and since.replace(tzinfo=UTC),
-            topic=topic, excel=excel, progress=tell,
+            topic=topic, excel=excel, progress=update,
         )  # fmt: skip
     output.errors.print(f"exported {done} predictions in {time.monotonic() - began:.1f} s")
 
@@ -84,10 +84,10 @@ def delete(
     tweet_id: Annotated[list[str] | None, typer.Option(help="Id of a tweet. Repeatable.")] = None,
     author: Annotated[list[str] | None, typer.Option(help="Id of an author. Repeatable.")] = None,
     before: Annotated[datetime | None, typer.Option(formats=DAYS, help="Tweets written before this time, UTC.")] = None,
-    compact: Annotated[bool, typer.Option(help="Rewrite the files that held them; blocks others for seconds.")] = True,
+    compact: Annotated[bool, typer.Option(help="Rewrite their files; blocks other clients for seconds.")] = True,
     json: Json = False,
 ) -> None:
-    """Delete tweets from the stream, from all tables and from the files behind them."""
+    """Delete tweets from the stream, from all tables and from their files."""
     from rich.progress import TextColumn
 
     from worker.connections import broker, open_sql, open_stream
@@ -97,22 +97,25 @@ def delete(
 
     tweets = TweetFilter(tuple(tweet_id or ()), tuple(author or ()), before and before.replace(tzinfo=UTC))
     if tweets == TweetFilter():
-        raise BadRequest("nothing is named; give --tweet-id, --author or --before")
+        raise BadRequest("nothing is selected; give --tweet-id, --author or --before")
     settings = load_settings()
     database = open_sql(settings)
     with broker(settings) as url:
         stream = open_stream(settings, url)
-        with output.long_work("deleting", TextColumn("{task.fields[text]}")) as tell:
-            gone = delete_tweets(database, stream, tweets, lambda what, count: tell(count, None, f"{count} {what}"))
-        left = rewrite(database, stream) if compact else []
+        with output.long_work("deleting", TextColumn("{task.fields[text]}")) as update:
+            deleted = delete_tweets(
+                database, stream, tweets, lambda what, count: update(count, None, f"{count} {what}")
+            )
+        not_rewritten = rewrite(database, stream) if compact else []
     database.close()
     if json:
-        output.as_json({**vars(gone), "not_rewritten": left})
+        output.as_json({**vars(deleted), "not_rewritten": not_rewritten})
     else:
         output.console.print(
-            f"deleted {gone.tweets} tweets, {gone.records} records of the stream and {gone.dead_letters} dead letters"
+            f"deleted {deleted.tweets} tweets, {deleted.records} records of the stream and {deleted.dead_letters} dead "
+            "letters"
         )
-    for sentence in left:
+    for sentence in not_rewritten:
         output.errors.print(sentence, markup=False, soft_wrap=True)
-    if left:
+    if not_rewritten:
         raise typer.Exit(1)

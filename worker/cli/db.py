@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Upgrade the database's schema and 
 def upgrade() -> None:
     """Upgrade the database to this release's schema.
 
-    With SQLite, workers and commands do so when they start.
+    With SQLite, workers and commands do this when they start.
     """
     from db import migrate
     from db.session import open_database
@@ -33,21 +33,21 @@ def upgrade() -> None:
 
 
 @app.command("grant-worker")
-def let_work(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+def db_grant_worker(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
     """Grant a PostgreSQL role the rights of a worker: to read and write rows."""
     from db.roles import grant_worker
 
     _grant(grant_worker, role)
-    output.console.print(f"{role} may read and write the rows of every table, and change no schema")
+    output.console.print(f"{role} may read and write the rows of every table, but not change the schema")
 
 
 @app.command("grant-readonly")
-def let_look(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
+def db_grant_readonly(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
     """Grant a PostgreSQL role SELECT only; set TWEETSCORE_READER_URL to its URL."""
     from db.roles import grant_readonly
 
     _grant(grant_readonly, role)
-    output.console.print(f"{role} may look at every table and view, and write none")
+    output.console.print(f"{role} may read every table and view, but not write")
 
 
 def _grant(grant: "Callable[[Database, str], None]", role: str) -> None:

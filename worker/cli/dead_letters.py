@@ -72,7 +72,7 @@ def dead_retry(record_ids: Ids = None, every: All = False, json: Json = False) -
     settings, ids = load_settings(), _chosen(record_ids, every)
     with broker(settings) as url:
         done = retry(open_sql(settings), open_stream(settings, url), make_app(settings), ids)
-    _say("put back into the stream", done, json)
+    _print_count("put back into the stream", done, json)
 
 
 @app.command("drop")
@@ -82,16 +82,16 @@ def dead_drop(record_ids: Ids = None, every: All = False, json: Json = False) ->
     from worker.maintenance.dead_letters import drop
     from worker.settings import load_settings
 
-    _say("dropped", drop(open_sql(load_settings()), _chosen(record_ids, every)), json)
+    _print_count("dropped", drop(open_sql(load_settings()), _chosen(record_ids, every)), json)
 
 
 def _chosen(record_ids: list[str] | None, every: bool) -> list[str] | None:
     if bool(record_ids) == every:
-        raise typer.BadParameter("name record ids, or --all, and not both")
+        raise typer.BadParameter("give record ids or --all, but not both")
     return record_ids or None
 
 
-def _say(what: str, done: int, json: bool) -> None:
+def _print_count(what: str, done: int, json: bool) -> None:
     if json:
         output.as_json({"count": done})
     else:
@@ -109,7 +109,7 @@ def _described(letter: "DeadLetter") -> dict[str, Any]:
 
 
 def _tweet_id(letter: "DeadLetter") -> str | None:
-
+    """Return the id of the tweet, also of a record that is not a valid tweet; None when it has none."""
     from worker.stream.tweet_record import parse_payload
 
     try:
@@ -120,7 +120,7 @@ def _tweet_id(letter: "DeadLetter") -> str | None:
 
 
 def _payload(letter: "DeadLetter") -> Any:
-    """JSON as what it says, text as it is, other bytes escaped."""
+    """Decode JSON, return text unchanged, and escape other bytes."""
     try:
         return jsonlib.loads(letter.payload)
     except (ValueError, RecursionError):

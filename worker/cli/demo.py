@@ -6,8 +6,9 @@ from pathlib import Path
 
 from db import predictions, registry
 from db.errors import TweetscoreError, public_url
-from db.readonly import ask
+from db.readonly import run_query
 from db.session import Database
+from training.data.dataset import PART_NAMES
 from worker.app import SCORING, TRAINING, make_app, nudge
 from worker.cli import output
 from worker.connections import broker, model_store, open_sql, open_stream, wait_for_broker
@@ -21,28 +22,15 @@ from worker.stream.stream import Stream
 
 SAMPLE = Path(str(files("training") / "sample"))
 SCORING_SECONDS = 120.0
+# A mixture of topics and labels, the same in every run.
 SOME_TWEETS = (
     "SELECT label, probability, text FROM v_predictions_current"
-    " ORDER BY substr(tweet_id, length(tweet_id) - 1), tweet_id LIMIT 12"
+    " ORDER BY substr(tweet_id, length(tweet_id) - 1), tweet_id LIMIT 7"
 )
+# Printed with their results, so each fits on one line of a terminal with 100 columns.
 QUERIES = (
-    (
-        "Tweets and mean score by label",
-        "SELECT label, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
-        " GROUP BY label ORDER BY tweets DESC",
-    ),
-    (
-        "Topics by mean score",
-        "SELECT topic, count(*) AS tweets, avg(score_signed) AS mean_score FROM v_predictions_current"
-        " GROUP BY topic HAVING count(*) >= 5 ORDER BY mean_score DESC LIMIT 8",
-    ),
-    (
-        "Tweets by day, in Japan Standard Time",
-        "SELECT day_jst, sum(CASE WHEN label = 'positive' THEN tweets ELSE 0 END) AS positive,"
-        " sum(CASE WHEN label = 'neutral' THEN tweets ELSE 0 END) AS neutral,"
-        " sum(CASE WHEN label = 'negative' THEN tweets ELSE 0 END) AS negative"
-        " FROM v_sentiment_daily_jst GROUP BY day_jst ORDER BY day_jst",
-    ),
+    "SELECT label, count(*) AS tweets, avg(score_signed) AS score FROM v_predictions_current GROUP BY 1",
+    "SELECT topic, tweets, share FROM v_topic_sentiment WHERE label = 'positive' ORDER BY 3 DESC LIMIT 4",
 )
 
 
@@ -59,22 +47,21 @@ def run_demo(settings: Settings) -> None:
         version = _train(settings, database, supervisor)
         with database.begin() as session:
             registry.assign(session, registry.CHAMPION, version)
-        write(f"model {version} is the champion now\n")
+        write(f"model {version} is the champion now")
         pushed = publish_file(settings, url, str(SAMPLE / "unlabelled.jsonl"))
         _wait_until_scored(settings, database, url, version, pushed.published, supervisor)
         _show_queries(settings)
     write(
-        f"done in {time.monotonic() - began:.0f} s; all processes are stopped\n",
+        f"\ndone in {time.monotonic() - began:.0f} s; all processes are stopped",
         f"database     {public_url(settings.sql_url)}",
         f"model        {model_store(settings)}",
         f"TensorBoard  {settings.boards}",
         "\nwhat next:",
-        "  tweetscore up                                  keep server and workers running",
-        "  tweetscore train your.csv --wait               fine-tune on your own labels",
-        "  tweetscore push your.jsonl                     stream tweets for scoring",
-        '  tweetscore query "SELECT * FROM v_sentiment_hourly"',
-        "  tweetscore dashboard                           show charts in a browser (needs tweetscore[dashboard])",
-        "  tweetscore tensorboard                         show the training run",
+        "  tweetscore up                       keep server and workers running",
+        "  tweetscore train your.csv --wait    fine-tune on your own labels",
+        "  tweetscore push your.jsonl          publish tweets for scoring",
+        f"  tweetscore models show {version:<13}all test metrics of the model",
+        '  tweetscore query "SELECT * FROM v_sentiment_daily_jst"',
         sep="\n",
         soft_wrap=True,
     )
@@ -84,12 +71,25 @@ def _train(settings: Settings, database: Database, supervisor: Supervisor) -> in
     job = submit_training(settings, database, SAMPLE / "labelled.csv", "fast")
     nudge(make_app(settings), TRAINING)
     job = output.follow(database, job.id, supervisor.watch)
-    output.job_summary(database, job)
     with database.read() as session:
         version = registry.of_job(session, job.id)
+        metrics = registry.metrics(session, version.id) if version else {}
     if version is None:
-        raise TweetscoreError(f"the demo's job ended {job.state}; its worker's log is in {settings.logs}")
+        output.job_summary(database, job)
+        raise TweetscoreError(f"the demo's job {job.state}; the log of its worker is in {settings.logs}")
+    sizes = job.data_report["sizes"] if job.data_report else {}
+    rows = ", ".join(f"{sizes.get(part, 0):,} {name} rows" for part, name in PART_NAMES.items())
+    output.console.print(f"job {job.id} {job.state}: {rows}", soft_wrap=True)
+    output.compact_table(("test rows", "model", "TF-IDF", "majority"), _test_metrics(metrics))
     return version.id
+
+
+def _test_metrics(metrics: dict[tuple[str, str], float]) -> list[tuple[str | float | None, ...]]:
+    """Return accuracy and macro-F1 of the model and of the baselines."""
+    return [
+        (name, *(metrics.get((f"{baseline}{metric}", "")) for baseline in ("", "tfidf_", "majority_")))
+        for metric, name in (("accuracy", "accuracy"), ("f1_macro", "F1 macro"))
+    ]
 
 
 def _wait_until_scored(
@@ -107,11 +107,14 @@ def _wait_until_scored(
                 break
             if time.monotonic() - began > SCORING_SECONDS:
                 raise TweetscoreError(
-                    f"only {scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; see {settings.logs}"
+                    f"only {scored} of {expected} tweets were scored in {SCORING_SECONDS:.0f} s; look at the logs in "
+                    f"{settings.logs}"
                 )
             supervisor.watch()
             time.sleep(0.05)
-    output.console.print(f"scored {expected} tweets in {time.monotonic() - began:.1f} s from publishing to rows")
+    output.console.print(
+        f"scored {expected} tweets in {time.monotonic() - began:.1f} s, from publishing to the last row\n"
+    )
 
 
 def _nothing_pending(settings: Settings, stream: Stream) -> bool:
@@ -123,9 +126,9 @@ def _nothing_pending(settings: Settings, stream: Stream) -> bool:
 
 
 def _show_queries(settings: Settings) -> None:
-    with ask(settings.sql_url, SOME_TWEETS) as (columns, rows):
-        output.table("Some of the tweets", columns, rows)
-    for question, sql in QUERIES:
-        with ask(settings.sql_url, sql) as (columns, rows):
+    with run_query(settings.sql_url, SOME_TWEETS) as (columns, rows):
+        output.compact_table(columns, rows)
+    for sql in QUERIES:
+        with run_query(settings.sql_url, sql) as (columns, rows):
             output.console.print(f"\n{sql}", style="dim", soft_wrap=True)
-            output.table(question, columns, rows)
+            output.compact_table(columns, rows)

@@ -38,6 +38,7 @@ class Check:
 
 
 def examine(settings: Settings) -> list[Check]:
+    """Run every check. A check that raises an error has failed; the error is its finding."""
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("versions", _versions),
         ("home", _home),
@@ -46,7 +47,7 @@ def examine(settings: Settings) -> list[Check]:
         ("MeCab dictionary", _mecab),
         ("device", _device),
         ("engines", _engines),
-        ("model store", _store),
+        ("model store", _stores),
         ("base model", _base_model),
         ("champion", _champion),
     ]
@@ -75,7 +76,7 @@ def _engines(settings: Settings) -> str:
     try:
         return f"torch, OpenVINO {openvino().__version__}"
     except EngineUnavailable as error:
-        return f"torch only, which is several times slower on a CPU: {error}"
+        return f"torch only, several times slower on a CPU: {error}"
 
 
 def _home(settings: Settings) -> str:
@@ -108,10 +109,12 @@ def _broker(settings: Settings) -> str:
 def _database(settings: Settings) -> str:
     database = open_sql(settings)
     database.close()
-    # Opened again, to check the schema that other processes see.
-    again = open_database(settings.sql_url)
-    found, known = migrate.check(again), newest_revision()
-    return f"{again.engine.dialect.name}, schema {found}" + ("" if found == known else f"; this release has {known}")
+    # Open it again, to check the schema that other processes see.
+    reopened = open_database(settings.sql_url)
+    found, newest = migrate.check(reopened), newest_revision()
+    return f"{reopened.engine.dialect.name}, schema {found}" + (
+        "" if found == newest else f"; this release has {newest}"
+    )
 
 
 def _mecab(settings: Settings) -> str:
@@ -124,7 +127,7 @@ def _mecab(settings: Settings) -> str:
         raise TweetscoreError(
             f"ipadic splits the test sentence into {words}; reinstall with `pip install --force-reinstall ipadic`"
         )
-    return f"{mecab_dictionary(tokenizer)} splits words correctly"
+    return f"{mecab_dictionary(tokenizer)} splits the test sentence correctly"
 
 
 def _device(settings: Settings) -> str:
@@ -134,7 +137,7 @@ def _device(settings: Settings) -> str:
     return f"{device}" + ("" if device.type == "cuda" else f", {os.cpu_count()} cores")
 
 
-def _store(settings: Settings) -> str:
+def _stores(settings: Settings) -> str:
     for store in (model_store(settings), input_store(settings)):
         if store.remote is not None:
             store.remote.names()
@@ -167,7 +170,7 @@ def _champion(settings: Settings) -> str:
     with database.read() as session:
         version_id = registry.assigned(session, registry.CHAMPION)
         if version_id is None:
-            return "none yet: tweets wait until a model is promoted"
+            return "no champion yet; tweets wait in the stream until a model is promoted"
         version = registry.get(session, version_id)
     model = load_model(version, serving_from(settings))
     return (

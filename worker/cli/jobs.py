@@ -43,7 +43,7 @@ def jobs_show(
     follow: Annotated[bool, typer.Option("--follow", help="Show its progress until it ends.")] = False,
     json: Json = False,
 ) -> None:
-    """Show one job: its data, epochs and test figures."""
+    """Show one job: its data, epochs and test metrics."""
     from db import jobs
     from worker.connections import open_sql
     from worker.settings import load_settings
@@ -74,8 +74,10 @@ def jobs_retry(job_id: JobId, json: Json = False) -> None:
     if json:
         output.as_json({**output.fields(job), "from_scratch": from_scratch})
     else:
-        scratch = f"; it failed more than {days:g} days ago, so its checkpoints are gone and it begins from scratch"
-        output.console.print(f"job {job.id} is queued again{scratch if from_scratch else ''}", soft_wrap=True)
+        restart = (
+            f"; it failed more than {days:g} days ago, so its checkpoints were deleted and it starts from the beginning"
+        )
+        output.console.print(f"job {job.id} is queued again{restart if from_scratch else ''}", soft_wrap=True)
 
 
 @app.command("cancel")
@@ -90,11 +92,11 @@ def jobs_cancel(job_id: JobId, json: Json = False) -> None:
     if json:
         output.as_json(output.fields(job))
     else:
-        output.console.print(f"job {job.id} is {job.state}" + (", asked to stop" if job.state == "running" else ""))
+        output.console.print(f"job {job.id} is {job.state}" + (", stopping" if job.state == "running" else ""))
 
 
 def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> "TrainingJob":
-    """With --json the bar goes to standard error's silence: only the document is printed."""
+    """Show a job until it ends. With `json` print no progress: standard output holds only the document."""
     if json:
         output.console.quiet = True
     try:

@@ -1,7 +1,7 @@
-"""The `tweetscore` command. Each command parses, calls, and shows; what it does lies elsewhere.
+"""The `tweetscore` command. Commands parse their arguments, call other modules and print the result.
 
-Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sentence on standard error. Here and in the
-`cli_*` modules a command imports what it needs when it runs, so that `--help` loads no more than Typer.
+Exit codes: 0 done; 1 done in part, or the job failed; 2 refused, with one sentence on standard error. In this package a
+command imports what it needs when it runs, so that `--help` loads little more than Typer.
 """
 
 import os
@@ -65,7 +65,7 @@ for command in (tweets.push, tweets.score, tweets.rescore, data.export, data.del
 ROLES = ("train", "score")
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         import importlib.metadata
 
@@ -76,7 +76,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -105,7 +105,7 @@ def up(
 ) -> None:
     """Run the server, a training worker and scoring workers, until Ctrl-C.
 
-    With REDIS_URL set, the server is that one, and only the workers are started.
+    With REDIS_URL, that server is used and only the workers are started.
     """
     from worker.connections import model_store, open_sql
     from worker.process.supervisor import supervise
@@ -113,30 +113,30 @@ def up(
 
     settings = load_settings()
     open_sql(settings).close()
-    told: list[int] = []  # no Event: a signal that interrupts a wait for one cannot set it
+    signals: list[int] = []  # not an Event: a signal handler that interrupts its wait cannot set it
     started: list[Supervisor] = []
     roles = ["train", *["score"] * scorers]
 
     def stop(number: int, _: object) -> None:
-        told.append(number)
-        if len(told) > 1:  # told a second time; the server still ends in order
+        signals.append(number)
+        if len(signals) > 1:  # the second signal; the server still stops in order
             for children in started:
                 children.kill()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with (
-        _own_broker(settings, output.line, lambda: bool(told)) as url,
-        supervise(settings, [] if told else roles, output.line) as running,
+        _owned_broker(settings, output.line, lambda: bool(signals)) as url,
+        supervise(settings, [] if signals else roles, output.line) as running,
     ):
         started.append(running)
-        output.console.print(f"stream    {url}\ndatabase  {_place(settings)}\nmodels    {model_store(settings)}")
-        output.console.print(f"logs      {settings.logs}\nCtrl-C ends it.")
-        while not told:
+        output.console.print(f"stream    {url}\ndatabase  {_database_name(settings)}")
+        output.console.print(f"models    {model_store(settings)}\nlogs      {settings.logs}\nPress Ctrl-C to stop.")
+        while not signals:
             running.watch()
             time.sleep(0.5)
         output.console.print(
-            "ending: workers finish their window or checkpoint their job; a second Ctrl-C ends them now"
+            "stopping: workers finish their window or checkpoint their job; press Ctrl-C again to kill them"
         )
 
 
@@ -148,20 +148,20 @@ def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train o
     from worker.stream import embedded_valkey
 
     if role not in ROLES:
-        raise typer.BadParameter(f"{role!r} is no role; use train or score")
+        raise typer.BadParameter(f"{role!r} is not a role; use train or score")
     settings = load_settings()
-    # One that loads, or that its owner starts again, is waited for as one that goes away later is.
+    # A server that loads or is being restarted counts as running: the worker waits for it.
     home = settings.home
     if settings.embedded and embedded_valkey.failure_reason(home) is None and embedded_valkey.find(home) is None:
         raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
-    limit_spin_waiting()  # before the next line loads torch
+    limit_spin_waiting()  # must come before the next line, which loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 
     queues = TRAINING if role == "train" else SCORING
-    # Celery's banner is for people; a log of JSON lines is not.
+    # Without a terminal the log consists of JSON lines, so Celery must not print its banner.
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    # Two threads: one for the route, one that takes nudges while it runs. Threads, since CUDA does not survive a fork.
+    # Two threads: one runs the pipeline, the other receives nudges meanwhile. CUDA cannot be used after a fork.
     arguments = f"worker -Q {queues} --pool threads -c 2 -n {role}-%h-{os.getpid()} --without-mingle --without-gossip"
     celery.worker_main([*quiet, *arguments.split()])
 
@@ -192,7 +192,7 @@ def train(
 ) -> None:
     """Queue a fine-tuning job.
 
-    With --wait, a worker is started for it if none runs here.
+    With --wait, a worker is started for it unless `tweetscore up` runs.
     """
     from worker.app import TRAINING, make_app, nudge
     from worker.cli.options import label_map, numbers, pairs
@@ -212,16 +212,14 @@ def train(
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
     database = open_sql(settings)
     job = submit_training(settings, database, dataset, preset, **options)
-    alone = settings.embedded and embedded_valkey.owner(settings.home) is None
+    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if not wait:
-        heard = not alone and nudge(make_app(settings), TRAINING)
-        if json:
-            output.as_json(output.fields(job))
-        else:
-            output.console.print(f"job {job.id} queued" + ("" if heard else "; it waits for a worker: `tweetscore up`"))
+        nudged = not no_server and nudge(make_app(settings), TRAINING)
+        hint = "" if nudged else "; it waits for a worker: `tweetscore up`"
+        output.as_json(output.fields(job)) if json else output.console.print(f"job {job.id} queued{hint}")
         return
-    if alone:
-        with _own_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
+    if no_server:
+        with _owned_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
     else:
         nudge(make_app(settings), TRAINING)
@@ -242,12 +240,12 @@ def tensorboard(
     settings = load_settings()
     prepare_home(settings)
     boards = settings.boards
-    boards.mkdir(parents=True, exist_ok=True)  # TensorBoard finds what comes later
+    boards.mkdir(parents=True, exist_ok=True)  # TensorBoard also shows runs that are written later
     folder = boards if job is None else boards / f"job-{job}"
     if not folder.is_dir():
-        raise NotFound(f"there is no run in {folder}; a job writes its run where its worker works")
-    # In place of this process, so that Ctrl-C and signals are TensorBoard's.
-    os.execv(  # noqa: S606 - the command is TensorBoard's, the folder ours
+        raise NotFound(f"there is no run in {folder}; a job writes its run on the machine of its worker")
+    # Replaces this process, so that TensorBoard receives Ctrl-C and other signals.
+    os.execv(  # noqa: S606 - the arguments are not user input to a shell
         sys.executable,
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", host, "--port", str(port)],
     )
@@ -270,7 +268,7 @@ def dashboard(
 
     settings = load_settings()
     open_sql(settings).close()
-    serve(settings, host, port, lambda url: output.console.print(f"{url}\nCtrl-C ends it."))
+    serve(settings, host, port, lambda url: output.console.print(f"{url}\nPress Ctrl-C to stop."))
 
 
 @app.command()
@@ -282,13 +280,13 @@ def query(
     """Run one SQL query, read-only."""
     import csv
 
-    from db.readonly import ask
+    from db.readonly import run_query
     from worker.connections import open_for_queries
     from worker.settings import load_settings
 
     settings = load_settings()
     open_for_queries(settings).close()
-    with ask(settings.query_url, sql) as (columns, rows):
+    with run_query(settings.query_url, sql) as (columns, rows):
         if json or format == "json":
             output.as_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif format == "csv":
@@ -298,7 +296,7 @@ def query(
         elif format == "table":
             output.table(None, columns, rows)
         else:
-            raise typer.BadParameter(f"{format!r} is no format; use table, csv or json")
+            raise typer.BadParameter(f"{format!r} is not a format; use table, csv or json")
 
 
 @app.command()
@@ -311,37 +309,37 @@ def health(
     from worker.settings import load_settings
 
     if of not in KINDS:
-        raise typer.BadParameter(f"{of!r} has no health; ask for {', '.join(KINDS)}")
+        raise typer.BadParameter(f"{of!r} cannot be checked; use one of {', '.join(KINDS)}")
     try:
-        ok, says = True, check_health(load_settings(), of)
+        ok, finding = True, check_health(load_settings(), of)
     except TweetscoreError as error:
-        ok, says = False, str(error)
+        ok, finding = False, str(error)
     if json:
-        output.as_json({"of": of, "ok": ok, "says": says})
+        output.as_json({"of": of, "ok": ok, "finding": finding})
     else:
-        (output.console if ok else output.errors).print(says, markup=False, soft_wrap=True)
+        (output.console if ok else output.errors).print(finding, markup=False, soft_wrap=True)
     if not ok:
         raise typer.Exit(1)
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Check everything tweetscore needs; each line is ok or says how to fix it."""
+    """Check everything that tweetscore needs. A failed check names the remedy."""
     from worker.cli.doctor import examine
     from worker.settings import load_settings
 
     checks = examine(load_settings())
     if json:
-        output.as_json([{"name": c.name, "ok": c.ok, "says": c.finding} for c in checks])
+        output.as_json([{"name": c.name, "ok": c.ok, "finding": c.finding} for c in checks])
     else:
-        output.table(None, ["", "what", "finding"], [("ok" if c.ok else "MEND", c.name, c.finding) for c in checks])
+        output.table(None, ["", "check", "finding"], [("ok" if c.ok else "FAIL", c.name, c.finding) for c in checks])
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
 
 @contextmanager
-def _own_broker(
-    settings: "Settings", say: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
+def _owned_broker(
+    settings: "Settings", notify: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
 ) -> Iterator[str]:
     if settings.redis_url:
         yield public_url(settings.redis_url)
@@ -350,11 +348,13 @@ def _own_broker(
     from worker.stream import embedded_valkey
 
     prepare_home(settings)
-    with embedded_valkey.owned(settings.home, settings.server_memory_mb, settings.server_sync, say, give_up) as server:
+    with embedded_valkey.owned(
+        settings.home, settings.server_memory_mb, settings.server_sync, notify, give_up
+    ) as server:
         yield server.url
 
 
-def _place(settings: "Settings") -> str:
+def _database_name(settings: "Settings") -> str:
     return public_url(settings.database_url) if settings.database_url else str(settings.home / "tweetscore.db")
 
 

@@ -22,7 +22,7 @@ MOST_WRONG = 20
 def models_list(
     deleted: Annotated[bool, typer.Option("--deleted", help="Include deleted models.")] = False, json: Json = False
 ) -> None:
-    """List the trained models with their test figures, newest first."""
+    """List the trained models with their test metrics, newest first."""
     from db import registry
     from worker.connections import open_sql
     from worker.settings import load_settings
@@ -49,7 +49,7 @@ def models_list(
 
 @app.command("show")
 def models_show(model: Model, json: Json = False) -> None:
-    """Show one model: its artifact, engine, test figures and most confident errors."""
+    """Show one model: its artifact, engine, test metrics and most confident errors."""
     from db import registry
     from worker.connections import model_store, open_sql
     from worker.settings import load_settings
@@ -59,7 +59,7 @@ def models_show(model: Model, json: Json = False) -> None:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
-        spells = [row for row in registry.history(session) if row.model_version_id == model]
+        assignments = [row for row in registry.history(session) if row.model_version_id == model]
     engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
@@ -67,7 +67,7 @@ def models_show(model: Model, json: Json = False) -> None:
             "confusion": [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())],
             "engines": [asdict(choice) for choice in engines],
             "wrong": [output.fields(row) for row in wrong],
-            "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in spells],
+            "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in assignments],
         }
         output.as_json({**output.fields(version), **written})
         return
@@ -77,12 +77,14 @@ def models_show(model: Model, json: Json = False) -> None:
     output.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
     if version.deleted_at:
         output.console.print(f"deleted {version.deleted_at:%Y-%m-%d %H:%M:%S}", style="yellow")
-    for row in spells:
-        output.console.print(f"{row.alias} from {row.assigned_at:%Y-%m-%d %H:%M:%S} on")
+    for row in assignments:
+        output.console.print(f"{row.alias} since {row.assigned_at:%Y-%m-%d %H:%M:%S}")
     for choice in engines:
         output.engine_table(choice)
     if not engines:
-        output.console.print("no engine was tried out here yet; until a worker has, the model scores on torch-float32")
+        output.console.print(
+            "no engine was tried on this machine yet; until a worker does, the model scores on torch-float32"
+        )
     output.test_table(version, figures)
     if cells:
         output.table(
@@ -100,7 +102,7 @@ def models_show(model: Model, json: Json = False) -> None:
 
 @app.command("compare")
 def models_compare(one: Model, other: Model, json: Json = False) -> None:
-    """Compare the test figures of two models, with a significance test."""
+    """Compare the test metrics of two models, with a significance test."""
     from db import registry
     from training.evaluation.metrics import mcnemar
     from worker.connections import open_sql
@@ -118,25 +120,25 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
         output.as_json({"models": [one, other], "metrics": rows, "shared_test_rows": paired})
         return
     output.table(
-        f"model {one} ({versions[0].base_model}) beside model {other} ({versions[1].base_model})",
-        ["figure", f"model {one}", f"model {other}", "difference"],
+        f"model {one} ({versions[0].base_model}) and model {other} ({versions[1].base_model})",
+        ["metric", f"model {one}", f"model {other}", "difference"],
         [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
          for m, k in names],
     )  # fmt: skip
     if shared:
         output.console.print(
-            f"of {shared} test rows that both were measured on, only model {one} has {only_one} right and only model "
-            f"{other} {only_other}: exact McNemar p = {p_value:.3g}"
+            f"of {shared} test rows in common, only model {one} predicts {only_one} correctly, and only model {other} "
+            f"{only_other}: exact McNemar test, p = {p_value:.3g}"
         )
     else:
-        output.console.print("no test row was common to both: their figures are of different texts")
+        output.console.print("the models have no test row in common, so their metrics cannot be compared")
 
 
 @app.command("promote")
 def models_promote(model: Model, alias: Alias = CHAMPION, json: Json = False) -> None:
     """Make a model the champion, which scores the stream.
 
-    Workers go on with the champion before until they have loaded the new one.
+    Workers use the previous champion until they have loaded the new one.
     """
     from db import registry
     from worker.connections import open_sql
@@ -144,7 +146,7 @@ def models_promote(model: Model, alias: Alias = CHAMPION, json: Json = False) ->
 
     with open_sql(load_settings()).begin() as session:
         registry.assign(session, alias, model)
-    _tell_assigned(alias, model, json)
+    _print_assignment(alias, model, json)
 
 
 @app.command("rollback")
@@ -156,7 +158,7 @@ def models_rollback(alias: Alias = CHAMPION, json: Json = False) -> None:
 
     with open_sql(load_settings()).begin() as session:
         _, model = registry.rollback(session, alias)
-    _tell_assigned(alias, model, json)
+    _print_assignment(alias, model, json)
 
 
 @app.command("delete")
@@ -167,7 +169,7 @@ def models_delete(
 ) -> None:
     """Delete a model's artifact.
 
-    Its test figures stay in the database, and so do its predictions unless --predictions is given.
+    Its test metrics stay in the database. Its predictions are deleted only with --predictions.
     """
     from db import registry
     from worker.connections import model_store, open_sql
@@ -176,20 +178,20 @@ def models_delete(
     settings = load_settings()
     with open_sql(settings).begin() as session:
         version = registry.mark_deleted(session, model, predictions)
-    # After the commit: an artifact without a row does no harm, a row without its artifact would.
+    # Remove the artifact after the commit: a row without its artifact would be an error, the reverse is not.
     model_store(settings).remove(version.artifact_url, version.sha256)
     rmtree(fallback_folder(model_store(settings).place(version.artifact_url, version.sha256), settings.engines), True)
     if json:
         output.as_json(output.fields(version))
     else:
-        output.console.print(f"model {model} is deleted" + (", its predictions too" if predictions else ""))
+        output.console.print(f"model {model} is deleted" + (", and so are its predictions" if predictions else ""))
 
 
 def _difference(one: float | None, other: float | None) -> str:
     return "" if one is None or other is None else f"{other - one:+.4f}"
 
 
-def _tell_assigned(alias: str, model: int, json: bool) -> None:
+def _print_assignment(alias: str, model: int, json: bool) -> None:
     if json:
         output.as_json({"alias": alias, "model_version_id": model})
     else:

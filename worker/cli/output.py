@@ -14,7 +14,7 @@ from rich.text import Text
 
 from worker.scoring.engine_choice import Choice
 
-if TYPE_CHECKING:  # for `--help`, which prints nothing of this
+if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
     from db.models import EpochMetric, ModelVersion, TrainingJob
@@ -27,7 +27,7 @@ errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
-FIGURES_OF_A_MODEL = (
+MODEL_METRICS = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
@@ -46,7 +46,7 @@ def aside(text: str) -> None:
 
 
 def as_json(value: Any) -> None:
-    """One JSON document on standard output; times in ISO-8601."""
+    """Print one JSON document. Times are in ISO-8601."""
     print(json.dumps(value, ensure_ascii=False, default=_plain, indent=2))
 
 
@@ -54,15 +54,24 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     console.print(as_table(title, columns, rows))
 
 
-def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    shown = Table(*columns, title=title, title_justify="left", title_style="bold")
+def compact_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table without borders and with one line per row: text that does not fit is cut off."""
+    result = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        shown.add_row(*(Text("" if value is None else _cell(value)) for value in row))
-    return shown
+        cells = (" ".join(("" if value is None else _cell(value)).split()) for value in row)
+        result.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
+    console.print(result)
+
+
+def as_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    result = Table(*columns, title=title, title_justify="left", title_style="bold")
+    for row in rows:
+        result.add_row(*(Text("" if value is None else _cell(value)) for value in row))
+    return result
 
 
 def bar(*columns: "ProgressColumn", on: Console | None = None) -> "Progress":
-    """A progress bar with its percentage, then `columns`; the estimated time left by default."""
+    """Return a progress bar with its percentage, then `columns`; by default the estimated time left."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     last = columns or (TimeRemainingColumn(),)
@@ -101,7 +110,7 @@ def findings(found: dict[str, Any]) -> None:
     tokens = found["tokens"]
     table(
         f"{found['file']}: {found['format']}, {found['encoding']}",
-        ["what", "finding"],
+        ["property", "value"],
         [
             ("columns", ", ".join(found["columns"]) or "none"),
             ("rows", f"{found['rows']:,}, and {found['bad_lines']:,} lines that cannot be read"),
@@ -158,14 +167,15 @@ def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda
                     console.print(f"job {job_id}: {epoch_line(epoch)}")
                 printed = len(done)
             if job.state in FINISHED_STATES:
-                live.update(progress, refresh=True)  # the epochs follow in the summary
+                # The summary shows the epochs. Without a terminal `Live` prints its last content without a newline.
+                live.update(progress if console.is_terminal else Group(), refresh=True)
                 return job
             watch()
             time.sleep(POLL_SECONDS)
 
 
 def pace(job: "TrainingJob") -> str:
-    """Loss, samples per second and time left, as far as known."""
+    """Return loss, samples per second and time left, as far as they are known."""
     parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
         parts.append(f"{job.samples_per_second:.0f} samples/s")
@@ -213,7 +223,7 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
-    """Print a model's test metrics beside those of the baselines. For single labels micro-F1 equals accuracy."""
+    """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -223,7 +233,7 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
     for metric, name in (("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro")):
         low, high = figures.get((f"{metric}_low", "")), figures.get((f"{metric}_high", ""))
         add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
-    for metric, name in FIGURES_OF_A_MODEL:
+    for metric, name in MODEL_METRICS:
         if (metric, "") in figures:
             add(name, metric)
     for label in version.labels:
@@ -232,8 +242,8 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
             add(f"{metric} {label}", metric, label, rows_of_label)
     table(
-        f"Test rows: model {version.id} ({version.base_model}) beside TF-IDF + logistic regression and the majority",
-        ["figure", "model", "TF-IDF", "majority", ""],
+        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
+        ["metric", "model", "TF-IDF", "majority", ""],
         rows,
     )
 
@@ -253,7 +263,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
         console.print(
             f"data{read_as}: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, "
             f"{report['blank']} blank, {report['conflicting']} texts under two labels"
-            f"{', kept as the guide keeps them' if guide else ' left out'}); training {sizes['train']}, validation "
+            f"{', kept as in the guide' if guide else ' left out'}); training {sizes['train']}, validation "
             f"{sizes['valid']}, test {sizes['test']}"
         )
         if guide and report["also_in_training"]["test"]:
@@ -275,7 +285,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
 
 
 def fields(row: Any) -> dict[str, Any]:
-    """A table row as a dictionary for `--json`, without the columns in `INTERNAL`."""
+    """Return a table row as a dictionary for `--json`, without the columns in `INTERNAL`."""
     return {column.name: getattr(row, column.key) for column in row.__table__.columns if column.name not in INTERNAL}
 
 

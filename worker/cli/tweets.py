@@ -49,17 +49,17 @@ def push(
         rate = pushed.published / max(pushed.seconds, 1e-9)
         read_as = "" if pushed.encoding == "UTF-8" else f", read as {pushed.encoding}"
         output.console.print(
-            f"published {pushed.published} tweets in {pushed.seconds:.1f} s ({rate:,.0f} a second){read_as}"
+            f"published {pushed.published} tweets in {pushed.seconds:.1f} s ({rate:,.0f} per second){read_as}"
         )
     for fault in pushed.bad:
         output.errors.print(fault, style="red", markup=False, soft_wrap=True)
     if pushed.bad_count:
-        output.errors.print(f"{pushed.bad_count} lines are no tweets and were left out", style="red")
+        output.errors.print(f"{pushed.bad_count} lines are not tweets and were skipped", style="red")
         raise typer.Exit(1)
 
 
 def score(
-    file: Annotated[str, typer.Argument(help="As `push` takes it, with or without ids; - reads standard input.")],
+    file: Annotated[str, typer.Argument(help="The formats of `push`; ids are optional; - reads standard input.")],
     model: Annotated[int | None, typer.Option(help="Model version; by default the champion.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
@@ -109,7 +109,7 @@ def _publishing_progress(quiet: bool) -> Iterator[tuple[Callable[..., None], Cal
             rate = report.published / max(report.seconds, 1e-9)
             if not progress.console.is_terminal and time.monotonic() - printed_at > output.PROGRESS_SECONDS:
                 printed_at = time.monotonic()
-                progress.console.print(f"publishing: {report.published:,} tweets, {rate:,.0f} a second")
+                progress.console.print(f"publishing: {report.published:,} tweets, {rate:,.0f} per second")
             text = f"{report.published} tweets, {rate:,.0f}/s"
             progress.update(task, description="publishing", completed=position, total=size, rate=text)
 
@@ -137,7 +137,7 @@ def rescore(
 ) -> None:
     """Score stored tweets with a model, newest first.
 
-    Tweets that the model has scored are left out, so an interrupted run can be started again.
+    Tweets that the model has scored already are skipped, so an interrupted run can be repeated.
     """
     from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
@@ -147,13 +147,13 @@ def rescore(
 
     settings = load_settings()
     database = open_sql(settings)
-    os.nice(NICENESS)  # for whoever scores new tweets on this machine
+    os.nice(NICENESS)  # new tweets have priority on this machine
     began = time.monotonic()
     columns = (MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with output.long_work(f"model {model}", *columns) as tell:
+    with output.long_work(f"model {model}", *columns) as update:
 
         def progress(done: int, total: int, waiting: bool) -> None:
-            tell(done, total, f"{done:,} of {total:,}, new tweets first" if waiting else "")
+            update(done, total, f"{done:,} of {total:,}, waiting for new tweets" if waiting else "")
 
         scored = backfill(
             database, settings, model, since and since.replace(tzinfo=UTC), depth_reader(settings), progress

@@ -30,7 +30,7 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
 
 
 def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, notify: Callable[[str], None]) -> None:
-    """Append records. Above the high-water mark, and while the server is full or away, wait and call `notify`.
+    """Append records. Above the high-water mark, and while the server is full or unavailable, wait and call `notify`.
 
     After an outage the records are sent again. Those that the server had already appended are then twice in the stream;
     each tweet still gets one row.

@@ -2,7 +2,7 @@
 
 Celery's consumer pops a message from its list and stores it elsewhere afterwards, so a worker killed in between loses
 it. Here a message moves from the queue to a second list in one step, and stays there until its request is a row in SQL.
-Then it moves to this worker's own queue, which Celery reads and where losing it costs nothing.
+Then it moves to this worker's own queue, which Celery reads; losing it there loses no work.
 """
 
 import base64

@@ -21,7 +21,7 @@ from training.config import TrainConfig, make_config
 from training.data.dataset import read_rows, split_rows
 from training.data.table_file import download
 from training.errors import BadDataset, ModelUnavailable
-from training.jobs.inputs import store_base_model, store_dataset
+from training.jobs.inputs import save_base_model, save_dataset
 from training.model.base_model import check_dictionary, check_hub_name, looks_local
 from training.store.paths import file_sha256, is_file, is_folder, real_path
 from training.store.store import is_remote
@@ -42,8 +42,8 @@ def submit_training(
     with _local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
-        config = config.model_copy(update={"base_model": store_encoder(settings, config.base_model)})
-        dataset, sha256 = store_dataset(input_store(settings), path), file_sha256(path)
+        config = config.model_copy(update={"base_model": prepare_base_model(settings, config.base_model)})
+        dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
                 session,
@@ -136,7 +136,7 @@ def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) 
     return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
 
 
-def store_encoder(settings: Settings, name: str) -> str:
+def prepare_base_model(settings: Settings, name: str) -> str:
     """Copy a local base model into the store under its digest and return its new name. Other names are unchanged."""
     inputs, folder = input_store(settings), real_path(name)
     if is_remote(name) and inputs.remote is not None:
@@ -151,4 +151,4 @@ def store_encoder(settings: Settings, name: str) -> str:
         raise ModelUnavailable(f"base model folder {shown(name)} has no config.json; save a model there first")
     if settings.embedded:  # workers elsewhere may have packages that this process lacks
         check_dictionary(name, folder)
-    return store_base_model(inputs, folder)
+    return save_base_model(inputs, folder)

@@ -1,4 +1,4 @@
-"""Turn the rows of a table into tweets. Knows tables and the X API's answers, but no stream."""
+"""Turn the rows of a table into tweets. Handles rows and responses of the X API."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -22,8 +22,8 @@ def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | 
     done = 0
     for letters in chunks(database, ids):
         stream.add([unpack_fields(letter.payload, letter.other_fields) for letter in letters])
-        # Delete after the stream has the records: a crash between the two leaves both, and a tweet scored twice is
-        # still one row.
+        # Delete after the records are in the stream. A crash in between leaves both, and a tweet that is scored twice
+        # still has one row.
         with database.begin() as session:
             predictions.drop_dead(session, [letter.record_id for letter in letters])
         nudge(app, SCORING)
@@ -44,7 +44,7 @@ def drop(database: Database, ids: Sequence[str] | None) -> int:
 def chunks(database: Database, ids: Sequence[str] | None) -> Iterator[list[DeadLetter]]:
     """Yield dead letters in chunks, so that any number of them fits into memory.
 
-    When `ids` is None, these are all that exist at the first chunk; later ones are left out.
+    When `ids` is None, these are all that exist at the first chunk; later ones are not included.
     """
     if ids is not None:
         with database.read() as session:

@@ -68,7 +68,7 @@ def delete_tweets(
 
 
 def compact(database: Database, stream: Stream) -> list[str]:
-    """Rewrite the files, so that they contain no deleted data. Other clients wait meanwhile, for seconds.
+    """Rewrite the files, so that they contain no deleted data. Other clients are blocked for seconds.
 
     Returns one sentence for each that could not be rewritten, with the remedy.
     """
@@ -100,13 +100,13 @@ def _delete_records(stream: Stream, tweets: TweetFilter, progress: Callable[[str
         matching += [record.id for record in chunk if tweets.matches(record.payload, record.received_at)]
         progress("records", len(matching))
     stream.remove(matching)
-    # Wait for every record held now: one that was removed earlier cannot be read any more, but may also match.
+    # Wait for all records that are held now: some may have been removed earlier, so that they cannot be matched here.
     deadline, held = time.monotonic() + WAIT_SECONDS, stream.pending_ids()
     while held := held & stream.pending_ids():
         if time.monotonic() > deadline:
             raise StreamError(
-                f"a worker still holds {len(held)} records; run the command again when its window is done, or stop the "
-                "worker"
+                f"a worker still holds {len(held)} records; run the command again when its window is finished, or stop "
+                "the worker"
             )
         time.sleep(POLL_SECONDS)
     return len(matching)

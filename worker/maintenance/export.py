@@ -1,4 +1,4 @@
-"""Export predictions to CSV, JSON lines or Parquet, in chunks. Knows rows and formats, no command line."""
+"""Export predictions to CSV, JSON lines or Parquet, in chunks."""
 
 import csv
 import json
@@ -61,10 +61,10 @@ def export(
         query = _query(version_id, since, topic)
         total, done = session.scalar(select(func.count()).select_from(query.subquery())) or 0, 0
         # The database also sends the rows in chunks: neither side holds all of them.
-        answer = session.execute(query.execution_options(yield_per=CHUNK_ROWS))
+        result = session.execute(query.execution_options(yield_per=CHUNK_ROWS))
         progress(0, total)
         with WRITERS[form](place, excel) as write:
-            for chunk in answer.partitions(CHUNK_ROWS):
+            for chunk in result.partitions(CHUNK_ROWS):
                 write([tuple(row) for row in chunk])
                 done += len(chunk)
                 progress(done, max(total, done))
@@ -131,7 +131,7 @@ def _text_file(place: str, encoding: str) -> Iterator[TextIO]:
 
 @contextmanager
 def _draft(place: str) -> Iterator[Path]:
-    """A temporary file that replaces `place` when it is complete."""
+    """Provide a temporary file that replaces `place` when it is complete."""
     target = Path(place)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""`/metrics` of a worker, for Prometheus: all metrics of the process, and collectors that query stream and database."""
+"""`/metrics` of a worker for Prometheus: the metrics of the process, the depth of the stream and counts of rows."""
 
 import logging
 import time
@@ -21,12 +21,12 @@ from worker.stream.stream import Stream
 log = logging.getLogger(__name__)
 
 PORTS_TRIED = 32
-# A server that does not answer must not block a scrape; its metrics are left out.
+# A server that does not answer must not block a scrape: its metrics are omitted.
 ANSWER_SECONDS = 3.0
 
 
 class WorkerCollector(Collector):
-    """State of one worker, depth of the stream and rows of the database, queried when Prometheus scrapes."""
+    """The state of one worker, the depth of the stream and counts of rows, queried at each scrape."""
 
     def __init__(
         self, kind: str, state: Callable[[], str], model_version: Callable[[], int | None], stream: Stream,
@@ -42,7 +42,7 @@ class WorkerCollector(Collector):
         self._pending: dict[str, Future[list[Metric]]] = {}
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # registering must not query anything
+        return ()  # so that registering queries nothing
 
     def collect(self) -> Iterator[Metric]:
         worker = GaugeMetricFamily("tweetscore_worker", "1 for the state of this worker", labels=["kind", "state"])
@@ -50,9 +50,7 @@ class WorkerCollector(Collector):
         yield worker
         if self._kind == "scoring":
             version = self._model_version() or 0
-            yield _gauge(
-                "tweetscore_model_version", "model version that this worker scores with, 0 without one", version
-            )
+            yield _gauge("tweetscore_model_version", "model version that this worker scores with, 0 for none", version)
             engine = GaugeMetricFamily("tweetscore_engine", "1 for the engine of that model", labels=["engine"])
             if (name := self._engine()) is not None:
                 engine.add_metric([name], 1)
@@ -77,14 +75,16 @@ class WorkerCollector(Collector):
             _gauge("tweetscore_stream_length", "records in the stream", depth.length),
             _gauge("tweetscore_stream_pending", "records read and not yet acknowledged", depth.pending),
             _gauge("tweetscore_oldest_unscored_seconds", "age of the oldest record without a score", age),
-            # The count is stored beside the stream, so every worker exports the same value.
+            # The count is stored next to the stream, so every worker exports the same value.
             CounterMetricFamily(
                 "tweetscore_records_vanished",
                 "records erased from the stream before they were scored",
                 value=vanished.records,
             ),
             _gauge(
-                "tweetscore_records_vanished_at_seconds", "time of the last such observation, 0 for never", vanished.at
+                "tweetscore_records_vanished_at_seconds",
+                "time at which erased records were last detected, 0 for never",
+                vanished.at,
             ),
         ]
         if depth.lag is not None:
@@ -105,9 +105,9 @@ def _gauge(name: str, documentation: str, value: float) -> Metric:
 
 
 def serve(host: str, port: int, collectors: Iterable[WorkerCollector]) -> int:
-    """Serve `/metrics` on the first free port from `port` on, 0 for any, and return the port.
+    """Serve `/metrics` on the first free port from `port` on; 0 selects any port. Returns the port.
 
-    Raises `BadSettings` when none is free.
+    Raises `BadSettings` when all are in use.
     """
     for collector in collectors:
         REGISTRY.register(collector)
@@ -118,8 +118,10 @@ def serve(host: str, port: int, collectors: Iterable[WorkerCollector]) -> int:
             if error.errno == EADDRINUSE:
                 continue
             raise BadSettings(
-                f"TWEETSCORE_METRICS_HOST is {host!r}, port {number}: {error.strerror}; take another"
+                f"TWEETSCORE_METRICS_HOST is {host!r}, port {number}: {error.strerror}; choose another"
             ) from error
         log.info("metrics on http://%s:%d/metrics", host, server.server_port)
         return int(server.server_port)
-    raise BadSettings(f"TWEETSCORE_METRICS_PORT is {port}: it and the {PORTS_TRIED - 1} after it are taken")
+    raise BadSettings(
+        f"TWEETSCORE_METRICS_PORT is {port}: it and the next {PORTS_TRIED - 1} ports are in use; choose another"
+    )

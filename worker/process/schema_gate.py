@@ -1,7 +1,7 @@
 """Checks whether a worker can use its database, and logs when that changes.
 
-When the database is away at the start, or has a schema that this release cannot work with, the worker takes no work and
-waits. It continues as soon as a later check succeeds.
+When the database is unavailable at the start, or has a schema that this release cannot work with, the worker takes no
+work and waits. It continues as soon as a later check succeeds.
 """
 
 import logging

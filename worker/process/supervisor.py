@@ -13,7 +13,7 @@ from pathlib import Path
 from worker.exit_codes import describe_exit
 from worker.settings import Settings, environment_name
 
-# The process that supervises a worker; the worker ends when that process is gone.
+# The process that supervises a worker; the worker ends when that process has ended.
 PARENT_VARIABLE = "TWEETSCORE_PARENT"
 # A child that outlives its own grace period by this much is killed.
 KILL_AFTER_SECONDS = 5.0
@@ -119,8 +119,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
 def limit_spin_waiting() -> None:
     """Limit how long OpenMP threads spin. Call this in a worker process before torch is loaded.
 
-    OpenMP threads spin for milliseconds while they wait for each other. Beside another busy process, such as a scoring
-    worker, that halves the speed of training. Without one, the lower limit costs about a tenth.
+    OpenMP threads spin for milliseconds while they wait for each other. Next to another busy process, such as a scoring
+    worker, this halves the speed of training. Without one, the lower limit costs about a tenth.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -104,7 +104,7 @@ class RequestThread:
         request = read_request(raw)
         if request is not None:
             try:
-                self._store(request)
+                self._save_job(request)
             except Exception as error:
                 if _is_transient(error):
                     raise
@@ -115,7 +115,7 @@ class RequestThread:
         if request is not None and request.is_training_request:
             self._wake()
 
-    def _store(self, request: Request) -> None:
+    def _save_job(self, request: Request) -> None:
         """Write the request to SQL before Celery receives the message."""
         if request.task == CANCEL:
             cancel(self._database, request.arguments.get("job_id"), request.arguments.get("request_id"))

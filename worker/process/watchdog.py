@@ -51,7 +51,7 @@ class StallDetector:
         """Return why the pipeline counts as stalled, or None.
 
         `alive_at` is the time of its last commit or other progress (`time.monotonic`). `depth` returns None while the
-        broker is away.
+        broker is unavailable.
         """
         if not holding:
             self._alive_at = None

@@ -22,7 +22,12 @@ from worker.connections import open_guarded, open_stream, stream_url, training_c
 from worker.errors import StreamError
 from worker.exit_codes import POLLER_DIED_EXIT, STALLED_EXIT
 from worker.intake.request_queue import RequestQueue
-from worker.maintenance.schedule import MaintenanceTask, MaintenanceThread, scoring_maintenance, training_maintenance
+from worker.maintenance.maintenance_thread import (
+    MaintenanceTask,
+    MaintenanceThread,
+    scoring_maintenance,
+    training_maintenance,
+)
 from worker.process.heartbeat import Heartbeat
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.process.schema_gate import DatabaseGate
@@ -151,7 +156,7 @@ class WorkerProcess:
         return (STALLED_EXIT, reason) if reason else None
 
     def maintenance_tasks(self) -> list[MaintenanceTask]:
-        """Periodic cleanup that runs beside the work."""
+        """Periodic cleanup that runs in another thread during the work."""
         return []
 
     def has_work(self) -> bool:
@@ -171,7 +176,7 @@ class WorkerProcess:
         parent = os.environ.get(PARENT_VARIABLE)
         while not self.stopping.is_set():
             if parent and os.getppid() != int(parent):
-                log.warning("the process that started this worker is gone; ending")
+                log.warning("the process that started this worker has ended; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             try:
@@ -238,7 +243,7 @@ class ScoringWorker(WorkerProcess):
     def has_work(self) -> bool:
         self.stream.ensure_group()
         self.stream.detect_vanished()  # the pipeline does this only while it reads
-        # Without a champion nothing can be scored. Asking for it logs that once, and loads a new champion early.
+        # Nothing can be scored without a champion. `current` logs that once, and starts to load a new champion early.
         if self.champion.current() is None:
             self.stopping.wait(self.settings.watch_seconds)
             return False
@@ -264,7 +269,7 @@ class TrainingWorker(WorkerProcess):
     def __init__(
         self, settings: Settings, nudge: Callable[[], None], request_queue: RequestQueue | None = None
     ) -> None:
-        """`request_queue` holds Celery messages that ask for training; None to serve only jobs in SQL."""
+        """`request_queue` holds Celery messages that request training; None to run only jobs in SQL."""
         super().__init__(settings, nudge)
         # Imported here: a scoring worker needs neither plots nor TensorBoard, and starts faster without them.
         from training.jobs.run import run_next_job
@@ -273,7 +278,7 @@ class TrainingWorker(WorkerProcess):
 
         self._run_next_job = run_next_job
         self.owner = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        self.workshop = training_context(settings, self.claim())
+        self.context = training_context(settings, self.claim())
         self.requests = (
             RequestThread(
                 settings, self.database, self.gate, request_queue, make_app(settings), self.owner, self._nudge_or_run,
@@ -292,13 +297,13 @@ class TrainingWorker(WorkerProcess):
         done = 0
         while (
             not self.stopping.is_set()
-            and self._run_next_job(self.database, self.workshop, self.owner, self.stopping) is not None
+            and self._run_next_job(self.database, self.context, self.owner, self.stopping) is not None
         ):
             done += 1
         return done
 
     def maintenance_tasks(self) -> list[MaintenanceTask]:
-        return training_maintenance(self.database, self.workshop, self.settings.checkpoint_days, self.stopping)
+        return training_maintenance(self.database, self.context, self.settings.checkpoint_days, self.stopping)
 
     def has_work(self) -> bool:
         with self.database.read() as session:

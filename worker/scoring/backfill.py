@@ -70,6 +70,6 @@ def _busy(depth: Callable[[], Depth | None]) -> bool:
     try:
         found = depth()
     except StreamError as error:
-        log.warning("the stream does not answer, the backfill goes on: %s", error)
+        log.warning("the stream does not answer, the backfill continues: %s", error)
         return False
     return found is not None and not found.idle

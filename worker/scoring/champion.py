@@ -16,8 +16,8 @@ from worker.scoring.scoring_model import ScoringModel, Serving, UpgradableModel,
 
 log = logging.getLogger(__name__)
 
-# Pauses after a model could not be loaded: they double up to the longest. A store that is away is always asked again
-# after the first.
+# Pauses after a model could not be loaded: they double up to the longest. When a store was unavailable, the pause is
+# always the first one.
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -32,8 +32,8 @@ class Loading:
 
 
 class Champion:
-    """The champion of a database. When the alias moves, the new model is loaded and warmed up beside the old one, which
-    scores until the new one is ready."""
+    """The champion of a database. When the alias moves, the old model keeps scoring while the new one is loaded and
+    warmed up."""
 
     def __init__(self, database: Database, serving: Serving) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class Champion:
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> ScoringModel | None:
-        """The model to score the next window with; None while there is none, which is logged once.
+        """The model to score the next window with; None without a champion, which is logged once.
 
         Blocks only while no model can serve. A failure to load is logged, never raised.
         """
@@ -101,8 +101,8 @@ class Champion:
         except Exception as error:
             # Any error may be temporary: memory that is short, a disk or a mount that fails.
             pause = self._begin_pause(error, loading)
-            effect = f"model {self.version_id} goes on scoring" if self._active else "tweets wait in the stream"
-            # Only the text: the traceback refers to the caller's model and would keep its memory.
+            effect = f"model {self.version_id} keeps scoring" if self._active else "tweets wait in the stream"
+            # Log only the text: the traceback refers to the caller's model and would keep its memory.
             log.error(
                 "the champion, model %d, cannot be loaded, %s; trying again in %.0f s (%s: %s)",
                 loading.version_id, effect, pause, type(error).__name__, first_line(error),
@@ -112,7 +112,7 @@ class Champion:
 
     def _begin_pause(self, error: Exception, loading: Loading) -> float:
         """Start the pause after a failure; returns its seconds."""
-        # A store that is away says nothing about the model, and asking again is cheap.
+        # An unavailable store is not a fault of the model, and trying again is cheap.
         longest = FIRST_PAUSE_SECONDS if isinstance(error, StoreUnavailable) else LONGEST_PAUSE_SECONDS
         return self._pause.begin(loading.assignment, FIRST_PAUSE_SECONDS, longest)
 
@@ -127,5 +127,5 @@ class Champion:
 
 
 def _preload() -> None:
-    """Import what takes more than a second of loading the first model, while there is none to load."""
+    """Import modules that the first model needs: this takes more than a second, and there is no model to load yet."""
     import transformers.models.bert.modeling_bert  # noqa: F401

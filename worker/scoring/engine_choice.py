@@ -34,7 +34,7 @@ class Choice:
 
 
 def engines_folder(artifact: Path) -> Path:
-    """The folder beside the artifact, whose own files never change."""
+    """The folder of an artifact's engines. It is separate because the files of an artifact never change."""
     return artifact.with_name(f"{artifact.name}.engines")
 
 
@@ -53,7 +53,7 @@ def read_choice(folder: Path) -> Choice | None:
 
 
 def saved_choices(artifact: Path, fallback: Path) -> list[Choice]:
-    """The choices of every machine that served this artifact from here."""
+    """The saved choices for an artifact, one for each kind of machine that served it from this store."""
     folders = (engines_folder(artifact), fallback_folder(artifact, fallback))
     found = [read_choice(path) for folder in folders for path in sorted(folder.glob("[!.]*"))]
     return [choice for choice in found if choice is not None]

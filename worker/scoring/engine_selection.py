@@ -84,7 +84,7 @@ def choice_folders(artifact: Path, sha256: str, device: torch.device, wanted: st
 
 
 def trial_memory(weights: int) -> float:
-    """Bytes that a trial of all engines takes beside the model that serves; `weights` are the bytes of its weights."""
+    """Bytes that a trial of all engines needs in addition to the serving model, whose weights have `weights` bytes."""
     return TRIAL_MEMORY[0] * weights + TRIAL_MEMORY[1]
 
 
@@ -162,8 +162,8 @@ def _time_engines(
 ) -> tuple[dict[str, Engine], list[Trial]]:
     """The engines that can run, and a trial of each name with its median tweets a second.
 
-    The engines alternate, so that other load of the machine, scoring above all, affects all alike. The best round would
-    pick another engine each time, by luck.
+    The engines alternate, so that other load of the machine, mainly scoring, affects all of them equally. The median is
+    used because the best round varies by chance.
     """
     engines: dict[str, Engine] = {}
     errors: dict[str, str] = {}

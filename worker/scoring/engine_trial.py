@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 FAILED = 1  # exit code of a child whose last line of output is the reason
-# Pauses between two looks: for a choice that another process saved, and for free memory.
+# Polling intervals: for a choice that another process saved, and for free memory.
 POLL_SECONDS = 1.0
 MEMORY_SECONDS = 60.0
 CHILD_POLL_SECONDS = 0.2
@@ -134,7 +134,7 @@ class EngineTrial:
     # --- the choice saved by this worker's child or another's
 
     def _new_choice(self) -> int | None:
-        """The modification time of the newest saved choice; None without one, and when it was found unusable."""
+        """The modification time of the newest saved choice; None when there is none or it was found unusable."""
         paths = [Path(folder) / CHOICE for folder in self._request.folders]
         newest = max((path.stat().st_mtime_ns for path in paths if path.is_file()), default=None)
         return None if newest == self._unusable else newest
@@ -164,8 +164,8 @@ class EngineTrial:
 
     @contextmanager
     def _machine_lock(self) -> Iterator[int | None]:
-        """The descriptor of the machine's lock, None while another process has it. The lock is free when the last
-        process that inherited the descriptor has ended."""
+        """Yield the descriptor of the machine's lock; None while another process holds it. The lock is released when
+        the last process that inherited the descriptor ends."""
         if self._lock_folder is None:
             yield -1
             return

@@ -1,4 +1,4 @@
-"""Engines: each runs one model on a device, from padded token ids to logits. No texts, labels or tweets here.
+"""Engines: each runs one model on a device, from padded token ids to logits. They handle no texts.
 
 An engine serves only after it agreed with float32 torch: see `engine_selection.py`.
 """
@@ -55,7 +55,7 @@ def openvino() -> Any:
 
     Raises `EngineUnavailable` where it is not installed.
     """
-    # OpenVINO and NNCF report their use to their maker unless this package is missing. Nothing here phones home.
+    # OpenVINO and NNCF send usage data to their vendor unless this package is missing.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino as package
@@ -180,7 +180,7 @@ class EngineBuilder:
         logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's `set_log_level` would silence all handlers
         ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
         mode = nncf.CompressWeightsMode.INT8_ASYM
-        with redirect_stdout(io.StringIO()):  # a progress bar and tables without an off switch
+        with redirect_stdout(io.StringIO()):  # its progress bar and tables cannot be turned off
             return nncf.compress_weights(self._converted.clone(), mode=mode, ignored_scope=ignored)
 
     @cached_property

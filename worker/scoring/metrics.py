@@ -11,9 +11,9 @@ windows = Counter("tweetscore_windows", "windows committed")
 tweets = Counter("tweetscore_tweets", "tweets scored and committed")
 buried = Counter("tweetscore_buried", "records put into dead_letters")
 tokens = Counter("tweetscore_tokens", "tokens of the texts scored")
-padded_tokens = Counter("tweetscore_padded_tokens", "tokens the device saw, padding included")
-padding = Gauge("tweetscore_padding_ratio", "padded tokens over tokens of the last window, 1 is none")
-stages = Histogram("tweetscore_stage_seconds", "seconds a window spent in a stage", ["stage"], buckets=BUCKETS)
+padded_tokens = Counter("tweetscore_padded_tokens", "tokens that the device processed, padding included")
+padding = Gauge("tweetscore_padding_ratio", "padded tokens over tokens of the last window; 1: no padding")
+stages = Histogram("tweetscore_stage_seconds", "seconds of a window in a stage", ["stage"], buckets=BUCKETS)
 for stage in STAGES:
     stages.labels(stage)  # exported from the start, so that rates can be computed
 

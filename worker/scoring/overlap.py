@@ -1,4 +1,4 @@
-"""Overlap the steps of consecutive windows: each step has its own threads. What the steps do is not known here."""
+"""Overlap the steps of consecutive windows: each step has its own threads."""
 
 from collections import deque
 from collections.abc import Callable

@@ -82,8 +82,9 @@ class Pipeline:
     def drain(self) -> int:
         """Score until the stream has been empty for `linger_seconds`. Returns the number of tweets scored.
 
-        Windows take what is there at once; they grow while the device is busy. Without a champion, or with a schema of
-        another release, nothing is read. Raises what prevents scoring; the records stay pending.
+        A window takes the records that are there, without waiting for more. Windows grow while the device is busy.
+        Without a champion, or with a schema of another release, nothing is read. Raises the error that prevents
+        scoring; the records then stay pending.
         """
         scored, more = 0, True
         self.stream.ensure_group()
@@ -139,7 +140,7 @@ class Pipeline:
     # --- the steps, in order
 
     def read(self, count: int, block_ms: int) -> list[Record]:
-        """Records that a dead worker left come before new ones."""
+        """Return records that another worker stopped renewing, if there are any; else read new ones."""
         now = time.monotonic()
         if now - self._claimed_at >= self.limits.min_idle_seconds / 3:
             records = self.stream.claim_idle(round(1000 * self.limits.min_idle_seconds), count)
@@ -187,7 +188,7 @@ class Pipeline:
         return len(window.tweets)
 
     def commit(self, window: Window) -> None:
-        """Everything of a window in one transaction; while the database is away, keep the window and retry."""
+        """Write a window in one transaction. While the database is unavailable, keep the window and retry."""
         assert window.scores is not None  # noqa: S101 - the steps run in order
         pause = 0.1
         while True:
@@ -203,7 +204,7 @@ class Pipeline:
                     failpoint.passing("stored", window.texts)
                 return
             except (OperationalError, InterfaceError, InternalError) as error:
-                self.alive_at = time.monotonic()  # waiting for a database that is away is not a hang
+                self.alive_at = time.monotonic()  # waiting for the database is not a hang
                 if self.stopping.wait(pause):
                     raise
                 log.warning("the database does not answer, trying again in %.1f s: %s", pause, error.orig)
@@ -220,9 +221,9 @@ class Pipeline:
         return sum(self.score_alone(record, window.model, reason) for record in window.records)
 
     def score_alone(self, record: Record, model: ScoringModel, reason: str) -> int:
-        """One record through all steps; bury it, with the reason, after three failed attempts.
+        """Run one record through all steps. After three failed attempts it becomes a dead letter with the reason.
 
-        An attempt is counted before it starts, so that a record that kills the process is buried on the fourth.
+        An attempt is counted before it starts, so that a record that kills the process is buried at the fourth.
         """
         while not self.stopping.is_set():
             window = Window([record], model)
@@ -251,7 +252,7 @@ class Pipeline:
         if database_failed or isinstance(error, StreamError | SchemaMismatch):
             raise error
         if not window.tweets or not isinstance(error, Exception):
-            raise error  # nothing was scored, or the process is told to end
+            raise error  # nothing was scored, or the process is being stopped
         window.model.score([PROBE])
         log.warning("a window of %d records failed (%s); scoring each alone", len(window.records), type(error).__name__)
 

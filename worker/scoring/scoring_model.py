@@ -1,4 +1,4 @@
-"""A model version that scores texts on its engine, and how it is loaded. No stream and no tweets here.
+"""A model version that scores texts on its engine, and how it is loaded. Independent of the stream.
 
 A model serves as soon as it is loaded: on its saved engine, or on float32 torch until a trial in the background has
 found a faster one.

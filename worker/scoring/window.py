@@ -1,4 +1,4 @@
-"""A window: records read together, the tweets parsed from them, and the rows they become. No server is used here."""
+"""A window: records read together, the tweets parsed from them, and the rows they become. Uses no server."""
 
 import logging
 import time

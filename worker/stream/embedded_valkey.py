@@ -4,7 +4,7 @@ The server listens only on a Unix socket that its user can open, and keeps an ap
 home. The owner lock is held by the process that owns the server, and is released when that process ends. The server
 lock is held by the server itself through an inherited descriptor: while it runs, no second server can start on the same
 files, even when the owner was killed. The next process that needs a server adopts such an orphan. The owner restarts a
-server that ends, see `keeper`; other processes wait for the restart while the owner lives.
+server that ends, see `server_supervisor`; other processes wait for the restart while the owner lives.
 """
 
 import fcntl
@@ -129,7 +129,8 @@ def _owner_lock(home: Path) -> Path:
 def wait_for_server(home: Path, notify: Callable[[str], None] = log.warning) -> Server | None:
     """Wait for the server that another process owns, while it loads or is restarted.
 
-    Returns None as soon as no process owns it. Raises `ServerFailed` when it is away for longer than a restart takes.
+    Returns None as soon as no process owns it. Raises `ServerFailed` when it does not answer for longer than a restart
+    takes.
     """
     notified = ""
 
@@ -214,7 +215,7 @@ def owned(
 
 
 def _acquire(lock: int) -> bool:
-    """Acquire the owner lock; False when an owner holds it. A process that only checks for an owner is waited for."""
+    """Acquire the owner lock; False when an owner holds it. Waits for a process that only checks for an owner."""
     while not try_lock(lock):
         if not try_lock(lock, fcntl.LOCK_SH):
             return False

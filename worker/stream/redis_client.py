@@ -10,13 +10,13 @@ from redis.retry import Retry
 
 from worker.errors import StreamAway, StreamDenied, StreamError, StreamFull
 
-# After this a silent server counts as gone, so blocking commands must return earlier.
+# A server that is silent for this long counts as unavailable, so blocking commands must return earlier.
 CLIENT_TIMEOUT_SECONDS = 15
 FULL = "the stream's server has reached its maxmemory; start scoring workers or raise it"
 
 
 def connect(url: str) -> "redis.Redis":
-    """A client that retries for a few seconds while the server is away, and detects a dead connection.
+    """A client that retries for a few seconds while the server is unavailable, and detects a dead connection.
 
     Raises `StreamError` when `url` is not the URL of a Redis server.
     """

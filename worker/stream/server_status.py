@@ -33,7 +33,7 @@ class Loading:
 
 
 def connect_socket(socket: Path, timeout: float = TIMEOUT_SECONDS) -> "redis.Redis":
-    """A client that does not retry: redis-py would otherwise wait seconds for a server that is gone.
+    """A client that does not retry: redis-py would otherwise wait seconds for a server that has ended.
 
     It sends no CLIENT SETINFO: a loading server answers one message per chunk it loads, and a chunk may take long.
     """

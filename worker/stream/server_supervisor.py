@@ -1,6 +1,6 @@
 """Supervise the embedded server's process: start or adopt it, restart it when it ends, stop it.
 
-Used only by the process that owns the server; `embedded` takes care of that. A thread notices when the server ends and
+Used only by the process that owns the server, see `embedded_valkey`. A thread notices when the server ends and
 restarts it on the same files, after a pause that doubles while the server ends soon after its start.
 """
 

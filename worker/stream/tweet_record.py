@@ -1,6 +1,6 @@
 """Validate tweets, read and write the wire format, and store a record's fields in a dead letter.
 
-Knows flat objects only; `tweet_file` and `x_api` produce them.
+Handles flat objects only; `tweet_file` and `x_api` produce them.
 """
 
 import base64
@@ -137,7 +137,7 @@ def _kind(value: Any) -> str:
 
 
 def pack_fields(fields: dict[bytes, bytes]) -> list[Any] | None:
-    """The fields that a dead letter stores beside its payload: see `DeadLetter`."""
+    """The fields that a dead letter stores in addition to its payload: see `DeadLetter`."""
     if list(fields) == [FIELD]:
         return None
     return [[_pack(name), None if name == FIELD else _pack(value)] for name, value in fields.items()]

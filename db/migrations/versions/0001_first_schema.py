@@ -78,7 +78,7 @@ def training_job_request() -> list[Column]:
         optional(
             "lease_owner",
             sa.Text(),
-            "Name of the worker that claimed the job last. NULL when the lease was given back.",
+            "Name of the worker that claimed the job last. NULL when the lease was released.",
         ),
         optional(
             "lease_expires_at",
@@ -91,14 +91,16 @@ def training_job_request() -> list[Column]:
             "Number of claims so far. Only the worker with the newest token may write the job.",
         ),
         required(
-            "attempts", sa.Integer(), "Number of starts that count against the limit. Interrupted starts are taken off."
+            "attempts",
+            sa.Integer(),
+            "Number of starts that count against the limit. Interrupted starts are subtracted.",
         ),
     ]
 
 
 def training_job_progress() -> list[Column]:
     return [
-        required("cancel_requested", sa.Boolean(), "True once a user has asked to cancel the job."),
+        required("cancel_requested", sa.Boolean(), "True once a user has requested cancellation."),
         required("step", sa.Integer(), "Optimizer steps done."),
         optional("total_steps", sa.Integer(), "Optimizer steps in all. NULL before the first step."),
         optional("loss", sa.Double(), "Training loss of a recent step. NULL before the first one."),
@@ -345,7 +347,7 @@ def create_test_metrics() -> None:
         required(
             "metric",
             sa.Text(),
-            "Name of the metric. _low and _high end a 95 % interval; tfidf_ and majority_ begin a baseline's.",
+            "Name of the metric. _low and _high: ends of its 95 % interval. tfidf_ and majority_: of a baseline.",
         ),
         required("label", sa.Text(), "The label that was measured. Empty for the whole test split."),
         required("value", sa.Double(), "The value, in the unit of the metric; most are 0 to 1."),
@@ -556,7 +558,7 @@ VIEW_COLUMN_COMMENTS = {
         "step": "Optimizer steps done.",
         "total_steps": "Optimizer steps in all. NULL before the first step.",
         "loss": "Training loss of a recent step. NULL before the first one.",
-        "attempts": "Number of starts that count against the limit. Interrupted starts are taken off.",
+        "attempts": "Number of starts that count against the limit. Interrupted starts are subtracted.",
         "submitted_at": "Time at which the job was submitted, UTC.",
         "started_at": "Time of the first start, UTC. NULL before it, and after a retry until the next start.",
         "finished_at": "Time at which the job succeeded, failed or was cancelled, UTC. NULL until then.",

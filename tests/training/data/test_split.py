@@ -234,5 +234,5 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     assert "no text is in two parts" not in card
     output.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
-    assert "kept as the guide keeps them" in said
+    assert "kept as in the guide" in said
     assert f"{leaked['test']} test rows have a text that is also in the training rows" in said

@@ -239,7 +239,7 @@ def test_a_job_is_submitted_from_a_url(sqlite: Database, settings: Settings, lab
     assert Path(job.dataset).parent == input_store(settings).folder
     assert Path(job.dataset).name.endswith(".csv.gz")
     assert len(read_rows(Path(job.dataset)).texts) == 60
-    with pytest.raises(BadSource, match="is it there"):
+    with pytest.raises(BadSource, match="check that it exists"):
         submit_training(settings, sqlite, f"file://{packed.parent}/none.csv")
     with (
         pytest.raises(BadDataset, match="outside the folders"),  # a name that came in a message

@@ -24,7 +24,7 @@ from tests.support.s3 import S3, s3_server
 from tests.support.training_jobs import NEVER, count, job_of, left_in, running, shorten, submit
 from tests.support.world import on_postgresql
 from training.jobs.context import TrainingContext
-from training.jobs.inputs import store_dataset
+from training.jobs.inputs import save_dataset
 from training.jobs.run import run_next_job
 from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
 from training.model.artifact import load_artifact
@@ -197,7 +197,7 @@ def test_a_start_is_not_excused_from_a_count_that_began_anew(database: Database)
         jobs.retry(session, job_id)
     second = claim(database)
     with database.begin() as session:
-        assert not jobs.excuse(session, job_id, first.fencing_token, first.started_at)
+        assert not jobs.uncount_start(session, job_id, first.fencing_token, first.started_at)
     assert (second.attempts, job_of(database, job_id).attempts) == (1, 1)
 
 
@@ -341,7 +341,7 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
     context = replace(context, input_store=inputs, max_attempts=2)
     waits = submit(sqlite, Path("x"), file_sha256(labelled_csv), **base)
     with sqlite.begin() as session:
-        jobs.get(session, waits).dataset = store_dataset(inputs, labelled_csv)
+        jobs.get(session, waits).dataset = save_dataset(inputs, labelled_csv)
     other = submit(sqlite, labelled_csv, **base)
     fragile.kill()
     pauses = []
@@ -359,7 +359,7 @@ def test_more_outages_of_a_store_than_a_job_has_starts_do_not_fail_it_and_other_
     assert job_of(sqlite, other).state == "succeeded"
     assert 35 < pauses[-1] <= 40, "the pause doubles: 5, 10, 20, 40 s"
     fragile.start()
-    store_dataset(inputs, labelled_csv)
+    save_dataset(inputs, labelled_csv)
     assert run_next_job(sqlite, context, "here", NEVER) == waits
     job = job_of(sqlite, waits)
     assert (job.state, job.error, job.attempts) == ("succeeded", None, 1)

@@ -21,7 +21,7 @@ from tests.support.bench import Bench
 from tests.support.s3 import S3, s3_server
 from tests.support.training_jobs import NEVER, count, job_of, left_in, running, shorten
 from training.errors import BadArtifact, ModelUnavailable, StoreUnavailable
-from training.jobs.inputs import fetched_base_model, store_base_model
+from training.jobs.inputs import fetched_base_model, save_base_model
 from training.jobs.run import run_next_job
 from training.store.cache import Cache
 from training.store.paths import file_sha256
@@ -225,7 +225,7 @@ def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
     machine: Callable[[str], Settings], tiny_encoder: Path
 ) -> None:
     inputs = input_store(machine("home"))
-    name = store_base_model(inputs, tiny_encoder)
+    name = save_base_model(inputs, tiny_encoder)
     with pytest.raises(BadArtifact, match="a checkpoint"), fetched_base_model(name, None, inputs, []):
         raise BadArtifact("a checkpoint is damaged")
     with (

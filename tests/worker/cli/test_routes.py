@@ -139,7 +139,7 @@ def test_a_trained_and_promoted_model_scores_the_tweets_that_waited_for_it(
     def tried() -> bool:
         nonlocal shown
         shown = tweetscore("models", "show", str(champion)).stdout
-        return "no engine was tried out here yet" not in shown
+        return "no engine was tried on this machine yet" not in shown
 
     wait_until(tried)
     assert re.search(r"serves: .* of 6 validation labels as float32", " ".join(shown.split()))
@@ -183,7 +183,7 @@ def test_a_running_job_is_cancelled_within_a_few_steps(
             return jobs.get(session, job_id).step
 
     wait_until(lambda: step() > 0)
-    assert "asked to stop" in tweetscore("jobs", "cancel", str(job_id)).stdout
+    assert "is running, stopping" in tweetscore("jobs", "cancel", str(job_id)).stdout
     job = finished(up.database, job_id)
     assert job.state == "cancelled"
     assert job.step < job.total_steps
@@ -210,7 +210,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleName
     assert {epoch.epoch: epoch.valid_loss for epoch in done() if epoch.epoch in before} == pytest.approx(
         before, abs=1e-4
     )
-    assert f"job {job_id}: goes on from step" in (up.home / "logs" / "train.log").read_text()
+    assert f"job {job_id}: resumes from step" in (up.home / "logs" / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("champion")
@@ -256,7 +256,7 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     checks = json.loads(tweetscore("doctor", "--json").stdout)
     assert all(check["ok"] for check in checks), checks
     (engine,) = [choice["engine"] for choice in shown["engines"]]
-    (champion,) = [check["says"] for check in checks if check["name"] == "champion"]
+    (champion,) = [check["finding"] for check in checks if check["name"] == "champion"]
     assert engine in champion
     assert "tokens per forward pass" in champion
 

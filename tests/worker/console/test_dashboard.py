@@ -186,4 +186,4 @@ def test_another_database_is_refused_in_words(settings: Settings) -> None:
 def test_a_port_that_is_taken_is_refused_in_words(tweetscore: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = tweetscore("dashboard", "--port", str(taken.getsockname()[1]))
-    assert (ended.returncode, "take another --port" in ended.stderr) == (2, True)
+    assert (ended.returncode, "choose another --port" in ended.stderr) == (2, True)

@@ -264,7 +264,7 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     assert found_in(settings.home) == []
     database.close()
     refused = tweetscore("delete")
-    assert (refused.returncode, "nothing is named" in refused.stderr) == (2, True)
+    assert (refused.returncode, "nothing is selected" in refused.stderr) == (2, True)
 
 
 def found_in(home: Path) -> list[str]:

@@ -167,6 +167,9 @@ class Running:
         }
         lines = "".join(wire(i, f"今日は嬉しい{i}").decode() + "\n" for i in range(300))
         self.pushed = deployment.run("tweetscore", "push", "-", stdin=lines, **publisher)
+        with self.connect("reader") as reader:
+            count = "SELECT count(*) FROM v_predictions_current"
+            wait_until(lambda: reader.execute(count).fetchone() == (300,))
 
     def ask(self, sql: str) -> list[dict[str, Any]]:
         done = self.deployment.run("tweetscore", "query", sql, "--json")
@@ -199,7 +202,7 @@ def test_tweets_pushed_by_the_producer_are_scored_and_read_by_the_reader(running
     for done in (*running.migrated, running.trained, running.promoted, running.pushed):
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(running.trained.stdout)["state"] == "succeeded"
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
+    assert running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}]
     assert running.ask("SELECT current_user AS me") == [{"me": "tweetscore_reader"}]
     [once] = running.ask("SELECT count(*) AS n, sum(tweets) AS tweets FROM scoring_windows")
     assert once["tweets"] == 300
@@ -289,7 +292,6 @@ SAMPLE_RANGE = "BETWEEN now() - interval '1 day' AND now() + interval '1 day'"
 @pytest.mark.slow
 @pytest.mark.parametrize(("title", "target"), [t for t in TARGETS if "rawSql" in t[1]])
 def test_every_question_of_the_dashboard_has_an_answer(running: Running, title: str, target: dict[str, Any]) -> None:
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     sql = re.sub(r"\$__timeFilter\((\w+)\)", rf"\1 {SAMPLE_RANGE}", target["rawSql"])
     assert "$__" not in sql
     with running.connect("reader") as reader:
@@ -338,7 +340,6 @@ def test_prometheus_finds_every_worker_and_all_that_is_asked_of_it(running: Runn
 
 @pytest.mark.slow
 def test_the_workers_role_deletes_tweets_and_rewrites_their_files_or_says_that_it_may_not(running: Running) -> None:
-    wait_until(lambda: running.ask("SELECT count(*) AS n FROM v_predictions_current") == [{"n": 300}], every=1)
     delete = ("tweetscore", "delete", "--json", "--tweet-id")
     with running.connect("owner") as owner:
         may = owner.info.server_version >= 170_000

@@ -97,7 +97,7 @@ def test_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_until_it_is_m
     assert lite.scored() == {"before": old, "after": old, "and on": old}
     faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(faults) == 1
-    assert f"model {new}, cannot be loaded, model {old} goes on scoring" in faults[0]
+    assert f"model {new}, cannot be loaded, model {old} keeps scoring" in faults[0]
     shutil.copytree(lite.tiny.folder, folder)
     with lite.database.begin() as session:
         registry.assign(session, registry.CHAMPION, new)
@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_read_is_tried_again_with_growing_pauses_and_serv
     with pytest.raises(OSError, match="Input/output error"):
         sums.read_bytes()
     new = register(lite, folder)
-    told = f"the champion, model {new}, cannot be loaded, model {old} goes on scoring; trying again in "
+    told = f"the champion, model {new}, cannot be loaded, model {old} keeps scoring; trying again in "
 
     def faults() -> list[str]:
         said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
@@ -211,4 +211,4 @@ def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_scoring_and_is_t
     lite.stream.publish([wire("after")])
     assert worker.drain() == 1
     assert lite.scored() == {"before": old, "meanwhile": old, "after": new}
-    assert caplog.text.count(f"model {new}, cannot be loaded, model {old} goes on scoring") == 2
+    assert caplog.text.count(f"model {new}, cannot be loaded, model {old} keeps scoring") == 2

@@ -1,4 +1,4 @@
-"""Periodic maintenance in a background thread: retention, old windows, rollup rows, checkpoints and orphaned artifacts.
+"""Periodic maintenance in a background thread: old tweets and windows, rollup rows, checkpoints, orphaned artifacts.
 
 Every task deletes in chunks, can be interrupted and repeated, and is safe to run in several workers. The SQL tasks run
 in one worker at a time: of all workers on PostgreSQL, of this home on SQLite.
@@ -32,7 +32,7 @@ from worker.settings import Settings
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 3600.0
-# After a failure, and while another worker holds the lock, since that worker may end before it is done.
+# Interval after a failure, and while another worker holds the lock: that worker may end before it is done.
 RETRY_SECONDS = 60.0
 # Rows deleted in one transaction. It holds SQLite's write lock, which scoring workers wait for.
 CHUNK_ROWS = 500
@@ -100,24 +100,24 @@ def scoring_maintenance(database: Database, settings: Settings, stopping: thread
 
 
 def training_maintenance(
-    database: Database, workshop: TrainingContext, days: float, stopping: threading.Event
+    database: Database, context: TrainingContext, days: float, stopping: threading.Event
 ) -> list[MaintenanceTask]:
     """Tasks of training workers: delete checkpoints that no job needs, those of failed jobs after `days`, and artifacts
     that were never registered."""
 
     def clear_checkpoints() -> bool:
-        remove_expired_checkpoints(database, workshop.jobs_folder, workshop.checkpoint_store, days, stopping)
+        remove_expired_checkpoints(database, context.jobs_folder, context.checkpoint_store, days, stopping)
         return True
 
     def clear_artifacts() -> bool:
-        remove_unregistered_artifacts(database, workshop.model_store)
+        remove_unregistered_artifacts(database, context.model_store)
         return True
 
     return [clear_checkpoints, clear_artifacts]
 
 
 def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> DeletedCounts:
-    """Delete tweets and dead letters that were received more than `days` days ago, whatever their creation time."""
+    """Delete tweets and dead letters that were received more than `days` days ago, whenever they were written."""
     before = utc_now() - timedelta(days=days)
     tweets = _in_chunks(begin, partial(upkeep.delete_received_before, before=before), stopping)
     letters = _in_chunks(begin, partial(upkeep.delete_buried_before, before=before), stopping)
@@ -150,7 +150,7 @@ def maintenance_lock(database: Database, folder: Path) -> Iterator[Begin | None]
     The lock is released when its process ends.
     """
     if database.engine.dialect.name == "sqlite":
-        with _locked(folder / "housekeeping.lock") as acquired:
+        with _locked(folder / "maintenance.lock") as acquired:
             yield database.begin if acquired else None
         return
     with database.engine.connect() as connection:
