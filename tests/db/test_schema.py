@@ -146,6 +146,7 @@ def test_processes_that_start_together_migrate_one_database(database_url: str) -
     assert [(out.strip(), err) for out, err in ended] == [(b"True", b"")] * 3
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 def test_alembic_command_goes_down_to_nothing_and_up_again(database_url: str) -> None:
     up = alembic(database_url, "upgrade", "head")
     assert up.returncode == 0, up.stderr

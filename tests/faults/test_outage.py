@@ -35,6 +35,7 @@ def fill(client: redis.Redis) -> None:
         client.rpush("filler", "x" * 1_000)
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_trimming_go_on(own: World) -> None:
     said: list[str] = []

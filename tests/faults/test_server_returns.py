@@ -262,6 +262,7 @@ def _own_until(home: Path, say: Callable[[str], None], ends: threading.Event) ->
         ends.wait()
 
 
+@pytest.mark.slow
 def test_up_says_how_far_its_server_has_loaded_and_can_be_ended_meanwhile(home: Path, tmp_path: Path) -> None:
     filled(home, 60_000)
     with (tmp_path / "said").open("wb") as output, subprocess.Popen(

@@ -4,6 +4,7 @@ Tests 02, 03 and 23 kill workers at the points that are not walked here. The ord
 """
 
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ def walk(points: Iterable[str]) -> list[Any]:
     """(point, kind of database), the two kinds in turn; all but the ordinary ones are slow."""
     return [
         pytest.param(point, kind, marks=[] if point in ORDINARY else pytest.mark.slow, id=f"{point}-{kind}")
-        for number, point in enumerate(points)
-        for kind in [("sqlite", "postgresql")[number % 2]]
-        if point not in TESTED_ELSEWHERE
+        for point, kind in zip(
+            (point for point in points if point not in TESTED_ELSEWHERE), cycle(("sqlite", "postgresql"))
+        )
     ]
 
 

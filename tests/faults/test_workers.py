@@ -68,6 +68,7 @@ def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(worl
     assert list((world.settings.home / "jobs" / str(job_id)).glob("step-*"))
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_32_a_pickled_message_is_refused_and_the_worker_goes_on(world: World) -> None:
     client = Celery(broker=broker_url(world.url))
@@ -150,6 +151,7 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
     assert own.dead() == []
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> None:
     with embedded_valkey.owned(own.settings.home), own.worker(stall_seconds=1.5) as scorer:

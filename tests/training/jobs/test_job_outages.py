@@ -68,7 +68,7 @@ def is_whole(database: Database, context: TrainingContext, job_id: int) -> bool:
 # --- the database becomes unavailable during a job
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def outage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Database, Callable[[], Any]]]:
@@ -82,6 +82,7 @@ def outage(
         yield database, away
 
 
+@pytest.mark.slow
 def test_more_outages_of_the_database_than_a_job_has_starts_do_not_even_interrupt_it(
     outage: Any,
     context: TrainingContext,
@@ -203,7 +204,7 @@ def test_a_start_is_not_excused_from_a_count_that_began_anew(database: Database)
 # --- an answer is lost
 
 either_is_lost = pytest.mark.parametrize("answer", [True, False], ids=["the answer is lost", "the commit is lost"])
-either_is_lost_one_slowly = pytest.mark.parametrize(
+either_is_lost_commit_slow = pytest.mark.parametrize(
     "answer",
     [
         pytest.param(True, id="the answer is lost"),
@@ -213,7 +214,7 @@ either_is_lost_one_slowly = pytest.mark.parametrize(
 
 
 @on_postgresql
-@either_is_lost_one_slowly
+@either_is_lost_commit_slow
 def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_artifact(
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
     caplog: pytest.LogCaptureFixture,
@@ -231,7 +232,8 @@ def test_a_model_whose_commit_got_no_answer_is_registered_once_and_keeps_its_art
 
 
 @on_postgresql
-@either_is_lost_one_slowly
+@pytest.mark.slow
+@either_is_lost
 def test_an_artifact_nobody_can_tell_of_stays_until_somebody_can(
     through: SimpleNamespace, context: TrainingContext, labelled_csv: Path, base: dict[str, Any], answer: bool,
 ) -> None:  # fmt: skip

@@ -18,6 +18,7 @@ from db.models import ConfusionCell, EpochMetric, ModelVersion, TestPrediction, 
 from db.session import Database
 from tests.conftest import wait_until
 from tests.support.training_jobs import NEVER, count, epoch_seconds, job_of, left_in, running, shorten, submit
+from tests.support.world import on_postgresql
 from training import failpoint
 from training.jobs.context import TrainingContext
 from training.jobs.run import run_next_job
@@ -28,6 +29,7 @@ from training.text.tokenizer import encode
 from worker.cli import output
 
 
+@on_postgresql
 def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
     database: Database, context: TrainingContext, labelled_csv: Path, base: dict[str, Any]
 ) -> None:
@@ -112,19 +114,6 @@ def test_a_job_of_several_labels_a_row_is_registered_and_plain_transformers_give
     assert {s["label"]: s["score"] for s in said} == pytest.approx(
         dict(zip(artifact.spec.labels, ours.tolist(), strict=True)), abs=1e-5
     )
-
-
-def test_the_same_job_twice_has_the_same_validation_losses(
-    sqlite: Database, context: TrainingContext, labelled_csv: Path, base: dict[str, Any]
-) -> None:
-    losses = []
-    for _ in range(2):
-        job_id = submit(sqlite, labelled_csv, **base)
-        run_next_job(sqlite, context, "here", NEVER)
-        with sqlite.begin() as session:
-            losses.append([metric.valid_loss for metric in jobs.epochs(session, job_id)])
-    assert len(losses[0]) == 2
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 BAD_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {

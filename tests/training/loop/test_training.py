@@ -134,6 +134,16 @@ def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tm
     assert left.loss == pytest.approx(kept.valid_loss, abs=1e-5)
 
 
+def test_the_same_run_twice_has_the_same_losses(
+    bench: Callable[..., Bench], tmp_path: Path, unbroken: list[Epoch]
+) -> None:
+    made = bench(**SENSITIVE)
+    again = made.fit(made.model(), tmp_path)
+    for name in ("train_loss", "valid_loss"):
+        losses = [[getattr(epoch, name) for epoch in epochs] for epochs in (unbroken, again)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
 def test_of_epochs_that_few_rows_cannot_tell_apart_the_later_is_kept() -> None:
     assert as_good(0.88, best=0.9, rows=100)  # one standard error is 0.03
     assert not as_good(0.88, best=0.9, rows=1_000)  # 0.0095

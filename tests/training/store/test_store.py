@@ -310,6 +310,7 @@ def test_a_champion_whose_store_is_away_waits_for_it_and_the_old_one_goes_on(
     assert count(lite.database, Prediction) == 0
 
 
+@pytest.mark.slow
 def test_a_trainer_goes_on_without_the_store_of_its_checkpoints(
     fragile: S3, tmp_path: Path, sqlite: Database, labelled_csv: Path, tiny_encoder: Path
 ) -> None:

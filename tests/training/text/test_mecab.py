@@ -26,7 +26,10 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@pytest.fixture(scope="module", params=["wordpiece", "character", "unidic_lite"])
+@pytest.fixture(
+    scope="module",
+    params=["wordpiece", *(pytest.param(name, marks=pytest.mark.slow) for name in ("character", "unidic_lite"))],
+)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The starter's tokenizer: as it is, with characters as subwords, and with unidic-lite."""
     folder = tmp_path_factory.mktemp("tokenizer")
