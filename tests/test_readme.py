@@ -14,23 +14,16 @@ from markdown_it import MarkdownIt
 from typer.main import get_command
 
 import worker
-from tests.faults.test_rows import FAULTS
+from tests.support.faults import FAULTS
+from tests.support.pages import PAGES, section
 from tests.support.paths import ROOT
 from worker.app import make_app
 from worker.cli.main import app
 from worker.settings import Settings, environment_name
 
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
-}
 README = PAGES["README.md"]
 README_BYTES = 12_000
 each_page = pytest.mark.parametrize("page", PAGES)
-
-
-def section(name: str, page: str = "README.md") -> str:
-    return PAGES[page].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
 
 
 def code(page: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from db import schema_page
 from db.models import Base, TrainingJob
 from db.session import Database
 from db.views import VIEWS
-from tests.db.test_predictions import NOON, answer, assign, make_version, prediction_row, tweet_row, write
+from tests.support.rows import NOON, answer, assign, make_version, prediction_row, tweet_row, write
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import event
 
 from db import migrate, predictions
 from db.session import Database, open_database
-from tests.db.test_predictions import assign, make_version, prediction_row, tweet_row
+from tests.support.rows import assign, make_version, prediction_row, tweet_row
 
 WAYS = ("NORMAL", "FULL")
 # Tweets a window -> windows a round.

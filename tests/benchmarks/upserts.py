@@ -18,7 +18,7 @@ from db import migrate, predictions
 from db.models import Base, Prediction, Tweet
 from db.session import open_database
 from tests.benchmarks.bulk import two_databases
-from tests.db.test_predictions import assign, make_version, prediction_row, tweet_row
+from tests.support.rows import assign, make_version, prediction_row, tweet_row
 
 ROWS, ROUNDS = 512, 15
 Rows = Sequence[dict[str, Any]]

@@ -11,7 +11,7 @@ from statistics import median
 from db import migrate
 from db.session import open_database
 from tests.benchmarks.bulk import MILLION, fill, two_databases
-from tests.db.test_predictions import answer, assign, make_version
+from tests.support.rows import answer, assign, make_version
 
 ROUNDS = 5
 QUESTIONS = {

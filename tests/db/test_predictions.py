@@ -3,7 +3,6 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
@@ -11,68 +10,18 @@ from sqlalchemy import func, select, text
 from db import jobs, predictions, registry
 from db.errors import NotFound
 from db.models import DeadLetter, EpochMetric, ModelAlias, ModelVersion, Prediction, Tweet
-from db.readonly import ask
 from db.session import Database
-
-NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
-
-
-def url_of(database: Database) -> str:
-    return database.engine.url.render_as_string(hide_password=False)
-
-
-def tweet_row(tweet_id: str, **values: object) -> dict[str, Any]:
-    optional = dict.fromkeys(("author_id", "lang", "topic", "tweet_created_at"))
-    return {"tweet_id": tweet_id, "text": f"今日は嬉しい{tweet_id}", **optional, "received_at": NOON, **values}
-
-
-def prediction_row(tweet_id: str, model_version_id: int, **values: object) -> dict[str, Any]:
-    row = {"tweet_id": tweet_id, "model_version_id": model_version_id, "label": "positive", "probability": 0.75}
-    return {**row, "score_signed": 0.5, "probabilities": {"positive": 0.75}, "scored_at": NOON, **values}
-
-
-def letter_row(record_id: str, **values: object) -> dict[str, Any]:
-    return {"record_id": record_id, "payload": b"\xff\x00{", "reason": "not JSON", "attempts": 3, "buried_at": NOON} | {
-        **values
-    }
-
-
-def make_version(
-    database: Database, figures: dict[tuple[str, str], float] | None = None, job_id: int | None = None
-) -> int:
-    version = ModelVersion(
-        job_id=job_id, base_model="base", artifact_url="file:///models/1", sha256="0" * 64,
-        labels=["negative", "positive"], cleaner_version="1",
-    )  # fmt: skip
-    rows = [{"metric": metric, "label": label, "value": value} for (metric, label), value in (figures or {}).items()]
-    with database.begin() as session:
-        return registry.add_version(session, version, rows, [], []).id
-
-
-def assign(database: Database, version_id: int, alias: str = registry.CHAMPION) -> None:
-    with database.begin() as session:
-        registry.assign(session, alias, version_id)
-
-
-def write(database: Database, tweets: list[dict[str, Any]], scored: list[dict[str, Any]]) -> None:
-    with database.begin() as session:
-        predictions.add_tweets(session, tweets)
-        predictions.add_predictions(session, scored)
-
-
-def answer(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with ask(url_of(database), sql) as (_, rows):
-        return [tuple(row) for row in rows]
-
-
-def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
-    with database.read() as session:
-        return {
-            model.__tablename__: sorted(
-                (dict(row) for row in session.execute(select(*model.__table__.columns)).mappings()), key=str
-            )
-            for model in (Tweet, Prediction, DeadLetter)
-        }
+from tests.support.rows import (
+    NOON,
+    answer,
+    assign,
+    everything,
+    letter_row,
+    make_version,
+    prediction_row,
+    tweet_row,
+    write,
+)
 
 
 def test_replayed_window_changes_nothing(database: Database) -> None:

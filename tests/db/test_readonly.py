@@ -14,7 +14,7 @@ from db.errors import DatabaseError
 from db.readonly import ask
 from db.roles import grant_readonly
 from db.session import Database, open_database
-from tests.db.test_predictions import answer, everything, tweet_row, url_of, write
+from tests.support.rows import answer, everything, tweet_row, url_of, write
 from tests.support.world import on_postgresql
 
 

@@ -145,7 +145,7 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings(home=tmp_path / "home", engine="torch-float32")
 
 
-NOBODY: Callable[[], Depth | None] = lambda: None  # noqa: E731
+NO_STREAM: Callable[[], Depth | None] = lambda: None  # noqa: E731
 
 
 def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
@@ -154,7 +154,9 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
     version = promote(database, model_store(settings).folder)
     keep(database, 300)
     with database.begin() as session:
-        predictions.add_predictions(session, [said(f"{i:04}", version) for i in range(10)])  # the stream's
+        predictions.add_predictions(
+            session, [said(f"{i:04}", version) for i in range(10)]
+        )  # as the stream's worker does
     told: list[tuple[int, int]] = []
 
     def stop_after_the_first_chunk(done: int, total: int, waiting: bool) -> None:
@@ -163,12 +165,12 @@ def test_a_backfill_that_was_stopped_goes_on_and_scores_each_tweet_once(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rescore(database, settings, version, None, NOBODY, stop_after_the_first_chunk)
+        rescore(database, settings, version, None, NO_STREAM, stop_after_the_first_chunk)
     assert told == [(0, 290), (backfill.CHUNK_TWEETS, 290)]
     assert count(database, version) == 10 + backfill.CHUNK_TWEETS
-    assert rescore(database, settings, version, None, NOBODY) == 290 - backfill.CHUNK_TWEETS
+    assert rescore(database, settings, version, None, NO_STREAM) == 290 - backfill.CHUNK_TWEETS
     assert count(database, version) == 300
-    assert rescore(database, settings, version, None, NOBODY) == 0
+    assert rescore(database, settings, version, None, NO_STREAM) == 0
     with database.read() as session:
         assert session.scalar(select(func.count()).where(Prediction.label.in_(LABELS))) == 300
 
@@ -186,7 +188,7 @@ def test_a_tweet_that_is_deleted_while_it_is_scored_stays_deleted(
         return rows_of(*given)
 
     monkeypatch.setattr(backfill, "prediction_rows", rows_then_delete)
-    rescore(database, settings, version, None, NOBODY)
+    rescore(database, settings, version, None, NO_STREAM)
     with database.read() as session:
         assert sorted(session.scalars(select(Prediction.tweet_id))) == ["0000", "0001", "0003", "0004"]
 
@@ -200,7 +202,7 @@ def test_since_takes_tweets_by_when_they_were_written_or_came(
     keep(database, 3, first=10, tweet_created_at=new, received_at=new)
     keep(database, 4, first=20, received_at=new)
     keep(database, 5, first=30, received_at=old)
-    assert rescore(database, settings, version, datetime(2026, 5, 1, tzinfo=UTC), NOBODY) == 7
+    assert rescore(database, settings, version, datetime(2026, 5, 1, tzinfo=UTC), NO_STREAM) == 7
     with database.read() as session:
         assert {row[:2] for row in session.scalars(select(Prediction.tweet_id))} == {"00"}
         assert sorted(session.scalars(select(Prediction.tweet_id)))[0] == "0010"
@@ -348,7 +350,7 @@ def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_lef
     looks = 0
 
     def watch() -> None:
-        """What the trainer, on another machine, writes meanwhile."""
+        """Write what a trainer on another machine would write."""
         nonlocal looks
         looks += 1
         with database.begin() as session:

@@ -1,4 +1,4 @@
-"""What was deleted leaves the files too, or it is said that it did not: beside readers, writers and other roles."""
+"""Deleted text leaves the files too, or an error names what prevents it: readers, writers and other roles."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from db.errors import DatabaseError
 from db.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
-from tests.db.test_predictions import tweet_row, url_of, write
+from tests.support.rows import tweet_row, url_of, write
 from tests.support.world import on_postgresql
 from tests.worker.maintenance.test_export import SECRET, found_in
 from worker.cli.main import app
@@ -91,7 +91,7 @@ def test_delete_beside_an_open_reader_says_what_is_left_and_is_whole_when_that_e
         found = json.loads(said.stdout)
         assert (found["tweets"], len(found["not_rewritten"])) == (50, 1)
         assert "still in the database file: another program reads" in said.stderr
-        assert found_in(settings.home), "it was said for nothing"
+        assert found_in(settings.home), "the message is true: the text is still there"
         again = CliRunner().invoke(app, delete)
         assert (again.exit_code, "deleted 0 tweets" in again.stdout) == (1, True)
         patient(hasty)

@@ -27,8 +27,8 @@ from tests.support.world import on_postgresql
 
 JST = timezone(timedelta(hours=9))
 
-# Connects, says it is ready, and migrates when it is told to, so that several begin in the same instant.
-MIGRATE_WHEN_TOLD = """
+# Connects, prints that it is ready, and migrates after a line of input, so that several begin at the same time.
+MIGRATE_ON_INPUT = """
 import sys
 from db import migrate
 from db.session import open_database
@@ -128,7 +128,7 @@ def test_upgrade_again_changes_nothing_and_keeps_the_rows(database: Database) ->
 
 
 def test_processes_that_start_together_migrate_one_database(database_url: str) -> None:
-    command = [sys.executable, "-c", MIGRATE_WHEN_TOLD, database_url]
+    command = [sys.executable, "-c", MIGRATE_ON_INPUT, database_url]
     started = [
         subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(3)

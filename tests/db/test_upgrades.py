@@ -24,10 +24,9 @@ from db.errors import SchemaMismatch
 from db.models import Base, utc_now
 from db.session import Database, open_database
 from tests.conftest import wait_until
-from tests.db.test_predictions import answer, prediction_row, tweet_row, write
-from tests.db.test_views import assert_counted, run
 from tests.support.commands import command as running
 from tests.support.releases import CONTRACTS, DEMANDS, EXPANDS, NEXT, RENAMES, next_chain, next_release, with_mood
+from tests.support.rows import answer, assert_counted, prediction_row, run, tweet_row, write
 from tests.support.world import on_postgresql, on_sqlite
 from worker.cli.doctor import examine
 from worker.cli.main import app
@@ -344,7 +343,7 @@ def assert_commands_refuse(labelled_csv: Path, words: str) -> None:
     with pytest.raises(SchemaMismatch, match="`tweetscore db upgrade`"):
         check_health(load_settings(), "db")
     [found] = [check for check in examine(load_settings()) if check.name == "database"]
-    assert (found.ok, "`tweetscore db upgrade`" in found.says) == (False, True)
+    assert (found.ok, "`tweetscore db upgrade`" in found.finding) == (False, True)
 
 
 @on_postgresql
@@ -361,6 +360,7 @@ def test_who_only_asks_needs_no_right_to_see_the_schemas_number(database: Databa
         run(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_beside_an_empty_database_waits_takes_no_message_and_ends_when_told(
     given: dict[str, Any], database_url: str, server: Any, tmp_path: Path

@@ -1,62 +1,23 @@
 """The sums that triggers keep beside the predictions, and the views that answer from them."""
 
-import random
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from db import predictions
 from db.session import Database
-from tests.db.test_predictions import NOON, answer, assign, make_version, prediction_row, tweet_row, write
-
-RECOUNT = """
-    SELECT p.model_version_id, coalesce(t.topic, ''), p.label, count(*), sum(p.probability),
-           sum(coalesce(p.score_signed, 0)), count(p.score_signed)
-    FROM predictions AS p JOIN tweets AS t ON t.tweet_id = p.tweet_id GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"""
-SUMS = """
-    SELECT model_version_id, topic, label, sum(tweets), sum(probability_sum), sum(score_sum), sum(with_score)
-    FROM sentiment_rollup GROUP BY 1, 2, 3 HAVING sum(tweets) <> 0 ORDER BY 1, 2, 3"""
-
-
-def run(database: Database, sql: str) -> None:
-    with database.begin() as session:
-        session.execute(text(sql))
-
-
-def close(rows: list[tuple[Any, ...]]) -> list[Any]:
-    return [pytest.approx(row[3:], abs=1e-6) for row in rows]
-
-
-def assert_counted(database: Database) -> None:
-    expected, found = answer(database, RECOUNT), answer(database, SUMS)
-    assert [row[:3] for row in found] == [row[:3] for row in expected]
-    assert [row[3:] for row in found] == close(expected)
-
-
-def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rng = random.Random(numbers.start)
-    tweets = [
-        tweet_row(
-            f"{i:04d}",
-            topic=rng.choice([None, "映画", "雨"]),
-            tweet_created_at=rng.choice([None, NOON + timedelta(minutes=7 * i)]),
-        )
-        for i in numbers
-    ]
-    scored = [
-        prediction_row(
-            f"{i:04d}",
-            version,
-            label=rng.choice(["positive", "negative"]),
-            probability=rng.random(),
-            score_signed=rng.choice([None, rng.uniform(-1, 1)]),
-        )
-        for i in numbers
-    ]
-    return tweets, scored
+from tests.support.rows import (
+    SUMS,
+    answer,
+    assert_counted,
+    assign,
+    make_version,
+    prediction_row,
+    run,
+    some,
+    tweet_row,
+    write,
+)
 
 
 @pytest.mark.parametrize(

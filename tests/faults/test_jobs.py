@@ -1,4 +1,7 @@
-"""Faults on the route of a job: trainers that die, sleep and run out of disk, jobs that kill, claims that lapse."""
+"""Faults on the route of a job: trainers that die, sleep and run out of disk, jobs that kill, claims that lapse.
+
+Each fault has one kind of database, the two kinds in turn.
+"""
 
 import signal
 from datetime import timedelta
@@ -7,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from db import jobs
-from db.models import ModelVersion, TestPrediction, utc_now
+from db.models import ModelVersion, TestMetric, TestPrediction, utc_now
 from tests.conftest import wait_until
 from tests.support.actors import wait_for_log
-from tests.support.world import World
+from tests.support.world import World, on_postgresql, on_sqlite
 from worker.connections import model_store
 
 Epochs = dict[int, float]
 
 
+@on_sqlite
 def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkpoint_whole(
     world: World, labelled_csv: Path, unbroken: Epochs
 ) -> None:
-    """A limit on the size of a file is what a full disk is to one process: the third checkpoint does not fit."""
+    """A limit on the file size acts like a full disk for one process: the third checkpoint does not fit."""
     job_id = world.submit(labelled_csv, epochs=3)
     with world.worker("train", "draft=pause:600~step-00000006", lease_seconds=60) as trainer:
         wait_for_log(trainer, "failpoint draft")
@@ -41,6 +45,7 @@ def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkp
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
 
 
+@on_postgresql
 def test_22_a_job_longer_than_every_timeout_runs_once(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=4)
     lease_seconds = 2.5
@@ -56,21 +61,25 @@ def test_22_a_job_longer_than_every_timeout_runs_once(world: World, labelled_csv
     assert world.count(ModelVersion) == 2
 
 
+@on_postgresql
 def test_23_the_job_of_a_killed_trainer_is_resumed_from_its_checkpoint_and_no_epoch_is_twice(
     world: World, labelled_csv: Path, unbroken: Epochs
 ) -> None:
     job_id = world.submit(labelled_csv, epochs=3)
-    with world.worker("train", "recorded=pause:600@2") as trainer:
-        wait_until(lambda: len(world.epochs(job_id)) == 2)
-        trainer.kill()
+    world.killed_at("recorded=kill@2", "train")
+    before = world.job(job_id)
+    assert (before.state, before.attempts, len(world.epochs(job_id))) == ("running", 1, 2)
     with world.worker("train") as heir:
         job = world.ends(job_id, "succeeded")
         assert f"job {job_id}: goes on from step 4" in heir.said()
-    assert (job.attempts, job.fencing_token) == (2, 2)
+    assert (job.attempts, job.fencing_token, job.step) == (2, 2, job.total_steps)
     assert list(world.epochs(job_id)) == [1, 2, 3]
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
+    assert [row["job_id"] for row in world.rows(ModelVersion) if row["job_id"]] == [job_id]
+    assert world.count(TestPrediction) == 6
 
 
+@on_sqlite
 def test_24_a_job_that_always_kills_its_worker_is_started_three_times_and_failed_with_the_reason(
     world: World, labelled_csv: Path
 ) -> None:
@@ -86,6 +95,7 @@ def test_24_a_job_that_always_kills_its_worker_is_started_three_times_and_failed
     assert "the worker that ran this job died 3 times" in job.error
 
 
+@on_postgresql
 def test_26_a_running_job_is_cancelled_within_a_few_steps(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=500)
     with world.worker("train"):
@@ -94,11 +104,15 @@ def test_26_a_running_job_is_cancelled_within_a_few_steps(world: World, labelled
             jobs.request_cancel(session, job_id)
         asked_at = world.job(job_id).step
         job = world.ends(job_id, "cancelled")
+        checkpoints = world.settings.home / "jobs" / str(job_id)
+        wait_until(lambda: not checkpoints.exists())
     assert job.step - asked_at < 500, "a fraction of the thousands there are"
-    assert job.step < job.total_steps
+    assert (job.error, job.step < job.total_steps) == (None, True)
     assert world.count(ModelVersion) == 1
+    assert list(model_store(world.settings).folder.glob("*job-*")) == []
 
 
+@on_sqlite
 def test_27_a_checkpoint_torn_in_mid_write_or_flipped_is_passed_over_aloud(
     world: World, labelled_csv: Path, unbroken: Epochs
 ) -> None:
@@ -122,13 +136,18 @@ def test_27_a_checkpoint_torn_in_mid_write_or_flipped_is_passed_over_aloud(
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
 
 
+def registered(world: World) -> list[str]:
+    return sorted(map(repr, [row for table in (ModelVersion, TestMetric, TestPrediction) for row in world.rows(table)]))
+
+
+@on_postgresql
 def test_28_a_stale_trainer_that_wakes_and_wants_to_register_is_refused(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=2)
     with world.worker("train", "artifact=stop@1") as sleeper:
         wait_until(lambda: sleeper.stopped)
         assert world.finishes(job_id).fencing_token == 2
-        before = sorted(map(repr, world.rows(ModelVersion) + world.rows(TestPrediction)))
+        before = registered(world)
         sleeper.send(signal.SIGCONT)
         wait_for_log(sleeper, f"job {job_id} was taken over by another worker; this one stops")
-    assert sorted(map(repr, world.rows(ModelVersion) + world.rows(TestPrediction))) == before
+    assert registered(world) == before
     assert [path.name for path in model_store(world.settings).folder.glob("*job-*")] == [f"job-{job_id}-2"]

@@ -1,4 +1,4 @@
-"""A power cut: what a worker asks of the disk, and when, read from a trace of its system calls."""
+"""Power failure: a trace of system calls shows when a worker syncs its commits to the disk."""
 
 import re
 import shutil
@@ -67,6 +67,7 @@ def acknowledged_too_early(trace: str, wal: str) -> tuple[int, list[str]]:
     return sent, early
 
 
+@pytest.mark.slow
 @needs_strace
 @on_sqlite
 def test_no_acknowledgement_leaves_before_its_commit_is_on_disk(world: World, tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_no_acknowledgement_leaves_before_its_commit_is_on_disk(world: World, tm
 
 @needs_strace
 def test_the_first_commit_into_a_new_log_also_syncs_the_folder_that_names_it(tmp_path: Path) -> None:
-    """Else the file that holds the commit may be gone after a power cut."""
+    """Without this the file with the commit may be missing after a power failure."""
     trace, folder = tmp_path / "trace", tmp_path / "home"
     command = [*STRACE, "-o", str(trace), sys.executable, "-c", COMMIT_ONCE, f"sqlite:///{folder}/new.db"]
     subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, stdout=subprocess.DEVNULL)

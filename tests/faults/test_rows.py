@@ -1,10 +1,10 @@
-"""Every fault has its test: thirty-two, each with its number."""
+"""Each of the numbered faults has exactly one test."""
 
 import re
 from collections import Counter
 from pathlib import Path
 
-FAULTS = 32
+from tests.support.faults import FAULTS
 
 
 def test_each_of_the_faults_has_one_test_with_its_number() -> None:

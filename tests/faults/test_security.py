@@ -1,4 +1,4 @@
-"""Who may do what: users of the server, TLS, roots of files, code that comes with a model, and what logs hold."""
+"""Access rights: users of the server, TLS, roots of files, code that comes with a model, and the content of logs."""
 
 import json
 import pickle
@@ -28,8 +28,9 @@ from db.session import Database, open_database
 from tests.conftest import wait_until
 from tests.support.bench import wire
 from tests.support.commands import worker
-from tests.support.world import World
-from tests.test_readme import ROOT, section
+from tests.support.pages import section
+from tests.support.paths import ROOT
+from tests.support.world import World, on_postgresql, on_sqlite
 from training.config import make_config
 from training.data.dataset import find_dataset
 from training.errors import BadArtifact, BadDataset, ModelUnavailable
@@ -38,6 +39,7 @@ from training.model.classifier import build_model
 from training.store.paths import folder_from_url
 from training.text.tokenizer import load_tokenizer
 from worker.app import SCORING, broker_url, make_app, nudge
+from worker.connections import broker
 from worker.errors import BadSettings, StreamDenied, StreamError
 from worker.settings import load_settings
 from worker.stream import embedded_valkey
@@ -91,6 +93,7 @@ def test_a_model_outside_the_store_is_never_loaded(tmp_path: Path, url: str) -> 
     assert "\n" not in str(refused.value)
 
 
+@on_sqlite
 def test_a_champion_whose_url_leads_out_of_the_store_is_refused(own: World, tiny_artifact: Any) -> None:
     with own.database.begin() as session:
         version = session.get_one(ModelVersion, own.champion)
@@ -155,7 +158,7 @@ def test_weights_are_safetensors_and_torch_load_reads_our_own_state_alone() -> N
     assert all("weights_only=True" in call for call in found["training/loop/checkpoints.py"])
 
 
-# --- what is shown and logged
+# --- messages and logs
 
 
 @pytest.mark.parametrize(
@@ -185,10 +188,10 @@ def test_an_unreachable_database_is_named_without_its_password(tmp_path: Path) -
     assert "geheim" not in str(caught.value)
 
 
-def test_the_folders_below_the_home_are_their_owners_alone(own: World, labelled_csv: Path) -> None:
-    own.submit(labelled_csv, epochs=1)
-    with embedded_valkey.owned(own.settings.home):
-        assert (own.settings.home.stat().st_mode & 0o777) == 0o700, "whatever lies below is out of others' reach"
+@on_sqlite
+def test_the_folders_below_the_home_are_their_owners_alone(own: World) -> None:
+    with broker(own.settings):
+        assert (own.settings.home.stat().st_mode & 0o777) == 0o700, "others can reach no file below it"
         assert (own.settings.home / "valkey").stat().st_mode & 0o077 == 0
 
 
@@ -218,6 +221,7 @@ def url_of(world: World, user: str, password: str | None = None) -> str:
     return world.url.replace("unix://", f"unix://{user}:{password or PASSWORDS[user]}@")
 
 
+@on_sqlite
 def test_a_producer_may_add_tweets_and_nothing_else(guarded: World) -> None:
     client = redis.Redis.from_url(url_of(guarded, "producer"))
     assert client.xadd("tweets", {"tweet": wire(1)})
@@ -236,6 +240,7 @@ def test_a_producer_may_add_tweets_and_nothing_else(guarded: World) -> None:
         redis.Redis.from_url(url_of(guarded, "producer", "wrong")).ping()
 
 
+@on_sqlite
 def test_a_worker_may_not_do_what_workers_never_do(guarded: World) -> None:
     client = redis.Redis.from_url(url_of(guarded, "worker"))
     for refused in (
@@ -250,6 +255,8 @@ def test_a_worker_may_not_do_what_workers_never_do(guarded: World) -> None:
     assert isinstance(StreamDenied("x"), StreamError)
 
 
+@pytest.mark.slow
+@on_postgresql
 def test_with_those_users_everything_works_and_no_log_holds_a_password_or_a_tweet(
     guarded: World,
     labelled_csv: Path,
@@ -295,6 +302,7 @@ def test_with_those_users_everything_works_and_no_log_holds_a_password_or_a_twee
     assert "Traceback" not in "".join(said)
 
 
+@on_sqlite
 def test_a_nudge_says_nothing_of_tweets(own: World) -> None:
     with embedded_valkey.owned(own.settings.home):
         own.stream.publish([wire(1, SECRET_TEXT)])
@@ -385,7 +393,7 @@ def test_sslmode_reaches_the_database(postgresql: str) -> None:
     opened = open_database(f"{postgresql}&sslmode=disable")
     migrate.upgrade(opened)
     opened.close()
-    # A Unix socket carries no TLS, so what is demanded there must be refused, not dropped.
+    # A Unix socket has no TLS, so an `sslmode` that cannot be met must be refused, not ignored.
     with pytest.raises(TweetscoreError) as refused:
         migrate.upgrade(open_database(f"{postgresql}&sslmode=nonsense"))
     assert "sslmode" in str(refused.value)

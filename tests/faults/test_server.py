@@ -40,7 +40,7 @@ def test_10_stream_group_pending_list_and_counts_survive_a_server_that_is_killed
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_running(pid))
         wait_until(lambda: embedded_valkey.find(home))
-        assert server_pid(server) != pid, "its owner started it again"
+        assert server_pid(server) != pid, "its owner restarted it"
         assert contents(server) == before
     assert before[1] == Depth(length=20, lag=15, pending=4)
     with embedded_valkey.owned(home) as server:
@@ -60,7 +60,7 @@ def test_11_a_log_with_its_tail_cut_off_starts_without_the_last_record_and_it_is
     assert "the last records before the crash are lost" in caplog.text
     caplog.clear()
     with embedded_valkey.owned(home):
-        assert caplog.text == "", "it is mended now"
+        assert caplog.text == "", "the log is repaired now"
 
 
 def test_12_a_log_damaged_in_the_middle_is_refused_in_the_servers_words(home: Path) -> None:
@@ -89,7 +89,7 @@ def test_13_a_second_server_on_a_home_is_refused_while_the_first_lives(home: Pat
             embedded_valkey.owned(home).__enter__()
         with embedded_valkey.running(home) as shared:
             assert shared == server
-        assert contents(server) == before, "whoever shares a server leaves it running"
+        assert contents(server) == before, "a process that shares a server leaves it running"
         pid = server_pid(server)
     assert not is_running(pid)
 

@@ -1,4 +1,4 @@
-"""The embedded server ends under its owner and is started again; it loads for long and is waited for."""
+"""The embedded server dies and its owner restarts it; clients wait while it loads a long log."""
 
 import ctypes
 import os
@@ -28,14 +28,14 @@ from worker.process.health import Unhealthy, check_health
 from worker.settings import Settings, load_settings
 from worker.stream import embedded_valkey, server_supervisor
 
-# Microseconds a command. A server that loads answers whoever asks after each 1,024 commands.
+# Microseconds per command. While it loads, the server answers other clients after every 1,024 commands.
 SLOWLY = {"key-load-delay": "300"}
 SLOW_UP = f"""
 import sys
-from worker import keeper
+from worker.stream import server_supervisor
 from worker.cli.main import main
-keeper.CONFIG |= {SLOWLY!r}
-keeper.START_SECONDS = 2.0
+server_supervisor.CONFIG |= {SLOWLY!r}
+server_supervisor.START_SECONDS = 2.0
 sys.argv = ["tweetscore", "up"]
 main()
 """
@@ -152,7 +152,7 @@ def test_a_server_that_says_nothing_at_all_is_ended_after_its_time(
     assert embedded_valkey.owner(home) is None
 
 
-# --- who asks meanwhile
+# --- clients that ask meanwhile
 
 
 def test_health_and_doctor_say_that_a_killed_server_is_started_again_and_a_publisher_waits_a_bounded_while(
@@ -220,6 +220,7 @@ def filled(home: Path, others: int) -> None:
         pipe.execute()
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_log_that_takes_longer_to_load_than_a_server_may_be_silent_is_waited_for_by_everybody(
     own: World, monkeypatch: pytest.MonkeyPatch
@@ -280,7 +281,7 @@ def test_up_says_how_far_its_server_has_loaded_and_can_be_ended_meanwhile(home: 
         assert client.xlen("tweets") == 20
 
 
-# --- what is on the disk
+# --- data on the disk
 
 
 @contextmanager
@@ -344,6 +345,7 @@ def test_the_setting_decides_whether_every_write_is_synced(settings: Settings, s
 # --- the real command
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_server_killed_under_up_comes_back_and_everybody_goes_on(own: World) -> None:
     with command(own.settings.logs / "up.log", own.given, "up") as up:

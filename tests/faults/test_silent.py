@@ -1,4 +1,4 @@
-"""A PostgreSQL that is stopped and not closed: it keeps its connections, takes new ones, and says nothing."""
+"""A PostgreSQL whose processes are suspended: it keeps its connections, accepts new ones, and does not answer."""
 
 import os
 import re
@@ -70,7 +70,7 @@ class Server:
     def silent(self) -> Iterator[None]:
         stopped: list[psutil.Process] = []
         try:
-            # The one that starts others first.
+            # The postmaster first, since it starts the others.
             for process in self.processes():
                 stopped.append(process)
                 process.suspend()
@@ -81,11 +81,11 @@ class Server:
 
     def close(self) -> None:
         if self._tcp:
-            self._control("-m", "immediate", "stop")  # which the wheel does not take for its own any more
+            self._control("-m", "immediate", "stop")  # the wheel no longer stops a server that was restarted here
         self._running.cleanup()
 
 
-@pytest.fixture(scope="module", params=["socket", "tcp"])
+@pytest.fixture(scope="module", params=["socket", pytest.param("tcp", marks=pytest.mark.slow)])
 def postgres(request: pytest.FixtureRequest) -> Iterator[Server]:
     # Not below pytest's folder, which is closed to the user the server runs as.
     with tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True) as folder:
@@ -133,11 +133,11 @@ def test_a_window_in_hand_waits_for_a_silent_database_says_so_and_is_stored_once
         began = time.monotonic()
         thread.start()
         wait_until(lambda: "the database does not answer" in caplog.text)
-        # A statement, and the first word of a new connection; what was scored took its time before.
+        # The timeout of a statement and that of a new connection.
         assert time.monotonic() - began > 1
         with pytest.raises(DatabaseError, match="refused"), ask(url, "SELECT 1"):
             pass
-        # New connections are given up in time.
+        # New connections time out.
         wait_until(lambda: caplog.text.count("the database does not answer") > 1)
         assert stream.depth().pending == 30
     thread.join(PATIENCE_SECONDS)
@@ -152,7 +152,7 @@ def test_a_statement_of_a_busy_server_may_take_as_long_as_it_likes(
 ) -> None:
     with opened.read() as session:
         assert session.scalar(text("SELECT 7 FROM pg_sleep(1.5)")) == 7
-        # One process of the server alone is stopped: the server answers, and the statement is waited for.
+        # Only one process of the server is suspended: the server answers, and the client waits for the statement.
         asked = psutil.Process(session.scalar(text("SELECT pg_backend_pid()")))
         asked.suspend()
         later = threading.Timer(1.5, asked.resume)

@@ -1,6 +1,6 @@
 """Storms: workers killed at random while tweets stream in, a trainer killed again and again.
 
-The ordinary run kills less often; `pytest -m storm` is the whole of it. Both say what was killed and how long it took.
+`pytest -m slow` kills less often than `pytest -m storm`. Both report what was killed and how long it took.
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.support.actors import Actor
 from tests.support.bench import wire
 from tests.support.commands import Command, command
 from tests.support.servers import server_pid
-from tests.support.world import World
+from tests.support.world import World, on_postgresql
 from training.config import make_config
 from training.model.artifact import make_spec, save_artifact
 from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder
@@ -102,7 +102,7 @@ def storm_of_tweets(world: World, kills: int, start: Callable[[], Any], report: 
 
 @pytest.fixture
 def starter_world(own: World, tmp_path: Path) -> World:
-    """The starter encoder under an untrained head as champion: as large as what users score with."""
+    """The champion is the starter encoder with an untrained head, which has the size of a real model."""
     config = make_config("fast", base_model=STARTER)
     encoder, tokenizer, labels = (
         BaseModelFolder(STARTER, STARTER_FOLDER),
@@ -132,7 +132,13 @@ class Scorer(Command):
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(40, id="40 kills"), pytest.param(200, id="200 kills", marks=pytest.mark.storm)]
+    ("kills", "database_url"),
+    [
+        pytest.param(40, "sqlite", marks=pytest.mark.slow),
+        pytest.param(200, "sqlite", marks=pytest.mark.storm),
+        pytest.param(200, "postgresql", marks=pytest.mark.storm),
+    ],
+    indirect=["database_url"],
 )
 def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
     starter_world: World, kills: int, report: Callable[[str], None]
@@ -144,7 +150,7 @@ def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
 def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
     starter_world: World, report: Callable[[str], None]
 ) -> None:
-    """The same with Celery and all: each start takes seconds, and many a kill comes before the worker is ready."""
+    """The same with the real command: a start takes seconds, and many kills come before the worker is ready."""
     with embedded_valkey.owned(starter_world.settings.home):
         first = Scorer(starter_world)
         first.says(" ready.")
@@ -156,7 +162,7 @@ def test_random_kills_of_the_whole_command_lose_no_tweet_and_score_none_twice(
 def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_twice(
     starter_world: World, monkeypatch: pytest.MonkeyPatch, report: Callable[[str], None]
 ) -> None:
-    """The server that `tweetscore up` owns, and now and then a scorer, while one publishes who knows of neither."""
+    """Kill the server that `tweetscore up` owns, and some scorers, while a program publishes."""
     world, chance = starter_world, random.Random(20261125)
     for name, value in child_environment(world.settings).items():
         monkeypatch.setenv(name, value)
@@ -167,7 +173,7 @@ def test_ten_kills_of_the_embedded_server_under_up_lose_no_tweet_and_score_none_
         publisher = stack.enter_context(Publisher(chance))
         for kill in range(SERVER_KILLS):
             wait_until(lambda: embedded_valkey.find(world.settings.home))
-            pause = time.monotonic() + chance.uniform(0.5, 20)  # some die young, some do not
+            pause = time.monotonic() + chance.uniform(0.5, 20)  # some before they count as healthy
             wait_until(lambda pause=pause: time.monotonic() > pause)
             os.kill(
                 server_pid(embedded_valkey.Server(embedded_valkey.socket_path(world.settings.home))), signal.SIGKILL
@@ -200,7 +206,7 @@ def _scores(process: psutil.Process) -> bool:
 
 
 class Publisher(threading.Thread):
-    """Calls `worker.publish` until it is told to end; `acknowledged` are the ids of the calls that returned."""
+    """Calls `worker.publish` until it is stopped; `acknowledged` are the ids of the calls that returned."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(name="publisher", daemon=True)
@@ -245,6 +251,8 @@ class Publisher(threading.Thread):
             raise self.error
 
 
+@pytest.mark.slow
+@on_postgresql
 def test_a_trainer_killed_ten_times_ends_its_job_as_if_nobody_had_touched_it(
     world: World, labelled_csv: Path, report: Callable[[str], None]
 ) -> None:

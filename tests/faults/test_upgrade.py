@@ -1,4 +1,4 @@
-"""The schema changes under running workers: beside older and newer releases nothing is lost, and nothing twice."""
+"""The schema changes while workers of older and newer releases run: no tweet is lost or scored twice."""
 
 import signal
 import threading
@@ -20,18 +20,18 @@ from tests.support.actors import wait_for_log
 from tests.support.bench import wire
 from tests.support.commands import command
 from tests.support.releases import CONTRACTS, EXPANDS, NEXT, next_release, with_mood
-from tests.support.world import World, on_postgresql
+from tests.support.world import World, on_postgresql, on_sqlite
 from worker.connections import open_guarded
 from worker.process.health import check_health
 
-# Nobody claims what a slow machine lets wait: each tweet passes once, or something is wrong.
+# No worker claims records that are merely slow, so each tweet must pass exactly once.
 PATIENT = {"min_idle_seconds": 60.0}
 AT_ONCE = 10
 
 
 @contextmanager
 def publishing(world: World) -> Iterator[list[str]]:
-    """Tweets come in, as fast as they are scored, for the time of the block; yields the ids of those that came."""
+    """Publish tweets as fast as they are scored during the block; yields the published ids."""
     sent: list[str] = []
     enough = threading.Event()
 
@@ -68,6 +68,7 @@ def moods(world: World) -> dict[str, int]:
     return {str(mood): int(n) for mood, n in found}
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_an_upgrade_is_rolled_under_load_and_nothing_is_lost_or_twice(
     world: World, labelled_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -113,10 +114,12 @@ def test_an_upgrade_is_rolled_under_load_and_nothing_is_lost_or_twice(
     report(f"an upgrade rolled under load: {len(sent)} tweets, {during} of them while it migrated; {moods(world)}")
 
 
+@pytest.mark.slow
+@on_sqlite
 def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_fits(
     world: World, labelled_csv: Path, tmp_path: Path
 ) -> None:
-    """A migration takes away what this release stores, in the middle of its work, and is taken back."""
+    """A migration removes a column that this release writes, and is then reverted."""
     newer = next_release(tmp_path / "newer", CONTRACTS)
     job_id = world.submit(labelled_csv, epochs=1000)
     with world.worker(**PATIENT) as worker, world.worker("train", **PATIENT) as trainer:
@@ -131,14 +134,14 @@ def test_a_worker_stops_before_a_schema_it_cannot_work_with_and_goes_on_when_it_
         wait_until(lambda: "; upgrade tweetscore and start it again" in check_health(world.settings, "scoring"))
         wait_for_log(trainer, f"job {job_id}: left to its lease: the database has schema {NEXT}")
         trainer.send(signal.SIGTERM)
-        assert trainer.ended() == 0, "a worker that waits ends when it is told to"
-        assert (world.job(job_id).state, world.job(job_id).error) == ("running", None), "whoever can goes on with it"
+        assert trainer.ended() == 0, "a waiting worker ends on SIGTERM"
+        assert (world.job(job_id).state, world.job(job_id).error) == ("running", None), "another worker can resume it"
         assert (worker.alive, world.predictions(), world.dead()) == (True, scored, [])
 
         newer.downgrades(world.settings)
         world.stream.publish([wire("later")])
         wait_until(lambda: "later" in world.scored())
-    # What it held when it stopped is claimed by its next reader.
+    # The next worker claims the records that it held.
     world.recovers()
     assert_each_once(world, [*sent, "later"])
 

@@ -1,4 +1,4 @@
-"""The real workers: told to end, told twice, hung, dying at every start, starting beside a full server."""
+"""Real workers: they get one or two signals, hang, die at every start, or start beside a full server."""
 
 import os
 import signal
@@ -27,8 +27,8 @@ from worker.stream import embedded_valkey
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-# The second signal comes while Celery answers the first, before it has told us of it.
-TOLD_TWICE = """
+# The second signal arrives while Celery handles the first, before it calls our handler.
+SIGNALLED_TWICE = """
 import os, signal, time
 from types import SimpleNamespace
 from celery.apps.worker import install_worker_term_handler
@@ -48,6 +48,7 @@ time.sleep(600)
 """
 
 
+@on_postgresql
 def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(world: World, labelled_csv: Path) -> None:
     world.stream.publish([wire(i) for i in range(20)])
     with worker(world.given, "score", "forwarded=pause:2@1") as scorer:
@@ -89,6 +90,7 @@ def test_a_worker_with_bad_settings_exits_with_2_and_names_the_setting(own: Worl
     assert "TWEETSCORE_METRICS_HOST is '192.0.2.1'" in scorer.said()
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_signal_ends_it_at_once(
     world: World,
@@ -111,20 +113,19 @@ def test_a_worker_that_takes_longer_than_its_grace_ends_itself_and_a_second_sign
 
 
 def test_a_second_signal_that_comes_while_celery_answers_the_first_ends_a_worker_at_once() -> None:
-    ended = subprocess.run([sys.executable, "-c", TOLD_TWICE], check=False, timeout=PATIENCE_SECONDS)
+    ended = subprocess.run([sys.executable, "-c", SIGNALLED_TWICE], check=False, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) -> None:
     given = {
         **own.given,
         "stall_seconds": 4.0,
         "min_idle_seconds": 3.0,
-        "failpoints": "device=pause:600~",
-        "home": own.given["home"],
+        "failpoints": "forwarding=pause:600~毒",
     }
-    given["failpoints"] = "forwarding=pause:600~毒"
     with command(own.settings.home / "up.log", given, "up") as up:
         wait_until(lambda: embedded_valkey.find(own.settings.home))
         own.stream.publish([wire("bad", "毒"), *(wire(i) for i in range(3))])
@@ -161,6 +162,7 @@ def test_a_worker_that_has_nothing_to_do_is_not_taken_to_hang(own: World) -> Non
         assert scorer.alive
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_other_alone(own: World) -> None:
     given = {**own.given, "failpoints": "starting=kill"}
@@ -175,6 +177,7 @@ def test_up_starts_a_dying_worker_again_after_pauses_that_double_and_leaves_the_
     assert not alive
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order(own: World) -> None:
     given = {**own.given, "failpoints": "forwarding=pause:600", "grace_seconds": 3600}
@@ -186,15 +189,16 @@ def test_a_second_signal_ends_up_and_its_workers_at_once_and_the_server_in_order
         up.send(signal.SIGTERM)
         up.says("ending:")
         up.send(signal.SIGTERM)
-        assert up.ended() == 0, "an hour of grace was not waited for"
+        assert up.ended() == 0, "the second signal skips the hour of grace"
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
     with embedded_valkey.owned(own.settings.home):
-        assert own.stream.depth().pending == 5, "what was held is there"
+        assert own.stream.depth().pending == 5, "the records are still pending"
         own.recovers()
     assert own.predictions() == 5
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: World) -> None:
     with embedded_valkey.owned(own.settings.home, memory_mb=4), redis.Redis.from_url(own.url) as client:
@@ -202,7 +206,7 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
             own.stream.publish([wire(i, "長い雨" * 200) for i in range(4_000)])
         sent = 4_000 - len(full.value.rest)
         assert sent > 500
-        client.config_set("maxmemory", "2mb")  # far behind it: not the least thing can be written
+        client.config_set("maxmemory", "2mb")  # far below its use, so that no command can write
         with pytest.raises(redis.OutOfMemoryError):
             client.set("anything", "x")
         with worker(own.given, "score") as scorer:
@@ -212,18 +216,20 @@ def test_a_worker_can_start_beside_a_server_that_is_full_and_drains_it(own: Worl
     assert own.predictions() == sent
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_an_idle_worker_whose_server_becomes_full_drains_it_without_a_nudge(own: World) -> None:
     with embedded_valkey.owned(own.settings.home), redis.Redis.from_url(own.url) as client, worker(own.given, "score"):
         pipe = client.pipeline(transaction=True)
         for i in range(500):
             pipe.xadd("tweets", {"tweet": wire(i, "長い雨" * 200)})
-        pipe.config_set("maxmemory", "1mb")  # in the same step: not even a nudge can be written from here on
+        pipe.config_set("maxmemory", "1mb")  # in the same transaction: after it not even a nudge can be written
         pipe.execute()
         wait_until(lambda: own.predictions() == 500)
         own.drained()
 
 
+@on_sqlite
 def test_health_answers_for_workers_broker_and_database(
     own: World, tweetscore: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,4 +259,4 @@ def test_health_answers_for_workers_broker_and_database(
             scorer.kill()
         code, says = ask("scoring")
         assert (code, "no scoring worker of this host" in says) == (1, True)
-        assert not list(own.settings.run.glob("scoring-*")), "what the dead left is cleared away"
+        assert not list(own.settings.run.glob("scoring-*")), "files of dead workers are removed"

@@ -161,7 +161,7 @@ def quick(tmp_path: Path, tiny_encoder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[int, float]:
     """Epoch -> validation loss of three epochs on `labelled_csv`, trained without a fault."""
     folder = tmp_path_factory.mktemp("unbroken")

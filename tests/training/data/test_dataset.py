@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.datasets import many, rows_of
 from training.config import TrainConfig, make_config
-from training.data.dataset import Dataset, Rows, read_rows, split_rows
+from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadConfig, BadDataset
 from training.model.artifact import find_polarity, make_spec
 from training.model.base_model import STARTER_FOLDER, BaseModelFolder
@@ -16,14 +17,6 @@ from training.text.cleaning import clean, same_text_key
 from training.text.tokenizer import load_tokenizer
 
 GUIDE = make_config("guide")
-
-
-def rows_of(*labelled: tuple[str, str]) -> Rows:
-    return Rows([text for _, text in labelled], [label for label, _ in labelled], list(range(2, 2 + len(labelled))))
-
-
-def many(label: str, count: int, start: int = 0) -> list[tuple[str, str]]:
-    return [(label, f"{label}の文、その{i}") for i in range(start, start + count)]
 
 
 def texts_by_split(data: Dataset) -> dict[str, list[str]]:

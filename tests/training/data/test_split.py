@@ -17,7 +17,7 @@ from sqlalchemy import select
 from db import jobs, registry
 from db.models import TestPrediction
 from db.session import Database
-from tests.training.data.test_dataset import many, rows_of
+from tests.support.datasets import many, rows_of
 from training.config import TrainConfig, make_config
 from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset
@@ -208,7 +208,7 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     rows += [("0", "嬉しい日だった1"), ("1", "悲しい日だった0"), ("1", "　"), ("0", "")]
     path = tmp_path / "training_data.csv"
     path.write_text(csv_of(rows, "label,tweet", "{},{}".format), encoding="utf-8")
-    wanted = {"base_model": str(tiny_encoder), "epochs": 2, "split": "guide"}
+    wanted = {"base_model": str(tiny_encoder), "epochs": 1, "split": "guide"}
     job_id = submit_training(settings, sqlite, path, "fast", **wanted).id
     run_next_job(sqlite, training_context(settings), "here", threading.Event())
     with sqlite.read() as session:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,71 +16,36 @@ from tensorboard.backend.event_processing.event_accumulator import GRAPH, IMAGES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from training.config import TrainConfig, make_config
-from training.data.dataset import Dataset, Split, read_rows, split_rows
+from tests.conftest import write_labelled
+from tests.support.training_loop import CPU, Bench, maker, stop_at
+from training.config import make_config
 from training.errors import BadArtifact, BadConfig, StopRequested
 from training.evaluation.decisions import to_probabilities
 from training.evaluation.metrics import metrics
-from training.loop.checkpoints import Checkpoints
-from training.loop.fit import Epoch, FitInputs, Hooks, as_good, fit
+from training.loop.fit import Epoch, Hooks, as_good
 from training.loop.predict import loss_function, predict
 from training.model.artifact import load_artifact, make_spec, save_artifact
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
-from training.text.tokenizer import encode, load_tokenizer
 
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The easy rows, tokenised, ready to be trained on with these settings."""
-
-    config: TrainConfig
-    encoder: BaseModelFolder
-    data: Dataset
-    rows: dict[str, list[list[int]]]
-    tokenizer: Any
-
-    def model(self) -> Classifier:
-        return build_model(self.encoder, len(self.data.labels), self.config)
-
-    def fit(
-        self, model: Classifier, folder: Path, valid: Split | None = None, hooks: Hooks | None = None
-    ) -> list[Epoch]:
-        return fit(
-            model, self.inputs(valid), device=CPU, board_folder=folder / "board",
-            checkpoints=Checkpoints(folder / "checkpoints"), hooks=hooks or Hooks(),
-        )  # fmt: skip
-
-    def inputs(self, valid: Split | None = None) -> FitInputs:
-        return FitInputs(
-            self.data.train, valid or self.data.valid, self.rows["train"], self.rows["valid"], self.data.labels,
-            self.config, self.tokenizer.pad_token_id,
-        )  # fmt: skip
-
-    def predict(self, model: Classifier, part: str = "valid", batch_size: int = 4) -> Any:
-        targets = getattr(self.data, part).targets
-        return predict(model, self.rows[part], targets, self.config, batch_size, self.tokenizer.pad_token_id, CPU)
-
-
-def maker(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
-    def make(preset: str = "fast", **overrides: Any) -> Bench:
-        settings = {"base_model": str(tiny_encoder), "epochs": 3, "train_batch_size": 8, "learning_rate": 1e-3}
-        config = make_config(preset, **{**settings, **overrides})
-        data = split_rows(read_rows(labelled_csv), config)
-        tokenizer = load_tokenizer(tiny_encoder)
-        parts = {"train": data.train, "valid": data.valid, "test": data.test}
-        rows = {part: encode(tokenizer, split.texts, config.max_length) for part, split in parts.items()}
-        return Bench(config, BaseModelFolder("tiny", tiny_encoder), data, rows, tokenizer)
-
-    return make
+# Dropout and BatchNorm, so that random state and buffers matter, and a learning rate at which every epoch differs.
+SENSITIVE = {"preset": "guide", "pooling": "mean", "learning_rate": 1e-2}
 
 
 @pytest.fixture
 def bench(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
     return maker(tiny_encoder, labelled_csv)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Epoch]:
+    """The epochs of a `SENSITIVE` run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    made = maker(tiny_encoder, write_labelled(folder / "labelled.csv"))(**SENSITIVE)
+    epochs = made.fit(made.model(), folder)
+    assert np.abs(np.diff([epoch.valid_loss for epoch in epochs])).min() > 1e-3
+    return epochs
 
 
 def small_bert(hidden_size: int, **options: Any) -> BertModel:
@@ -157,7 +122,7 @@ def test_the_loss_of_an_easy_set_falls_and_the_labels_are_learned(bench: Callabl
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(bench: Callable[..., Bench], tmp_path: Path) -> None:
-    """Validation labels turned round: the better the training, the worse the figure."""
+    """The validation labels are swapped, so that training makes the validation figure worse."""
     made = bench(pooling="mean", learning_rate=3e-3, epochs=4, precision="float32")
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     model = made.model()
@@ -177,14 +142,6 @@ def test_of_epochs_that_few_rows_cannot_tell_apart_the_later_is_kept() -> None:
     assert as_good(0.0, best=0.0, rows=10)
 
 
-def stop_at(step: int, *, validating: bool) -> Hooks:
-    def on_step(at: int, total: int, loss: float | None, rate: float | None) -> None:
-        if at == step and validating == (loss is None):
-            raise StopRequested
-
-    return Hooks(on_step=on_step)
-
-
 @pytest.mark.parametrize(
     ("step", "validating"),
     [
@@ -195,18 +152,13 @@ def stop_at(step: int, *, validating: bool) -> Hooks:
     ],
 )
 def test_a_stopped_run_goes_on_where_it_stood_to_the_result_of_an_unbroken_one(
-    bench: Callable[..., Bench], tmp_path: Path, step: int, validating: bool
+    bench: Callable[..., Bench], tmp_path: Path, unbroken: list[Epoch], step: int, validating: bool
 ) -> None:
-    # Dropout and BatchNorm, so that random state and buffers count, and a pace at which every epoch tells.
-    made = bench("guide", pooling="mean", learning_rate=1e-2)
-    unbroken = made.fit(made.model(), tmp_path / "unbroken")
-    assert np.abs(np.diff([epoch.valid_loss for epoch in unbroken])).min() > 1e-3
+    made = bench(**SENSITIVE)
     with pytest.raises(StopRequested):
-        made.fit(made.model(), tmp_path / "broken", hooks=stop_at(step, validating=validating))
+        made.fit(made.model(), tmp_path, hooks=stop_at(step, validating=validating))
     seen: list[int] = []
-    resumed = made.fit(
-        made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
-    )
+    resumed = made.fit(made.model(), tmp_path, hooks=Hooks(on_resume=lambda progress: seen.append(progress.step)))
     assert seen == [step]
     assert [epoch.epoch for epoch in resumed] == [1, 2, 3]
     for ours, theirs in zip(resumed, unbroken, strict=True):
@@ -216,19 +168,16 @@ def test_a_stopped_run_goes_on_where_it_stood_to_the_result_of_an_unbroken_one(
 
 
 def test_a_torn_checkpoint_is_passed_over_aloud_for_the_one_before(
-    bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bench: Callable[..., Bench], tmp_path: Path, unbroken: list[Epoch], caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = bench(pooling="mean", learning_rate=1e-2)
-    unbroken = made.fit(made.model(), tmp_path / "unbroken")
+    made = bench(**SENSITIVE)
     with pytest.raises(StopRequested):
-        made.fit(made.model(), tmp_path / "broken", hooks=stop_at(9, validating=False))
-    newest = max((tmp_path / "broken" / "checkpoints").glob("step-*"))
+        made.fit(made.model(), tmp_path, hooks=stop_at(9, validating=False))
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-30])
     seen: list[int] = []
     with caplog.at_level(logging.WARNING):
-        resumed = made.fit(
-            made.model(), tmp_path / "broken", hooks=Hooks(on_resume=lambda progress: seen.append(progress.step))
-        )
+        resumed = made.fit(made.model(), tmp_path, hooks=Hooks(on_resume=lambda progress: seen.append(progress.step)))
     assert seen == [6]
     assert f"checkpoint {newest.name} cannot be used" in caplog.text
     assert [e.valid_loss for e in resumed] == pytest.approx([e.valid_loss for e in unbroken], abs=1e-4)
@@ -237,7 +186,7 @@ def test_a_torn_checkpoint_is_passed_over_aloud_for_the_one_before(
 def test_a_checkpoint_whose_best_weights_are_torn_is_passed_over_too(
     bench: Callable[..., Bench], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Validation labels turned round, so that the first epoch stays the best; then its weights are damaged."""
+    """The validation labels are swapped, so that the first epoch stays the best; then its weights are damaged."""
     made = bench(pooling="mean", learning_rate=1e-2)
     turned = replace(made.data.valid, targets=1 - made.data.valid.targets)
     with pytest.raises(StopRequested):
@@ -338,7 +287,7 @@ def test_an_artifact_gives_the_same_logits_as_the_model_that_was_saved(
     made = bench(preset)
     model = made.model().train()
     batch = pad(made.rows["train"][:9], 0)
-    model(*batch)  # BatchNorm's statistics leave their start
+    model(*batch)  # change BatchNorm's statistics from their initial values
     model.eval()
     spec = make_spec(made.data.labels, model.config, made.encoder, made.tokenizer)
     sha256 = save_artifact(tmp_path / "store" / "a", model, made.tokenizer, spec)

@@ -1,4 +1,4 @@
-"""GPUs shared out among processes, by names that are no GPUs here; and how much memory is free."""
+"""GPUs are distributed among processes (with names of GPUs that do not exist), and free memory is measured."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,8 +56,8 @@ def test_each_process_of_a_kind_has_a_gpu_of_its_own_and_a_killed_one_has_none(t
     first = taker()
     assert first.has() == "cuda:0"
     assert [taker().has(), taker(wanted="cuda").has()] == ["cuda:1", "cuda:2"]
-    assert taker("training").has() == "cuda:0", "a trainer minds trainers alone"
-    assert taker().has() == "cuda:1", "the one with the most memory free, of those that all have somebody"
+    assert taker("training").has() == "cuda:0", "trainers and scorers do not exclude each other"
+    assert taker().has() == "cuda:1", "all GPUs are in use; this one has the most free memory"
     first.end()
     assert taker().has() == "cuda:0"
 

@@ -1,4 +1,4 @@
-"""Models, datasets and checkpoints behind a URL: a real S3 server, and machines that share only it and the database."""
+"""Models, datasets and checkpoints on a real S3 server, used by machines that share only it and the database."""
 
 import hashlib
 import multiprocessing
@@ -19,7 +19,7 @@ from db.session import Database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench
 from tests.support.s3 import S3, s3_server
-from tests.training.jobs.test_job_route import count, job_of, left_in, running, shorten
+from tests.support.training_jobs import NEVER, count, job_of, left_in, running, shorten
 from training.errors import BadArtifact, ModelUnavailable, StoreUnavailable
 from training.jobs.inputs import fetched_base_model, store_base_model
 from training.jobs.run import run_next_job
@@ -33,7 +33,6 @@ from worker.scoring.champion import Champion
 from worker.scoring.scoring_model import Serving, load_model, serving_from
 from worker.settings import Settings, load_settings
 
-NEVER = threading.Event()
 MIB = 1024 * 1024
 
 
@@ -80,22 +79,22 @@ def far(s3: S3, tmp_path: Path) -> SimpleNamespace:
 
 
 def test_one_machine_submits_another_trains_a_third_scores(
-    machine: Callable[[str], Settings], s3: S3, database: Database, labelled_csv: Path, tiny_encoder: Path
+    machine: Callable[[str], Settings], s3: S3, sqlite: Database, labelled_csv: Path, tiny_encoder: Path
 ) -> None:
     asks, trains, scores = (machine(name) for name in ("asks", "trains", "scores"))
-    job = submit_training(asks, database, labelled_csv, "fast", base_model=str(tiny_encoder), epochs=1)
+    job = submit_training(asks, sqlite, labelled_csv, "fast", base_model=str(tiny_encoder), epochs=1)
     assert job.dataset.startswith("s3://")
     assert job.config["base_model"].startswith("s3://")
-    assert run_next_job(database, training_context(trains), "there", NEVER) == job.id
-    assert (job_of(database, job.id).state, job_of(database, job.id).error) == ("succeeded", None)
-    with database.begin() as session:
+    assert run_next_job(sqlite, training_context(trains), "there", NEVER) == job.id
+    assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
+    with sqlite.begin() as session:
         version = registry.of_job(session, job.id)
         assert version is not None
     assert version.artifact_url == f"{trains.model_store}/job-{job.id}-1"
     model = load_model(version, serving_from(scores))
     assert model.spec.labels == ["negative", "positive"]
     assert len(model.score(["嬉しい"])) == 1
-    # Nothing of the run is left behind, and what a machine has it has in its cache.
+    # The run leaves no files, and each machine keeps its copy in its cache.
     assert left_in(scores.home / "models") == left_in(trains.home / "jobs") == []
     assert not [name for name in s3.names() if f"{trains.checkpoint_store}".removeprefix("s3://tweetscore/") in name]
     copy = model_store(scores).place(version.artifact_url, version.sha256)
@@ -149,7 +148,7 @@ def test_the_copy_used_longest_ago_makes_room_and_one_in_use_stays(far: SimpleNa
     with far.store.fetched(*urls["a"]), far.store.fetched(*urls["d"]):
         assert here() == {"a", "d"}
     with far.store.fetched(*urls["a"]), far.store.fetched(*urls["d"]), far.store.fetched(*urls["b"]):
-        assert here() == {"a", "b", "d"}  # more than fits, since all are in use
+        assert here() == {"a", "b", "d"}  # more than the limit, since all are in use
 
 
 @pytest.mark.parametrize(
@@ -197,6 +196,7 @@ def test_processes_that_want_the_same_at_once_fetch_it_once(tmp_path: Path) -> N
     assert (tmp_path / "log").read_text() == "fetched\n"
 
 
+@pytest.mark.slow
 def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     machine: Callable[[str], Settings], s3: S3, sqlite: Database, labelled_csv: Path, tiny_encoder: Path
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
         wait_until(lambda: count(sqlite, EpochMetric) > 1)
         stopping.set()
     done = count(sqlite, EpochMetric)
-    shutil.rmtree(here.home)  # that machine is gone
+    shutil.rmtree(here.home)  # that machine is lost
     shorten(sqlite, job.id, done + 2)
     with sqlite.begin() as session:
         before = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
@@ -215,7 +215,7 @@ def test_a_trainer_that_must_end_leaves_its_checkpoint_to_another_machine(
     assert (job_of(sqlite, job.id).state, job_of(sqlite, job.id).error) == ("succeeded", None)
     with sqlite.begin() as session:
         after = [(epoch.epoch, epoch.seconds) for epoch in jobs.epochs(session, job.id)]
-    assert after[:done] == before  # as they were: not one was run again
+    assert after[:done] == before  # unchanged: no epoch ran again
     assert len(after) == done + 2
     prefix = str(here.checkpoint_store).removeprefix("s3://tweetscore/")
     assert [name for name in s3.names() if name.startswith(prefix)] == []
@@ -235,22 +235,23 @@ def test_a_fault_met_while_an_encoder_is_held_stays_what_it_is(
         pass
 
 
-# --- the server goes away
+# --- the server becomes unavailable
 
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> Iterator[S3]:
-    """A server of this test alone, which it may kill."""
+    """A server for one test, which may kill it."""
     with s3_server() as server:
         yield server
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_mid_fetch_leaves_no_copy_and_the_next_fetch_goes_on(fragile: S3, tmp_path: Path) -> None:
     def models() -> Store:
         return Store(fragile.url("models"), Cache(tmp_path / "cache", 1000 * MIB))
 
     made = tmp_path / "made" / "model"
-    sha256 = sealed(made, MIB, 20 * MIB)
+    sha256 = sealed(made, MIB, 10 * MIB)
     store = models()
     assert store.remote is not None
     store.remote.upload(made, "model")
@@ -260,9 +261,9 @@ def test_a_server_killed_in_mid_fetch_leaves_no_copy_and_the_next_fetch_goes_on(
         with models().fetched(url, sha256) as folder:
             verify(folder, sha256)
 
-    with fragile.killed_after(10 * MIB), pytest.raises(StoreUnavailable, match="does not answer"):
+    with fragile.killed_after(5 * MIB), pytest.raises(StoreUnavailable, match="does not answer"):
         fetch()
-    assert 0 < (draft / "1.bin").stat().st_size < 20 * MIB  # it was in the middle
+    assert 0 < (draft / "1.bin").stat().st_size < 10 * MIB  # it was in the middle
     assert not (tmp_path / "cache" / sha256).exists()
     first = (draft / "0.bin").stat().st_mtime_ns
     fragile.start()
@@ -272,6 +273,7 @@ def test_a_server_killed_in_mid_fetch_leaves_no_copy_and_the_next_fetch_goes_on(
     assert not draft.exists()
 
 
+@pytest.mark.slow
 def test_a_champion_whose_store_is_away_waits_for_it_and_the_old_one_goes_on(
     fragile: S3, lite: Bench, tmp_path: Path, tiny_artifact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ MECAB = {"word_tokenizer_type": "mecab", "subword_tokenizer_type": "wordpiece", 
 
 
 def v1_folder(folder: Path, tokenizer_config: dict[str, Any]) -> Path:
-    """A folder as `bert-base-japanese` (v1) has it, with what it says of its tokenizer."""
+    """A folder like that of `bert-base-japanese` (v1), with its tokenizer settings."""
     folder.mkdir(parents=True)
     shutil.copy(STARTER_FOLDER / "vocab.txt", folder)
     config = json.loads((STARTER_FOLDER / "config.json").read_text(encoding="utf-8"))

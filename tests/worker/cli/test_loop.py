@@ -11,7 +11,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-from tests.training.loop.test_training import Bench, maker, stop_at
+from tests.support.training_loop import Bench, maker, stop_at
 from training.config import make_config
 from training.errors import BadConfig, StopRequested
 from training.loop import fit as loop

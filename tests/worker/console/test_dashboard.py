@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from db import migrate, predictions, registry
 from db.models import ConfusionCell
 from db.session import Database, open_database
-from tests.db.test_predictions import assign, make_version, prediction_row, tweet_row, write
 from tests.support.commands import command
+from tests.support.rows import assign, make_version, prediction_row, tweet_row, write
 from worker.console import dashboard
 from worker.console.dashboard import make_dashboard
 from worker.errors import BadRequest

@@ -16,9 +16,9 @@ from sqlalchemy import text
 import worker
 from db.errors import DatabaseError, TweetscoreError
 from db.session import Database
-from tests.db.test_jobs import submit
-from tests.db.test_predictions import NOON, answer, assign, make_version, prediction_row, tweet_row, url_of, write
+from tests.support.job_rows import submit
 from tests.support.paths import ROOT
+from tests.support.rows import NOON, answer, assign, make_version, prediction_row, tweet_row, url_of, write
 from tests.support.world import on_sqlite
 from worker.errors import BadRequest
 

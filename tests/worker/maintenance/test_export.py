@@ -22,8 +22,8 @@ from db.errors import NotFound
 from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
-from tests.db.test_predictions import NOON, assign, make_version, prediction_row, tweet_row, write
 from tests.support.bench import Bench, Slow, draining, wire
+from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
 from worker.cli import output
 from worker.connections import model_store

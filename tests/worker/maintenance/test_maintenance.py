@@ -19,10 +19,20 @@ from db.errors import DatabaseError
 from db.models import DeadLetter, ScoringWindow, SentimentRollup, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from tests.db.test_predictions import answer, letter_row, make_version, prediction_row, tweet_row, url_of, write
-from tests.db.test_views import assert_counted, run, some
 from tests.support.actors import wait_for_log
 from tests.support.bench import wire
+from tests.support.rows import (
+    answer,
+    assert_counted,
+    letter_row,
+    make_version,
+    prediction_row,
+    run,
+    some,
+    tweet_row,
+    url_of,
+    write,
+)
 from tests.support.world import World, on_postgresql, on_sqlite
 from training.jobs.expired_checkpoints import remove_expired_checkpoints
 from training.store.cache import Cache

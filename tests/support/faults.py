@@ -1,0 +1,3 @@
+"""The list of faults."""
+
+FAULTS = 32
