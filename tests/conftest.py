@@ -75,8 +75,9 @@ def wait_until(condition: Callable[[], object], every: float = 0.02) -> None:
 
 # The files and folders with the longest tests, which run first, so that the processes end together.
 LONGEST = (
-    "tests/benchmarks", "tests/faults", "tests/training/jobs", "tests/training/store", "tests/training/loop",
-    "tests/training/model", "tests/worker/cli", "tests/worker/intake", "tests/worker/process", "tests/worker/scoring",
+    "tests/benchmarks", "tests/worker/cli/test_demo.py", "tests/test_lean.py", "tests/faults", "tests/training/jobs",
+    "tests/training/store", "tests/training/loop", "tests/training/model", "tests/worker/cli", "tests/worker/intake",
+    "tests/worker/process", "tests/worker/scoring",
 )  # fmt: skip
 
 

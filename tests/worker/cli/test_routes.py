@@ -193,7 +193,7 @@ def test_a_running_job_is_cancelled_within_a_few_steps(
 
 @pytest.mark.slow
 def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleNamespace, labelled_csv: Path) -> None:
-    job_id = worker.submit_training(str(labelled_csv), epochs=60)
+    job_id = worker.submit_training(str(labelled_csv), epochs=30)
 
     def done() -> list[EpochMetric]:
         with up.database.read() as session:
@@ -206,7 +206,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(up: SimpleName
 
     job = finished(up.database, job_id)
     assert (job.state, job.attempts, job.fencing_token, job.step) == ("succeeded", 2, 2, job.total_steps)
-    assert [epoch.epoch for epoch in done()] == list(range(1, 61))
+    assert [epoch.epoch for epoch in done()] == list(range(1, 31))
     assert {epoch.epoch: epoch.valid_loss for epoch in done() if epoch.epoch in before} == pytest.approx(
         before, abs=1e-4
     )
