@@ -295,6 +295,7 @@ def test_a_model_at_the_store_itself_does_not_take_the_store_with_it(home: Simpl
     assert (model_store(home.settings).folder / "tiny").is_dir()
 
 
+@pytest.mark.slow
 def test_tensorboard_opens_on_the_folder_of_the_runs(home: SimpleNamespace, tweetscore: Run) -> None:
     refused = tweetscore("tensorboard", "--job", "1")
     assert (refused.returncode, "there is no run in" in refused.stderr) == (2, True)

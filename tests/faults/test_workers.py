@@ -48,6 +48,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_25_a_worker_told_to_end_finishes_its_window_or_checkpoints_its_job(world: World, labelled_csv: Path) -> None:
     world.stream.publish([wire(i) for i in range(20)])
