@@ -20,9 +20,9 @@ from db.errors import DatabaseError
 from db.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
+from tests.support.leaks import SECRET, found_in
 from tests.support.rows import tweet_row, url_of, write
 from tests.support.world import on_postgresql
-from tests.worker.maintenance.test_export import SECRET, found_in
 from worker.cli.main import app
 from worker.maintenance.deletion import compact
 from worker.settings import Settings

@@ -23,6 +23,7 @@ from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.bench import Bench, Slow, draining, wire
+from tests.support.leaks import SECRET, found_in
 from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
 from training.errors import BadSource
 from worker.cli import output
@@ -231,9 +232,6 @@ def rows_of(database: Database) -> int:
         return session.query(Tweet).count()
 
 
-SECRET = "誰にも言えない秘密の話"
-
-
 def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     tweetscore: Run, settings: Settings, home_database: Database, tiny_artifact: SimpleNamespace, promote: Any
 ) -> None:
@@ -265,15 +263,6 @@ def test_nothing_of_a_deleted_tweet_is_left_in_the_home(
     database.close()
     refused = tweetscore("delete")
     assert (refused.returncode, "nothing is selected" in refused.stderr) == (2, True)
-
-
-def found_in(home: Path) -> list[str]:
-    spellings = [SECRET.encode(), json.dumps(SECRET).strip('"').encode(), SECRET.encode("utf-16-le")]
-    return [
-        str(path.relative_to(home))
-        for path in home.rglob("*")
-        if path.is_file() and any(spelling in path.read_bytes() for spelling in spellings)
-    ]
 
 
 def test_long_work_is_told_in_lines_where_there_is_no_terminal(
