@@ -1,8 +1,10 @@
 """What a process loads before it does anything: a look at the jobs does not wait for torch, nor scoring for plots or
 tables, and `--help` loads the command line alone."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -75,3 +77,21 @@ def test_help_lists_every_command_in_a_group_and_explains_every_option() -> None
     for words, command in commands(group):
         assert command.help, words
         assert [option.name for option in command.params if not option.help and option.name != "help"] == [], words
+
+
+def test_importing_the_celery_application_touches_no_disk(tmp_path: Path) -> None:
+    """Every file that is opened for writing, and every folder that is made, raises an audit event."""
+    program = """import sys
+writes = []
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & 3:
+        writes.append(arguments[0])
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.chmod"):
+        writes.append(arguments[0])
+sys.dont_write_bytecode = True
+sys.addaudithook(note)
+import worker.app
+print(writes)"""
+    environment = {**os.environ, "TWEETSCORE_HOME": str(tmp_path / "home")}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert (ended.stdout.strip(), (tmp_path / "home").exists()) == ("[]", False)
