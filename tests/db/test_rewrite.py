@@ -20,6 +20,7 @@ from db.errors import DatabaseError
 from db.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
+from tests.support.leaks import SECRET, found_in
 from tests.support.rows import tweet_row, url_of, write
 from tests.support.secret import SECRET, found_in
 from tests.support.world import on_postgresql

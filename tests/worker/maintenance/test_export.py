@@ -23,6 +23,7 @@ from db.models import DeadLetter, Prediction, Tweet
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.bench import Bench, Slow, draining, wire
+from tests.support.leaks import SECRET, found_in
 from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
 from tests.support.secret import SECRET, found_in
 from training.errors import BadSource

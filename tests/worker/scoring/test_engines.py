@@ -169,7 +169,7 @@ def test_a_choice_is_found_where_openvino_is_not_installed(artifact: Artifact, m
     assert choice_folder(artifact.folder, digest(artifact), CPU, "auto") != before
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow), "roberta"])
 def test_models_of_other_shapes_are_served_and_agree(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     sizes = {"vocab_size": 3100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,0 +1,15 @@
+"""Finds a secret text in the files of a home."""
+
+import json
+from pathlib import Path
+
+SECRET = "誰にも言えない秘密の話"
+
+
+def found_in(home: Path) -> list[str]:
+    spellings = [SECRET.encode(), json.dumps(SECRET).strip('"').encode(), SECRET.encode("utf-16-le")]
+    return [
+        str(path.relative_to(home))
+        for path in home.rglob("*")
+        if path.is_file() and any(spelling in path.read_bytes() for spelling in spellings)
+    ]
