@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +31,8 @@ MEMORY_MB = 1024
 SYNC = "everysec"
 # sun_path holds 108 bytes including the final zero; the server appends a few characters while it binds.
 LONGEST_SOCKET_PATH = 90
+# Not `tempfile.gettempdir()`: processes of one home must agree on the path, whatever TMPDIR each of them has.
+SHORT_FOLDER = Path("/tmp")  # noqa: S108 - the folder below it is private, see `_make_private`
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 
 
@@ -60,7 +61,7 @@ def socket_path(home: Path) -> Path:
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH and PLAIN_PATH.fullmatch(str(path)):
         return path
     digest = hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"tweetscore-{os.getuid()}" / f"{digest}.sock"
+    return SHORT_FOLDER / f"tweetscore-{os.getuid()}" / f"{digest}.sock"
 
 
 # --- status

@@ -92,6 +92,6 @@ sys.dont_write_bytecode = True
 sys.addaudithook(note)
 import worker.app
 print(writes)"""
-    environment = {**os.environ, "TWEETSCORE_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "TWEETSCORE_HOME": str(tmp_path / ("long" * 25))}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert (ended.stdout.strip(), (tmp_path / "home").exists()) == ("[]", False)
+    assert (ended.stdout.strip(), (tmp_path / ("long" * 25)).exists()) == ("[]", False)
