@@ -22,7 +22,6 @@ from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.leaks import SECRET, found_in
 from tests.support.rows import tweet_row, url_of, write
-from tests.support.secret import SECRET, found_in
 from tests.support.world import on_postgresql
 from worker.cli.main import app
 from worker.maintenance.deletion import compact

@@ -25,7 +25,6 @@ from tests.conftest import PATIENCE_SECONDS
 from tests.support.bench import Bench, Slow, draining, wire
 from tests.support.leaks import SECRET, found_in
 from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
-from tests.support.secret import SECRET, found_in
 from training.errors import BadSource
 from worker.cli import output
 from worker.connections import model_store

@@ -3,8 +3,6 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +11,8 @@ import psutil
 import pytest
 import redis
 
-from tests.conftest import PATIENCE_SECONDS, wait_until
+from tests.conftest import wait_until
 from tests.support.servers import (
-    OWN_UNTIL_STDIN_ENDS,
     contents,
     fill,
     is_running,
@@ -24,6 +21,7 @@ from tests.support.servers import (
     server_pid,
     short_home,
 )
+from worker.errors import ServerFailed
 from worker.stream import embedded_valkey, server_supervisor
 from worker.stream.redis_client import connect
 from worker.stream.stream import Depth, Stream
@@ -67,16 +65,16 @@ def test_any_home_path_holds_a_server_and_its_data(home: Path, name: str) -> Non
     assert not server.socket.exists()
 
 
-def test_socket_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
-    """In a temporary folder of everybody's, somebody may have put a link where the sockets belong."""
+def test_socket_folder_that_leads_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that every user may write to, another user may have put a link where the sockets belong."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"tweetscore-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    refused = subprocess.run(
-        [sys.executable, "-c", OWN_UNTIL_STDIN_ENDS, str(tmp_path / "with a space")],
-        input="", capture_output=True, text=True, timeout=PATIENCE_SECONDS, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    assert "ServerFailed" in refused.stderr
-    assert "belongs to another user or is a link; set TWEETSCORE_HOME" in refused.stderr
+    monkeypatch.setattr(embedded_valkey, "SHORT_FOLDER", tmp_path)
+    with (
+        pytest.raises(ServerFailed, match="belongs to another user or is a link; set TWEETSCORE_HOME"),
+        embedded_valkey.owned(tmp_path / "with a space"),
+    ):
+        pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
