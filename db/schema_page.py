@@ -58,17 +58,21 @@ LIMIT 50""",
 
 
 def main(arguments: Sequence[str]) -> int:
+    return write_or_check(PAGE, page(), COMMAND, arguments)
+
+
+def write_or_check(file: Path, text: str, command: str, arguments: Sequence[str]) -> int:
+    """Write a generated page, or with `--check` only compare it. Returns the exit code: 1 when it is stale."""
     if list(arguments) not in ([], ["--check"]):
-        print(f"usage: {COMMAND} [--check]", file=sys.stderr)
+        print(f"usage: {command} [--check]", file=sys.stderr)
         return 2
-    text = page()
     if arguments:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE} differs from the models and views; write it again with `{COMMAND}`", file=sys.stderr)
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            print(f"{file} differs from the code; write it again with `{command}`", file=sys.stderr)
             return 1
         return 0
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -27,7 +27,7 @@ def test_check_reports_a_missing_and_a_stale_page_and_writes_nothing(
     page.write_text(page.read_text(encoding="utf-8").replace("UTC", "JST"), encoding="utf-8")
     assert schema_page.main(["--check"]) == 1
     assert "JST" in page.read_text(encoding="utf-8")
-    assert f"{page} differs from the models and views; write it again with" in capsys.readouterr().err
+    assert f"{page} differs from the code; write it again with" in capsys.readouterr().err
     assert schema_page.main(["--chek"]) == 2
 
 

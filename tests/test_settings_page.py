@@ -39,5 +39,5 @@ def test_check_reports_a_missing_and_a_stale_page_and_writes_nothing(
     page.write_text("stale", encoding="utf-8")
     assert settings_page.main(["--check"]) == 1
     assert page.read_text(encoding="utf-8") == "stale"
-    assert f"{page} differs from the settings; write it again with" in capsys.readouterr().err
+    assert f"{page} differs from the code; write it again with" in capsys.readouterr().err
     assert settings_page.main(["--chek"]) == 2

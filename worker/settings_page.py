@@ -12,6 +12,7 @@ from typing import Any, get_args
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
+from db.schema_page import write_or_check
 from worker.settings import Settings, environment_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -44,18 +45,7 @@ TYPES = {bool: "true or false", int: "whole number", float: "number", Path: "pat
 
 
 def main(arguments: Sequence[str]) -> int:
-    if list(arguments) not in ([], ["--check"]):
-        print(f"usage: {COMMAND} [--check]", file=sys.stderr)
-        return 2
-    text = page()
-    if arguments:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE} differs from the settings; write it again with `{COMMAND}`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page(), COMMAND, arguments)
 
 
 def page() -> str:
