@@ -19,6 +19,7 @@ from worker.connections import model_store
 Epochs = dict[int, float]
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkpoint_whole(
     world: World, labelled_csv: Path, unbroken: Epochs
@@ -79,6 +80,7 @@ def test_23_the_job_of_a_killed_trainer_is_resumed_from_its_checkpoint_and_no_ep
     assert world.count(TestPrediction) == 6
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_24_a_job_that_always_kills_its_worker_is_started_three_times_and_failed_with_the_reason(
     world: World, labelled_csv: Path

@@ -26,6 +26,7 @@ def running_on(home: Path) -> list[int]:
     return [p.pid for p in psutil.process_iter(["environ"]) if str(home) in str((p.info["environ"] or {}).values())]
 
 
+@pytest.mark.slow
 def test_training_with_wait_runs_a_worker_of_its_own(
     tweetscore: Run, settings: Settings, labelled_csv: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_retention_deletes_what_came_in_long_ago(database: Database) -> None:
     assert_counted(database)
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_worker_applies_the_retention(world: World) -> None:
     """A scoring worker with nothing to do deletes what was kept too long."""

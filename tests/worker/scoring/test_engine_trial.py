@@ -102,6 +102,7 @@ def champions(lite: Bench, serves: Serving) -> Iterator[Callable[[], Champion]]:
     assert trials() == []
 
 
+@pytest.mark.slow
 def test_a_new_model_serves_on_plain_torch_at_once_and_its_better_engine_takes_over_between_windows(
     lite: Bench, place: Path, champions: Callable[..., Champion]
 ) -> None:
