@@ -46,6 +46,7 @@ def test_21_a_full_disk_fails_the_job_with_that_reason_and_leaves_the_old_checkp
     assert world.epochs(job_id) == pytest.approx(unbroken, abs=1e-4)
 
 
+@pytest.mark.slow
 @on_postgresql
 def test_22_a_job_longer_than_every_timeout_runs_once(world: World, labelled_csv: Path) -> None:
     job_id = world.submit(labelled_csv, epochs=4)
