@@ -1,9 +1,5 @@
 """`docs/settings.md` is what the code generates."""
 
-from pathlib import Path
-
-import pytest
-
 from worker import settings_page
 from worker.settings import Settings, environment_name
 
@@ -25,19 +21,3 @@ def test_the_page_describes_every_setting_with_its_default_and_its_range() -> No
 def test_every_group_begins_at_a_setting() -> None:
     assert set(settings_page.GROUPS) <= set(Settings.model_fields)
     assert next(iter(Settings.model_fields)) in settings_page.GROUPS
-
-
-def test_check_reports_a_missing_and_a_stale_page_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "docs" / "settings.md"
-    monkeypatch.setattr(settings_page, "PAGE", page)
-    assert settings_page.main(["--check"]) == 1
-    assert not page.exists()
-    assert settings_page.main([]) == 0
-    assert settings_page.main(["--check"]) == 0
-    page.write_text("stale", encoding="utf-8")
-    assert settings_page.main(["--check"]) == 1
-    assert page.read_text(encoding="utf-8") == "stale"
-    assert f"{page} differs from the code; write it again with" in capsys.readouterr().err
-    assert settings_page.main(["--chek"]) == 2
