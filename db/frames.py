@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Boolean, Float, Integer, Text
 
-from db.models import Base, UtcDateTime
+from db.base import Base, UtcDateTime
 from db.readonly import run_query
 
 if TYPE_CHECKING:

@@ -1,82 +1,53 @@
 """The schema: one class per table. Comments on tables and columns are stored in PostgreSQL and in `docs/schema.md`.
 
-All times are aware and in UTC. PostgreSQL stores them as timestamptz. SQLite stores ISO-8601 text with a Z, so that
-text order is time order and SQLite's date functions can read it.
+The tables of the model registry are in `db.registry_models`, and importable from here too.
 """
 
-from datetime import UTC, datetime
-from typing import Any, ClassVar
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    CheckConstraint,
-    DateTime,
-    Dialect,
-    ForeignKey,
-    Index,
-    LargeBinary,
-    MetaData,
-    String,
-    Text,
-    true,
+from sqlalchemy import CheckConstraint, ForeignKey, Index, true
+from sqlalchemy.orm import Mapped, mapped_column
+
+from db.base import Base, utc_now
+from db.registry_models import (
+    BaseModel,
+    ConfusionCell,
+    Evaluation,
+    EvaluationMetric,
+    ModelAlias,
+    ModelVersion,
+    OutOfFoldPrediction,
+    TestMetric,
+    TestPrediction,
 )
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import TypeDecorator
+
+__all__ = [
+    "Base",
+    "BaseModel",
+    "ConfusionCell",
+    "DeadLetter",
+    "EpochMetric",
+    "Evaluation",
+    "EvaluationMetric",
+    "ModelAlias",
+    "ModelVersion",
+    "OutOfFoldPrediction",
+    "Prediction",
+    "SchemaCompatibility",
+    "ScoringWindow",
+    "SentimentRollup",
+    "TestMetric",
+    "TestPrediction",
+    "TrainingJob",
+    "Tweet",
+    "utc_now",
+]
 
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 FINISHED_STATES = ("succeeded", "failed", "cancelled")
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware datetime in UTC. Binding a naive datetime raises `ValueError`."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> Any:
-        return dialect.type_descriptor(String(27) if dialect.name == "sqlite" else DateTime(timezone=True))
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone; use an aware datetime in UTC")
-        value = value.astimezone(UTC)
-        return value.isoformat(timespec="microseconds")[: -len("+00:00")] + "Z" if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return datetime.fromisoformat(value) if isinstance(value, str) else value.astimezone(UTC)
-
-
-# JSONB supports comparison and indexes; SQLite stores JSON as text. None is stored as SQL NULL, not as JSON null.
-Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-
-
-class Base(DeclarativeBase):
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map: ClassVar[dict[Any, Any]] = {
-        datetime: UtcDateTime,
-        dict[str, Any]: Json,
-        list[str]: Json,
-        list[Any]: Json,
-        str: Text,
-        bytes: LargeBinary,
-    }
+# `train` makes a model version, `adapt` a base model.
+JOB_KINDS = ("train", "adapt")
 
 
 class Tweet(Base):
@@ -186,6 +157,11 @@ class TrainingJob(Base):
     state: Mapped[str] = mapped_column(
         default="queued", comment="State of the job: queued, running, succeeded, failed or cancelled."
     )
+    kind: Mapped[str] = mapped_column(
+        default="train",
+        server_default="train",
+        comment="What the job makes: train a model version, adapt a base model.",
+    )
     config: Mapped[dict[str, Any]] = mapped_column(comment="JSON object: the training configuration.")
     dataset: Mapped[str] = mapped_column(comment="Path or URL of the labelled dataset.")
     dataset_sha256: Mapped[str | None] = mapped_column(
@@ -251,102 +227,6 @@ class EpochMetric(Base):
         default=True,
         server_default=true(),
         comment="True when the weights of this epoch replaced those of the best epoch before it.",
-    )
-
-
-class ModelVersion(Base):
-    """A deleted version has no artifact; its row stays as long as other rows refer to it."""
-
-    __tablename__ = "model_versions"
-    __table_args__ = ({"comment": "One row per trained model: its artifact, labels and calibration."},)
-
-    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the model version, rising.")
-    job_id: Mapped[int | None] = mapped_column(
-        ForeignKey("training_jobs.id"), unique=True, comment="The job that trained it. NULL when no job did."
-    )
-    base_model: Mapped[str] = mapped_column(comment="Hub name or folder of the base model that was fine-tuned.")
-    base_revision: Mapped[str | None] = mapped_column(
-        comment="Hub commit of the base model. NULL for a base model without one."
-    )
-    artifact_url: Mapped[str] = mapped_column(comment="URL of the folder that holds the artifact.")
-    sha256: Mapped[str] = mapped_column(
-        comment="SHA-256 of the artifact's list of file digests, in hexadecimal; checked whenever it is loaded."
-    )
-    labels: Mapped[list[str]] = mapped_column(comment="JSON array: the labels, in the order of the model's outputs.")
-    cleaner_version: Mapped[str] = mapped_column(
-        comment="Version of the text cleaning that the model was trained with."
-    )
-    temperature: Mapped[float] = mapped_column(
-        default=1.0, comment="Divisor of the logits that calibrates the probabilities, above 0."
-    )
-    created_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time at which it was registered, UTC.")
-    deleted_at: Mapped[datetime | None] = mapped_column(
-        comment="Time at which it was deleted, UTC. NULL for a usable version."
-    )
-
-
-class ModelAlias(Base):
-    __tablename__ = "model_aliases"
-    __table_args__ = (
-        Index(None, "alias", "id"),
-        {"comment": "One row per assignment of an alias to a model version. The newest row of an alias counts."},
-    )
-
-    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the assignment, rising with time.")
-    alias: Mapped[str] = mapped_column(comment="champion, whose predictions the views show, or challenger.")
-    model_version_id: Mapped[int] = mapped_column(
-        ForeignKey("model_versions.id"), comment="The model version that the alias points to from then on."
-    )
-    assigned_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time of the assignment, UTC.")
-
-
-class TestMetric(Base):
-    __tablename__ = "test_metrics"
-    __table_args__ = ({"comment": "One row per model version, metric and label, measured on the test split."},)
-    __test__ = False  # keeps pytest from collecting the class
-
-    model_version_id: Mapped[int] = mapped_column(
-        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
-    )
-    metric: Mapped[str] = mapped_column(
-        primary_key=True,
-        comment="Name of the metric. _low and _high: ends of its 95 % interval. tfidf_ and majority_: of a baseline.",
-    )
-    label: Mapped[str] = mapped_column(
-        primary_key=True, default="", comment="The label that was measured. Empty for the whole test split."
-    )
-    value: Mapped[float] = mapped_column(comment="The value, in the unit of the metric; most are 0 to 1.")
-
-
-class ConfusionCell(Base):
-    __tablename__ = "confusion_cells"
-    __table_args__ = ({"comment": "One row per cell of a model version's confusion matrix on the test split."},)
-
-    model_version_id: Mapped[int] = mapped_column(
-        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
-    )
-    actual: Mapped[str] = mapped_column(primary_key=True, comment="The label in the dataset.")
-    predicted: Mapped[str] = mapped_column(primary_key=True, comment="The label that the model predicted.")
-    count: Mapped[int] = mapped_column(comment="Number of test rows.")
-
-
-class TestPrediction(Base):
-    __tablename__ = "test_predictions"
-    __table_args__ = ({"comment": "One row per model version and test row, for error analysis."},)
-    __test__ = False
-
-    model_version_id: Mapped[int] = mapped_column(
-        ForeignKey("model_versions.id", ondelete="CASCADE"), primary_key=True, comment="The model version."
-    )
-    row_number: Mapped[int] = mapped_column(primary_key=True, comment="Number of the row in the dataset.")
-    text: Mapped[str] = mapped_column(comment="Text of the row, cleaned as the model reads it.")
-    actual: Mapped[str] = mapped_column(comment="The label in the dataset. Several labels are joined with |.")
-    predicted: Mapped[str] = mapped_column(
-        comment="The label that the model predicted. Several labels are joined with |."
-    )
-    probability: Mapped[float] = mapped_column(comment="Calibrated probability of the predicted label, 0 to 1.")
-    probabilities: Mapped[dict[str, Any]] = mapped_column(
-        comment="JSON object: the calibrated probability of every label, 0 to 1."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import ColumnElement
 from sqlalchemy.dialects import postgresql
 
-from db.models import Base, ModelVersion, Prediction, TrainingJob, Tweet
+from db.models import Base, Evaluation, ModelVersion, Prediction, TrainingJob, Tweet
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ SUMS = (
     _fraction("mean_probability", "Mean probability of their predictions, 0 to 1."),
     _fraction("mean_score", "Mean score_signed of their predictions, -1 to 1. NULL when no label has a polarity."),
 )
+ACCURACY = _fraction("accuracy", "Accuracy, 0 to 1.")
+F1_MACRO = (
+    _fraction("f1_macro", "Macro-F1, 0 to 1."),
+    _fraction("f1_macro_low", "Lower end of the 95 % bootstrap interval of f1_macro."),
+    _fraction("f1_macro_high", "Upper end of the 95 % bootstrap interval of f1_macro."),
+)
+ECE = _fraction("ece", "Expected calibration error over 15 bins after temperature scaling, 0 to 1.")
 
 VIEWS = (
     View(
@@ -99,14 +106,28 @@ VIEWS = (
         (
             ViewColumn("model_version_id", "integer", "Id of the model version."),
             *_from_table(ModelVersion, "base_model", "job_id", "created_at"),
-            _fraction("accuracy", "Accuracy, 0 to 1."),
+            ACCURACY,
             _fraction("f1_micro", "Micro-F1, 0 to 1."),
-            _fraction("f1_macro", "Macro-F1, 0 to 1."),
+            F1_MACRO[0],
             _fraction("tfidf_f1_macro", "Macro-F1 of TF-IDF with logistic regression on the same rows, 0 to 1."),
-            _fraction("f1_macro_low", "Lower end of the 95 % bootstrap interval of f1_macro."),
-            _fraction("f1_macro_high", "Upper end of the 95 % bootstrap interval of f1_macro."),
+            *F1_MACRO[1:],
             _fraction("roc_auc", "Area under the ROC curve, mean over the labels, 0 to 1."),
-            _fraction("ece", "Expected calibration error over 15 bins after temperature scaling, 0 to 1."),
+            ECE,
+            _fraction("quadratic_kappa", "Quadratic weighted kappa, -1 to 1. Ordinal labels only."),
+            _fraction(
+                "mean_absolute_error",
+                "Mean absolute error: of ordinal labels in steps, of continuous targets in their unit.",
+            ),
+        ),
+    ),
+    View(
+        "v_model_evaluations",
+        "One row per model version and labelled file that it was evaluated on after its training.",
+        (
+            *_from_table(Evaluation, "model_version_id", "dataset", "rows", "evaluated_at"),
+            ACCURACY,
+            *F1_MACRO,
+            ECE,
         ),
     ),
     View(
@@ -124,6 +145,7 @@ VIEWS = (
                 "best_valid_f1_macro",
                 "Best macro-F1 on the validation rows, 0 to 1. NULL before the first epoch.",
             ),
+            *_from_table(TrainingJob, "kind"),
         ),
     ),
 )

@@ -15,9 +15,10 @@ import pytest
 from sqlalchemy import make_url, text
 from typer.testing import CliRunner
 
-from db import migrate, rewrite
+from db import migrate
+from db.admin import rewrite
+from db.admin.roles import grant_worker
 from db.errors import DatabaseError
-from db.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.leaks import SECRET, found_in

@@ -35,7 +35,7 @@ def upgrade() -> None:
 @app.command("grant-worker")
 def db_grant_worker(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
     """Grant a PostgreSQL role the rights of a worker: to read and write rows."""
-    from db.roles import grant_worker
+    from db.admin.roles import grant_worker
 
     _grant(grant_worker, role)
     output.console.print(f"{role} may read and write the rows of every table, but not change the schema")
@@ -44,7 +44,7 @@ def db_grant_worker(role: Annotated[str, typer.Argument(help="Name of an existin
 @app.command("grant-readonly")
 def db_grant_readonly(role: Annotated[str, typer.Argument(help="Name of an existing PostgreSQL role.")]) -> None:
     """Grant a PostgreSQL role SELECT only; set TWEETSCORE_READER_URL to its URL."""
-    from db.roles import grant_readonly
+    from db.admin.roles import grant_readonly
 
     _grant(grant_readonly, role)
     output.console.print(f"{role} may read every table and view, but not write")

@@ -9,7 +9,7 @@ from functools import partial
 
 from db import predictions
 from db.errors import DatabaseError
-from db.rewrite import rewrite
+from db.admin.rewrite import rewrite
 from db.session import Database
 from worker.errors import BadRecord, StreamError
 from worker.maintenance import dead_letters

@@ -19,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from db import upkeep
+from db.admin import upkeep
 from db.errors import TweetscoreError
 from db.models import utc_now
 from db.session import Database

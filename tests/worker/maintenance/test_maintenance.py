@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event, func, select, text
 
-from db import jobs, predictions, upkeep
+from db import jobs, predictions
+from db.admin import upkeep
 from db.errors import DatabaseError
 from db.models import DeadLetter, ScoringWindow, SentimentRollup, TrainingJob, Tweet, utc_now
 from db.session import Database, open_database
