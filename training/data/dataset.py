@@ -54,11 +54,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Split:
-    """Cleaned texts, `targets` (N, K) float32 of zeros and ones, and the row numbers in the file."""
+    """Cleaned texts, `targets` (N, K) float32, the row numbers in the file, and the rows' weights (N,) in the loss.
+
+    Targets of labelled rows are zeros and ones; others may be probabilities. Without `weights` every row counts as 1.
+    """
 
     texts: list[str]
     targets: NDArray[np.float32]
     row_numbers: list[int]
+    weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -115,7 +115,10 @@ class _Run:
         checkpoints.restore(self.state)
         self.progress = self.state.progress
         hooks.on_resume(self.progress)
-        self.loss_of = loss_function(self.config, inputs.train.targets).to(device)
+        weights = inputs.train.weights
+        self.weights = None if weights is None else torch.from_numpy(weights)
+        reduction = "mean" if weights is None else "none"
+        self.loss_of = loss_function(self.config, inputs.train.targets, reduction).to(device)
         # The weights stay float32; bfloat16 is used for computation where the hardware supports it.
         half = half_precision(device, self.config.precision)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -156,11 +159,19 @@ class _Run:
             ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
             with self.autocast:
                 logits = self.state.model(ids.to(self.device), mask.to(self.device))
-            # Every row has the same weight, in small and in large batches.
-            loss = self.loss_of(logits.float(), self.targets[index].to(self.device)) * (len(index) / rows_of_step)
-            loss.backward()
+            # A row counts the same in small and in large batches.
+            loss = self._loss(logits.float(), index) * (len(index) / rows_of_step)
+            loss.backward()  # type: ignore[no-untyped-call]
             value += loss.item()
         return value
+
+    def _loss(self, logits: torch.Tensor, index: list[int]) -> torch.Tensor:
+        """Return the mean loss of the rows in `index`, each multiplied by its weight. `logits` (B, K)."""
+        loss: torch.Tensor = self.loss_of(logits, self.targets[index].to(self.device))
+        if self.weights is not None:
+            of_row = loss.reshape(len(index), -1).mean(1)
+            loss = (of_row * self.weights[index].to(self.device)).mean()
+        return loss
 
     def validate(self, started: float) -> tuple[Epoch, Floats]:
         """Return the epoch's figures and the probabilities (N, K) of the validation rows."""

@@ -22,8 +22,11 @@ class Predictions:
     loss: float
 
 
-def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Module:
-    """Return the loss of logits (B, K) and targets (B, K), a mean over rows. The guide uses `bce`.
+def loss_function(config: TrainConfig, targets: Floats | None = None, reduction: str = "mean") -> nn.Module:
+    """Return the loss of logits (B, K) and targets (B, K). The guide uses `bce`.
+
+    The loss is a mean over rows. With `reduction="none"` it is the loss of each row (B,), or for `bce` of each row and
+    label (B, K).
 
     With `class_weights: balanced` every label has the same weight. `targets` (N, K) are those of the training rows.
     Cross-entropy weights a row by N / (K * rows of its label). Binary cross-entropy weights the positive rows of a
@@ -34,7 +37,9 @@ def loss_function(config: TrainConfig, targets: Floats | None = None) -> nn.Modu
         rows_of_label = targets.sum(axis=0).clip(min=1)
         others = len(targets) / targets.shape[1] if config.loss == "cross_entropy" else len(targets) - rows_of_label
         weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
-    return nn.BCEWithLogitsLoss(pos_weight=weights) if config.loss == "bce" else nn.CrossEntropyLoss(weight=weights)
+    if config.loss == "bce":
+        return nn.BCEWithLogitsLoss(pos_weight=weights, reduction=reduction)
+    return nn.CrossEntropyLoss(weight=weights, reduction=reduction)
 
 
 @torch.inference_mode()

@@ -83,6 +83,25 @@ def test_pieces_hold_every_row_once_in_order_within_the_budget() -> None:
     assert [len(piece) for piece in cut(rows, lengths, 320)] == [4, 4]
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_a_row_counts_by_its_weight(bench: Make, tmp_path: Path, loss: str) -> None:
+    """The loss of an epoch in one step is the weighted mean of the rows' losses before it."""
+    made = bench(**EXACT, loss=loss, epochs=1, train_batch_size=48)
+    # One label counts twice and the other not at all, so that the loss is another than the plain mean.
+    given = (2 * made.data.train.targets[:, 0]).astype(np.float32)
+    weighted = replace(made, data=replace(made.data, train=replace(made.data.train, weights=given)))
+    model = made.model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    logits = torch.from_numpy(made.predict(model, "train").logits)
+    of_row = loss_function(made.config, reduction="none")(logits, torch.from_numpy(made.data.train.targets))
+    wanted = (of_row.reshape(len(given), -1).mean(1).numpy() * given).mean()
+    epochs = weighted.fit(model, tmp_path)
+    assert epochs[0].train_loss == pytest.approx(float(wanted), rel=1e-3)
+    assert float(wanted) != pytest.approx(of_row.mean().item(), rel=1e-3)
+
+
 def test_balanced_weights_are_scikit_learns_and_leave_validation_alone() -> None:
     targets = np.eye(3, dtype=np.float32)[[0] * 6 + [1] * 3 + [2]]
     loss = loss_function(make_config("fast", class_weights="balanced"), targets)
