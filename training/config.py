@@ -39,6 +39,21 @@ class TrainConfig(BaseModel):
     seed: int = Field(200, ge=0, lt=2**31)
 
     epochs: int = Field(20, ge=1, le=1000)
+    # With few rows an epoch has few steps, so a number of epochs that suits one dataset does not suit another.
+    row_passes: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda passes: passes is None,
+        description="train for as many epochs as give about this many rows, from 2 to `epochs`",
+    )
+    add_sample: bool = Field(
+        False,
+        exclude_if=lambda added: not added,
+        description="train on the sample tweets, too, if there are few rows and the labels name sentiments",
+    )
+    sample_weight: float = Field(
+        1.0, gt=0, le=100, exclude_if=lambda weight: weight == 1, description="weight of a sample tweet in the loss"
+    )
     train_batch_size: int = Field(16, ge=2, le=4096)
     valid_batch_size: int = Field(8, ge=1, le=4096)
     test_batch_size: int = Field(8, ge=1, le=4096)
@@ -72,6 +87,13 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"{shown(text)} contains a NUL character, which databases cannot store; remove it")
         return self
 
+    def for_rows(self, rows: int) -> Self:
+        """Return the configuration with the number of epochs that suits this many training rows."""
+        if self.row_passes is None:
+            return self
+        epochs = min(self.epochs, max(2, round(self.row_passes / rows)))
+        return self.model_copy(update={"epochs": epochs, "row_passes": None})
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The guide's values, the defaults of `TrainConfig`.
@@ -98,6 +120,8 @@ def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
     if not isinstance(preset, str) or preset not in PRESETS:  # the preset can come from a client's message
         raise BadConfig(f"there is no preset {shown(preset)}; use one of {', '.join(PRESETS)}")
     chosen = dict(PRESETS[preset])
+    if "epochs" in overrides:
+        chosen.pop("row_passes", None)
     if overrides.get("task") == "multi_label":
         chosen["loss"] = "bce"  # the only loss for multi-label tasks
     try:

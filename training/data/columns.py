@@ -8,6 +8,12 @@ ID_COLUMNS = ("id", "tweet_id", "id_str")
 LABEL_COLUMNS = ("label", "labels", "target", "sentiment", "ラベル")
 # Separates the labels of a row that has several.
 MULTI_LABEL_SEPARATOR = "|"
+# Names of labels, in small letters, that tell their sentiment.
+SENTIMENTS = {
+    "positive": ("positive", "pos", "ポジティブ", "肯定"),
+    "negative": ("negative", "neg", "ネガティブ", "否定"),
+    "neutral": ("neutral", "neu", "ニュートラル", "中立"),
+}
 INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -24,3 +30,8 @@ def has_surrogates(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def sentiment_of(label: str) -> str | None:
+    """Return positive, negative or neutral for a label with a usual name of it, in any case; else None."""
+    return next((sentiment for sentiment, names in SENTIMENTS.items() if label.casefold() in names), None)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from training.config import TrainConfig
+from training.data.columns import sentiment_of
 from training.errors import BadArtifact
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, empty_model, load_encoder_config
@@ -38,9 +39,7 @@ FORMAT_VERSION = 1
 # Validation rows kept to compare engines: enough to detect one changed label in 200.
 REFERENCE_ROWS = 2_000
 
-POSITIVE = {"positive", "pos", "ポジティブ", "肯定"}
-NEGATIVE = {"negative", "neg", "ネガティブ", "否定"}
-NEUTRAL = {"neutral", "neu", "ニュートラル", "中立"}
+POLARITY = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,10 @@ def find_polarity(labels: list[str], config: TrainConfig) -> dict[str, float] | 
     """Return label -> -1..1, or None when `config` has no polarity and a label is not a known name of a sentiment."""
     if config.polarity is not None:
         return {label: config.polarity.get(label, 0.0) for label in labels}
-    folded = {label: label.casefold() for label in labels}
-    if not all(name in POSITIVE | NEGATIVE | NEUTRAL for name in folded.values()):
+    sentiments = {label: sentiment_of(label) for label in labels}
+    if None in sentiments.values():
         return None
-    return {label: float(name in POSITIVE) - float(name in NEGATIVE) for label, name in folded.items()}
+    return {label: POLARITY[str(sentiment)] for label, sentiment in sentiments.items()}
 
 
 def save_artifact(
