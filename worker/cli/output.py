@@ -17,7 +17,7 @@ from worker.scoring.engine_choice import Choice
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
-    from db.models import EpochMetric, ModelVersion, TrainingJob
+    from db.models import EpochMetric, Evaluation, ModelVersion, TrainingJob
     from db.session import Database
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -31,6 +31,8 @@ MODEL_METRICS = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
+# Shown for a model that no job has measured.
+NO_TEST_FIGURES = "no test figures"
 # Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
@@ -222,8 +224,13 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
     return [{"metric": metric, "label": label, "value": value} for (metric, label), value in sorted(figures.items())]
 
 
-def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
-    """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+def test_table(
+    version: "ModelVersion", figures: dict[tuple[str, str], float], evaluation: "Evaluation | None" = None
+) -> None:
+    """Print a model's test metrics and those of the baselines, or the metrics of an evaluation, which has no baselines.
+
+    For single labels micro-F1 equals accuracy.
+    """
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -241,11 +248,34 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
         for metric in ("precision", "recall", "f1"):
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
             add(f"{metric} {label}", metric, label, rows_of_label)
+    if evaluation is not None:
+        title = f"{evaluation.dataset}, {evaluation.rows:,} rows: model {version.id} ({version.base_model})"
+        table(title, ["metric", "model", ""], [(name, value, note) for name, value, _, _, note in rows])
+        return
     table(
         f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
         ["metric", "model", "TF-IDF", "majority", ""],
         rows,
     )
+
+
+def evaluation_line(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> str:
+    """Return an evaluation in one line: data set, rows, macro-F1 and its interval."""
+    measured = macro_f1(figures)
+    return f"{evaluation.dataset}, {evaluation.rows:,} rows" + (f": {measured}" if measured else "")
+
+
+def macro_f1(figures: dict[tuple[str, str], float]) -> str:
+    """Return macro-F1 and its interval; empty for figures without macro-F1."""
+    f1, low, high = (figures.get((f"f1_macro{end}", "")) for end in ("", "_low", "_high"))
+    if f1 is None:
+        return ""
+    return f"F1 macro {f1:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
+
+
+def evaluation_fields(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> dict[str, Any]:
+    """Return an evaluation with its metrics for `--json`."""
+    return {**fields(evaluation), "metrics": metric_rows(figures)}
 
 
 def job_summary(database: "Database", job: "TrainingJob") -> None:
