@@ -1,4 +1,4 @@
-"""Reference outputs for a model without validation rows: those of the texts of the sample that comes with tweetscore."""
+"""Reference outputs for a model without validation rows: those of the texts of the sample in this package."""
 
 import random
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from db.errors import plain
 from training.data.columns import TEXT_COLUMNS, find_column
 from training.data.table_file import open_table
 from training.errors import ModelUnavailable
@@ -30,7 +31,7 @@ def sample_texts(limit: int = REFERENCE_ROWS) -> list[str]:
         with open_table(str(SAMPLE / name)) as table:
             for _, row in table.rows():
                 texts[row[find_column(row, TEXT_COLUMNS)]] = None
-    return random.Random(0).sample(list(texts), min(limit, len(texts)))  # noqa: S311 - not for secrets
+    return random.Random(0).sample(list(texts), min(limit, len(texts)))
 
 
 def sample_reference(
@@ -44,7 +45,7 @@ def sample_reference(
     `progress` is called after each batch. Raises `ModelUnavailable` when the classifier cannot run on the texts, gives
     a value that is not finite, or gives other logits when a text is padded.
     """
-    spec, name = imported.spec, imported.spec.base_model
+    spec, name = imported.spec, plain(imported.spec.base_model)
     texts = [clean(text, spec.cleaner_version) for text in sample_texts(limit)]
     rows = TextEncoder(imported.tokenizer)(texts, spec.config.max_length)
     try:
@@ -52,7 +53,7 @@ def sample_reference(
         alone = [_logits(imported, [row], device, progress) for row in rows[:PADDING_ROWS]]
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelUnavailable(f"model {name} cannot classify the sample's tweets ({reason}); import another") from error
+        raise ModelUnavailable(f"model {name} cannot classify tweets ({reason}); import another model") from error
     if not np.isfinite(logits).all():
         raise ModelUnavailable(f"model {name} gives logits that are not finite; its weights are damaged: save it again")
     difference = float(np.abs(np.concatenate(alone) - logits[: len(alone)]).max())

@@ -7,12 +7,11 @@ without an error.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -20,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from db.errors import listed, plain, shown
+from db.errors import TweetscoreError, listed, plain, shown
 from training.config import TrainConfig, make_config
 from training.data.columns import MULTI_LABEL_SEPARATOR, has_surrogates
 from training.errors import BadConfig, ModelUnavailable
@@ -29,15 +28,13 @@ from training.model.base_model import BaseModelFolder
 from training.model.classifier import NativeClassifier, check_length, load_encoder_config, longest_input
 from training.text.tokenizer import load_tokenizer
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
-
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the files of a classifier do not state. None takes the default.
+    """How to use a classifier. None takes the default.
 
-    `labels` maps the model's own labels to names; `polarity` and `max_length` as in `TrainConfig`. `task` defaults to
-    the model's own problem type.
+    `labels` maps the model's own labels to names; the other fields are as in `TrainConfig`. `task` defaults to the
+    model's problem type. A model that tweetscore trained keeps its task, cleaner, length and temperature.
     """
 
     labels: Mapping[str, str] | None = None
@@ -71,21 +68,22 @@ def load_classifier(source: BaseModelFolder, options: ImportOptions) -> Imported
             "classifier; import another model"
         )
     own_labels = _own_labels(source, encoder_config)
-    trained = _of_tweetscore(source)
+    labels = label_names(own_labels, options.labels)
+    trained = _spec_of_tweetscore(source)
     config = _config(source, encoder_config, options, trained)
-    labels = label_names(own_labels, options.labels, config.task)
+    _check_separator(labels, config)
     if unknown := [label for label in config.polarity or {} if label not in labels]:
         raise BadConfig(f"--polarity names {listed(unknown)}; the model's labels are {listed(labels)}")
     network = _load_network(source, encoder_config)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = _read(source, load_tokenizer, source.folder)
     _check_vocabulary(source, tokenizer, network)
     model = NativeClassifier(network, config)
     model.eval()
-    spec = make_spec(labels, config, source, tokenizer, trained.get("temperature", 1.0))
+    spec = make_spec(labels, config, source, tokenizer, trained.temperature if trained else 1.0)
     return ImportedClassifier(model, tokenizer, spec, own_labels)
 
 
-def label_names(own: list[str], names: Mapping[str, str] | None, task: str) -> list[str]:
+def label_names(own: list[str], names: Mapping[str, str] | None) -> list[str]:
     """Return the name of each output: `names[label]` for each of the model's own labels, by default the label itself.
 
     Raises `BadConfig` when `names` leaves out a label or names another one, when two outputs would have one name, and
@@ -102,18 +100,25 @@ def label_names(own: list[str], names: Mapping[str, str] | None, task: str) -> l
             raise BadConfig(f"two outputs of the model would be called {shown(label)}; give each its own name")
         if not label.strip() or "\x00" in label or has_surrogates(label):
             raise BadConfig(f"the label {shown(label)} is blank or cannot be stored; name it with --labels")
-        if task == "multi_label" and MULTI_LABEL_SEPARATOR in label:
+    return chosen
+
+
+def _check_separator(labels: list[str], config: TrainConfig) -> None:
+    """Raise `BadConfig` when the labels of a row could not be told apart in the database."""
+    for label in labels:
+        if config.task == "multi_label" and MULTI_LABEL_SEPARATOR in label:
             raise BadConfig(
                 f"the label {shown(label)} contains {MULTI_LABEL_SEPARATOR}, which separates labels; rename it with "
                 "--labels"
             )
-    return chosen
 
 
 def _read(source: BaseModelFolder, read: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return read(*arguments, **options)
-    except LOADING_ERRORS as error:
+    except TweetscoreError:
+        raise
+    except Exception as error:  # files of others may hold anything, and libraries raise errors of many types for them
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelUnavailable(
             f"model {plain(source.name)} cannot be loaded ({lines[0]}); download or save it again"
@@ -152,39 +157,47 @@ def _own_labels(source: BaseModelFolder, encoder_config: Any) -> list[str]:
     return [str(names[index]) for index in range(count)]
 
 
-def _of_tweetscore(source: BaseModelFolder) -> dict[str, Any]:
-    """Return the description of a model that tweetscore stored, or an empty one for any other model."""
+def _spec_of_tweetscore(source: BaseModelFolder) -> Spec | None:
+    """Return what tweetscore stored with a model that it trained; None for any other model."""
     if not (source.folder / SPEC).is_file():
-        return {}
-    written = _read(source, _read_json, source.folder / SPEC)
-    pooling = _read(source, lambda: written["config"]["pooling"])
-    if pooling != "native":
+        return None
+
+    def parse() -> Spec:
+        written = _read_json(source.folder / SPEC)
+        del written["format_version"]
+        spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
+        if not 0 < float(spec.temperature) < inf:
+            raise ValueError(f"temperature is {spec.temperature} in {SPEC}")
+        return spec
+
+    spec: Spec = _read(source, parse)
+    if spec.config.pooling != "native":
         raise ModelUnavailable(
-            f"model {plain(source.name)} has a head of tweetscore (pooling {shown(pooling)}), which transformers "
+            f"model {plain(source.name)} has a head of tweetscore (pooling {spec.config.pooling}), which transformers "
             "cannot load; import a model that was trained with a linear head and pooling native"
         )
-    return written
+    return spec
 
 
-def _config(
-    source: BaseModelFolder, encoder_config: Any, options: ImportOptions, trained: dict[str, Any]
-) -> TrainConfig:
-    multi_label = encoder_config.problem_type == "multi_label_classification"
-    before = trained.get("config", {})
-    task = options.task or before.get("task") or ("multi_label" if multi_label else "single_label")
-    lengths = (before.get("max_length", TrainConfig.model_fields["max_length"].default), longest_input(encoder_config))
+def _config(source: BaseModelFolder, encoder_config: Any, options: ImportOptions, trained: Spec | None) -> TrainConfig:
+    """Return the configuration to store: from `options`, else as tweetscore `trained` it, else the defaults."""
+    before = trained.config if trained else make_config("guide")
+    if trained is None and encoder_config.problem_type == "multi_label_classification":
+        before = make_config("guide", task="multi_label")
+    task = options.task or before.task
+    lengths = (before.max_length, longest_input(encoder_config))
     config = make_config(
         "guide",
         base_model=source.name,
         base_revision=source.revision,
         task=task,
         labels=None if options.labels is None else dict(options.labels),
-        polarity=options.polarity or (trained.get("polarity") if options.labels is None else None),
+        polarity=options.polarity or (before.polarity if options.labels is None else None),
         head="linear",
         pooling="native",
         loss="bce" if task == "multi_label" else "cross_entropy",
         max_length=options.max_length or min(length for length in lengths if length is not None),
-        cleaner=options.cleaner or trained.get("cleaner_version") or TrainConfig.model_fields["cleaner"].default,
+        cleaner=options.cleaner or before.cleaner,
     )
     check_length(encoder_config, config)
     return config

@@ -73,7 +73,7 @@ def models_evaluate(
             {**output.evaluation_fields(done.evaluation, done.figures), "data": done.report, "notes": done.notes}
         )
         return
-    output.test_table(done.version, done.figures, done.evaluation)
+    output.evaluation_table(done.version, done.evaluation, done.figures)
     report = done.report
     output.line(
         f"{report['rows']:,} rows of {report['read']:,} ({report['duplicates']:,} duplicates, {report['blank']:,} "

@@ -54,14 +54,24 @@ def models_list(
         return
     output.table(
         None,
-        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "evaluations", "created"],
+        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
         [
             (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id or "imported", v.base_model,
-             ", ".join(v.labels), m.get(("accuracy", "")), m.get(("f1_macro", "")) if m else output.NO_TEST_FIGURES,
-             "\n".join(output.evaluation_line(*pair) for pair in measured[v.id]), v.created_at)
+             ", ".join(v.labels), m.get(("accuracy", "")),
+             m.get(("f1_macro", "")) if m else output.NO_TEST_FIGURES, v.created_at)
             for v, m in rows
         ],
     )  # fmt: skip
+    if any(measured.values()):
+        output.table(
+            "Evaluated on other files",
+            ["model", "file", "rows", "F1 macro", "evaluated"],
+            [
+                (v.id, evaluation.dataset, evaluation.rows, output.macro_f1(figures), evaluation.evaluated_at)
+                for v, _ in rows
+                for evaluation, figures in measured[v.id]
+            ],
+        )
 
 
 @app.command("show")
@@ -108,7 +118,7 @@ def models_show(model: Model, json: Json = False) -> None:
         remedy = "" if version.deleted_at else f"; `tweetscore models evaluate {model} labelled.csv` measures it"
         output.line(f"{output.NO_TEST_FIGURES}: no job measured this model{remedy}")
     for evaluation, found in measured:
-        output.test_table(version, found, evaluation)
+        output.evaluation_table(version, evaluation, found)
     if cells:
         output.table(
             "Confusion on the test rows",
@@ -146,12 +156,13 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
             {"models": [one, other], "metrics": rows, "shared_test_rows": paired, "evaluations": evaluations}
         )
         return
-    output.table(
-        f"model {one} ({versions[0].base_model}) and model {other} ({versions[1].base_model})",
-        ["metric", f"model {one}", f"model {other}", "difference"],
-        [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
-         for m, k in names],
-    )  # fmt: skip
+    if names:
+        output.table(
+            f"model {one} ({versions[0].base_model}) and model {other} ({versions[1].base_model})",
+            ["metric", f"model {one}", f"model {other}", "difference"],
+            [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
+             for m, k in names],
+        )  # fmt: skip
     for model, found in zip((one, other), figures, strict=True):
         if not found:
             output.line(f"model {model} has {output.NO_TEST_FIGURES}")
@@ -225,9 +236,9 @@ def _difference(one: float | None, other: float | None) -> str:
 
 def _same_file(one: "Evaluations", other: "Evaluations") -> list[tuple[str | int | None, ...]]:
     """Return name, rows and both macro-F1s of each file that two models were evaluated on."""
-    others = {evaluation.dataset_sha256: figures for evaluation, figures in other}
+    others = {evaluation.dataset_sha256: output.macro_f1(figures) for evaluation, figures in other}
     return [
-        (evaluation.dataset, evaluation.rows, output.macro_f1(figures), output.macro_f1(others[evaluation.dataset_sha256]))
+        (evaluation.dataset, evaluation.rows, output.macro_f1(figures), others[evaluation.dataset_sha256])
         for evaluation, figures in one
         if evaluation.dataset_sha256 in others
     ]

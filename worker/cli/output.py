@@ -224,13 +224,26 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
     return [{"metric": metric, "label": label, "value": value} for (metric, label), value in sorted(figures.items())]
 
 
-def test_table(
-    version: "ModelVersion", figures: dict[tuple[str, str], float], evaluation: "Evaluation | None" = None
-) -> None:
-    """Print a model's test metrics and those of the baselines, or the metrics of an evaluation, which has no baselines.
+def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
+    """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    table(
+        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
+        ["metric", "model", "TF-IDF", "majority", ""],
+        _test_rows(version, figures),
+    )
 
-    For single labels micro-F1 equals accuracy.
-    """
+
+def evaluation_table(version: "ModelVersion", evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> None:
+    """Print the metrics of an evaluation on another file. It has no baselines."""
+    table(
+        f"{evaluation.dataset}, {evaluation.rows:,} rows: model {version.id} ({version.base_model})",
+        ["metric", "model", ""],
+        [(name, value, note) for name, value, _, _, note in _test_rows(version, figures)],
+    )
+
+
+def _test_rows(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> list[tuple[str, ...]]:
+    """Return metric, value, the values of TF-IDF and of the majority label, and a note."""
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -248,21 +261,7 @@ def test_table(
         for metric in ("precision", "recall", "f1"):
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
             add(f"{metric} {label}", metric, label, rows_of_label)
-    if evaluation is not None:
-        title = f"{evaluation.dataset}, {evaluation.rows:,} rows: model {version.id} ({version.base_model})"
-        table(title, ["metric", "model", ""], [(name, value, note) for name, value, _, _, note in rows])
-        return
-    table(
-        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
-        ["metric", "model", "TF-IDF", "majority", ""],
-        rows,
-    )
-
-
-def evaluation_line(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> str:
-    """Return an evaluation in one line: data set, rows, macro-F1 and its interval."""
-    measured = macro_f1(figures)
-    return f"{evaluation.dataset}, {evaluation.rows:,} rows" + (f": {measured}" if measured else "")
+    return rows
 
 
 def macro_f1(figures: dict[tuple[str, str], float]) -> str:
@@ -270,7 +269,7 @@ def macro_f1(figures: dict[tuple[str, str], float]) -> str:
     f1, low, high = (figures.get((f"f1_macro{end}", "")) for end in ("", "_low", "_high"))
     if f1 is None:
         return ""
-    return f"F1 macro {f1:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
+    return f"{f1:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
 
 
 def evaluation_fields(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> dict[str, Any]:
