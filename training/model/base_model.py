@@ -116,7 +116,7 @@ def _fetch(name: str, revision: str | None) -> BaseModelFolder:
             snapshot_download(name, revision=folder.name, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
-            f"base model {shown(name)} could not be downloaded from the hub ({type(error).__name__}); check the name, "
-            "the revision and the network, or give the path of a local copy"
+            f"base model {shown(name)} could not be downloaded from the hub ({type(error).__name__}); check the name "
+            f"and the network, give the path of a local copy, or use {STARTER!r}"
         ) from error
     return BaseModelFolder(name, folder, folder.name)

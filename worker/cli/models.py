@@ -64,7 +64,7 @@ def models_list(
     )  # fmt: skip
     if any(measured.values()):
         output.table(
-            "Evaluated on other files",
+            "Evaluations",
             ["model", "file", "rows", "F1 macro", "evaluated"],
             [
                 (v.id, evaluation.dataset, evaluation.rows, output.macro_f1(figures), evaluation.evaluated_at)

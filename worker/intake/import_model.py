@@ -82,7 +82,7 @@ def find_source(database: Database, name: str, revision: str | None) -> BaseMode
         if revision is None:
             with database.read() as session:
                 revision = registry.revision_used(session, current_hub_name(name))
-        return resolve_base_model(name, revision, [])
+        return _from_hub(name, revision)
     if folder is None or not is_local:
         raise ModelUnavailable(f"there is no folder {plain(name)}; name a folder, or a hub model as owner/model")
     if not is_file(folder / "config.json"):
@@ -91,6 +91,18 @@ def find_source(database: Database, name: str, revision: str | None) -> BaseMode
         raise BadConfig(f"--revision is {shown(revision)}, but {plain(name)} is a folder; leave the revision out")
     check_dictionary(name, folder)
     return BaseModelFolder(str(folder), folder)
+
+
+def _from_hub(name: str, revision: str | None) -> BaseModelFolder:
+    try:
+        return resolve_base_model(name, revision, [])
+    except ModelUnavailable as error:
+        if error.__cause__ is None:
+            raise
+        raise ModelUnavailable(
+            f"model {shown(name)} could not be downloaded from the hub ({type(error.__cause__).__name__}); check the "
+            "name, the revision and the network, or name a folder that holds a copy"
+        ) from error
 
 
 def _publish(store: Store, name: str, imported: ImportedClassifier, reference: Reference) -> str:

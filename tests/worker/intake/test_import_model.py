@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sqlalchemy import func, select
 from transformers import AutoModelForSequenceClassification
 
@@ -164,6 +165,17 @@ def test_a_hub_name_is_taken_at_the_revision_given_or_used_before(
     assert (spec.base_model, spec.base_revision) == ("owner/model", "1" * 40)
     find_source(sqlite, "owner/model", None)
     assert asked == [("owner/model", None), ("owner/model", "1" * 40), ("owner/model", "1" * 40)]
+
+
+def test_a_failed_download_names_the_model_and_the_way_out(
+    sqlite: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(base_model, "snapshot_download", unreachable)
+    with pytest.raises(ModelUnavailable, match=r"'owner/model' could not be downloaded .*or name a folder"):
+        import_model(settings, sqlite, "owner/model")
 
 
 # --- evaluate
