@@ -6,7 +6,17 @@ from sqlalchemy import Subquery, and_, case, delete, func, insert, join, select
 from sqlalchemy.orm import Session
 
 from db.errors import InUse, NotFound
-from db.models import ConfusionCell, ModelAlias, ModelVersion, Prediction, TestMetric, TestPrediction, utc_now
+from db.models import (
+    ConfusionCell,
+    Evaluation,
+    EvaluationMetric,
+    ModelAlias,
+    ModelVersion,
+    Prediction,
+    TestMetric,
+    TestPrediction,
+    utc_now,
+)
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
@@ -131,6 +141,39 @@ def metrics(session: Session, version_id: int) -> dict[tuple[str, str], float]:
         select(TestMetric.metric, TestMetric.label, TestMetric.value).where(TestMetric.model_version_id == version_id)
     )
     return {(metric, label): value for metric, label, value in rows}
+
+
+def add_evaluation(session: Session, evaluation: Evaluation, metrics: list[dict[str, Any]]) -> Evaluation:
+    """Add an evaluation with its metrics; an earlier one of the same version and file is replaced.
+
+    The metrics need no `evaluation_id`. Raises `NotFound` when the version does not exist or was deleted.
+    """
+    # Locked, so that two evaluations on one file at the same time take turns. `key_share` lets workers that score with
+    # this version go on.
+    session.get(ModelVersion, evaluation.model_version_id, with_for_update={"key_share": True})
+    usable(session, evaluation.model_version_id)
+    session.execute(
+        delete(Evaluation).where(
+            Evaluation.model_version_id == evaluation.model_version_id,
+            Evaluation.dataset_sha256 == evaluation.dataset_sha256,
+        )
+    )
+    session.add(evaluation)
+    session.flush()
+    session.execute(insert(EvaluationMetric), [{**row, "evaluation_id": evaluation.id} for row in metrics])
+    return evaluation
+
+
+def evaluations(session: Session, version_id: int) -> list[tuple[Evaluation, dict[tuple[str, str], float]]]:
+    """Every evaluation of a version with its metrics by (metric, label), oldest first."""
+    query = select(Evaluation).where(Evaluation.model_version_id == version_id).order_by(Evaluation.id)
+    found: dict[int, tuple[Evaluation, dict[tuple[str, str], float]]] = {
+        evaluation.id: (evaluation, {}) for evaluation in session.scalars(query)
+    }
+    rows = select(EvaluationMetric).where(EvaluationMetric.evaluation_id.in_(list(found)))
+    for row in session.scalars(rows):
+        found[row.evaluation_id][1][row.metric, row.label] = row.value
+    return list(found.values())
 
 
 def confusion(session: Session, version_id: int) -> dict[tuple[str, str], int]:

@@ -1,6 +1,8 @@
-"""Stream, scoring, Celery tasks and command line. The Python interface is three functions:
+"""Stream, scoring, Celery tasks and command line. The Python interface is five functions:
 
 worker.submit_training("data.csv", preset="guide", epochs=3)   -> job id
+worker.import_model("owner/model", labels={"LABEL_0": "good"}) -> model version id
+worker.evaluate_model(1, "labelled.csv")                       -> metrics
 worker.publish([{"id": "1", "text": "最高の一日"}])              -> number of tweets published
 worker.query("SELECT * FROM v_model_leaderboard")              -> a pandas DataFrame
 """
@@ -21,6 +23,28 @@ def submit_training(dataset: str, preset: str | None = None, **options: Any) -> 
     from worker.intake.submit_job import submit_and_nudge  # imported here to keep `import worker` fast
 
     return submit_and_nudge(dataset, preset, **options)
+
+
+def import_model(model: str, revision: str | None = None, **options: Any) -> int:
+    """Make an existing classifier, a hub name or a folder, a model version. Returns its id.
+
+    `options` are fields of `training.model.imported.ImportOptions`. Raises `TweetscoreError`, and stores nothing, when
+    the classifier cannot be used as it is.
+    """
+    from worker.intake.import_model import import_with_settings
+
+    return import_with_settings(model, revision, **options)
+
+
+def evaluate_model(model_version_id: int, dataset: str, labels: dict[str, str] | None = None) -> dict[str, float]:
+    """Score the rows of a labelled file with a model version and store the figures. Returns the metrics of all rows.
+
+    `labels` maps labels of the file to labels of the model. The metrics of each label are in the table
+    `evaluation_metrics`. Raises `TweetscoreError` when the model or the file cannot be read, or a label is unknown.
+    """
+    from worker.intake.evaluate_model import evaluate_with_settings
+
+    return evaluate_with_settings(model_version_id, dataset, labels)
 
 
 def publish(tweets: Iterable[Mapping[str, Any]]) -> int:

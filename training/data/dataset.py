@@ -107,9 +107,9 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     `BadDataset` when a label is unknown, there is only one, or a label has fewer rows than the split needs.
     """
     row_labels = [
-        _row_labels(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)
+        names_of_row(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)
     ]
-    table = _find_duplicates(rows, row_labels)
+    table = find_duplicates(rows, row_labels)
     kept = table if config.split == "guide" else table[~table[["blank", "again", "clashes"]].any(axis=1)]
     names = _output_labels([row_labels[i] for i in kept.index], config)
     _check_enough(rows, row_labels, kept.index.tolist(), names, config)
@@ -246,8 +246,11 @@ def _storable(text: str) -> bool:
     return "\x00" not in text and not has_surrogates(text)
 
 
-def _row_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
-    """The label names of one row, in order and without repeats."""
+def names_of_row(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
+    """The label names of one row, in order and without repeats.
+
+    Raises `BadDataset` when the row has no label, or one that `config.labels` does not name.
+    """
     parts = raw.split(MULTI_LABEL_SEPARATOR) if config.task == "multi_label" else [raw]
     names = []
     for part in (part.strip() for part in parts):
@@ -264,7 +267,7 @@ def _row_labels(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _find_duplicates(rows: Rows, row_labels: Sequence[tuple[str, ...]]) -> "pd.DataFrame":
+def find_duplicates(rows: Rows, row_labels: Sequence[tuple[str, ...]]) -> "pd.DataFrame":
     """For each row, the key of its text, and whether the text is blank, repeats an earlier row, or also has other
     labels."""
     # Imported here because scoring workers also import this module, and start faster without pandas.

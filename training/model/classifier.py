@@ -126,7 +126,7 @@ def build_model(base: BaseModelFolder, n_labels: int, config: TrainConfig) -> Cl
     """
     torch.manual_seed(config.seed)
     encoder_config = _load_or_raise(base, load_encoder_config, str(base.folder))
-    _check_length(encoder_config, config)
+    check_length(encoder_config, config)
     has_native = type(encoder_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config.pooling == "native" and not (has_native and config.head == "linear"):
         raise BadConfig(
@@ -219,9 +219,16 @@ def half_precision(device: torch.device, precision: str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _check_length(encoder_config: Any, config: TrainConfig) -> None:
-    longest = getattr(encoder_config, "max_position_embeddings", None)
+def longest_input(encoder_config: Any) -> int | None:
+    """Return the number of tokens that an architecture accepts, special tokens included; None without a limit."""
+    longest: int | None = getattr(encoder_config, "max_position_embeddings", None)
     if longest is not None and encoder_config.model_type in COUNT_FROM_PADDING:
         longest -= encoder_config.pad_token_id + 1
+    return longest
+
+
+def check_length(encoder_config: Any, config: TrainConfig) -> None:
+    """Raise `BadConfig` when `max_length` exceeds the limit of the architecture."""
+    longest = longest_input(encoder_config)
     if longest is not None and config.max_length > longest:
         raise BadConfig(f"max_length is {config.max_length}; this base model accepts at most {longest} tokens")

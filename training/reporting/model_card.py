@@ -1,6 +1,7 @@
 """The model card: README.md of an artifact, in the format of the Hugging Face hub, with its figures.
 
-Everything in it comes from the training run. The licence of the data is unknown to the run, and the card states that.
+Everything in it comes from the training run, or for an imported classifier from its files. The licence of the data is
+unknown, and the card states that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from training.model.artifact import Spec
 from training.model.base_model import STARTER, looks_local
+from training.model.imported import ImportedClassifier
 from training.reporting import plots
 from training.reporting.training_result import TrainingResult
 
@@ -35,9 +38,41 @@ def write_card(folder: Path, result: TrainingResult) -> None:
         figure.savefig(folder / f"{name}.png", dpi=120)
     images = "\n\n".join(f"![{caption}]({name}.png)" for name, (caption, _) in pictures.items())
     parts = [
-        f"---\n{_metadata(result).to_yaml()}\n---", _summary(result), _use(result), _data(result),
+        f"---\n{_metadata(result).to_yaml()}\n---", _summary(result), _use(result.spec), _data(result),
         _results(result), images, _limits(result), _hyper_parameters(result),
     ]  # fmt: skip
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_imported_card(folder: Path, imported: ImportedClassifier) -> None:
+    """Write README.md of an imported classifier, which has no test figures, into an artifact's folder."""
+    spec = imported.spec
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["tweetscore"],
+        base_model=_hub_name(spec),
+    )
+    kind = "any number of" if spec.config.task == "multi_label" else "one of"
+    polarity = spec.polarity or {}
+    labels = [
+        (_code(own), _code(name), f"{polarity[name]:g}" if name in polarity else "")
+        for own, name in zip(imported.own_labels, spec.labels, strict=True)
+    ]
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# Imported classifier\n\nAssigns {kind} {len(spec.labels)} labels to a tweet. The weights are those of "
+        f"{_base(spec)} ({type(imported.model.network).__name__}), in float32. tweetscore imported the model and did "
+        "not train it.",
+        "## Labels\n\n" + _table(["label of the source", "name here", "polarity"], labels),
+        _use(spec),
+        "## Results\n\nNo test figures. `tweetscore models evaluate ID labelled.csv` measures the model on a labelled "
+        "file and stores the figures in the database.",
+        f"## Limits\n\n- Texts are truncated after {spec.config.max_length} tokens.\n"
+        "- The probabilities were not calibrated on tweets.\n"
+        "- The licence and the training data are those of the source; read its model card before you distribute this "
+        "model.",
+    ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -67,26 +102,29 @@ def _metadata(result: TrainingResult) -> ModelCardData:
         )
         for metric, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "F1 macro", "f1_macro"))
     ]
-    on_the_hub = spec.base_model != STARTER and not looks_local(spec.base_model)
     return ModelCardData(
         language="ja",
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["sentiment-analysis", "twitter", "tweetscore"],
-        base_model=spec.base_model if on_the_hub else None,
+        base_model=_hub_name(spec),
         metrics=["accuracy", "f1"],
         model_name=_name(result),
         eval_results=results,
     )
 
 
+def _hub_name(spec: Spec) -> str | None:
+    return None if spec.base_model == STARTER or looks_local(spec.base_model) else spec.base_model
+
+
 def _name(result: TrainingResult) -> str:
     return f"tweetscore-job-{result.job_id}"
 
 
-def _base(result: TrainingResult) -> str:
+def _base(spec: Spec) -> str:
     """Return the base model's name; of a path only its last part, because folder names can be private."""
-    name, revision = result.spec.base_model, result.spec.base_revision
+    name, revision = spec.base_model, spec.base_revision
     return f"`{Path(name).name if looks_local(name) else name}`" + (f" at revision `{revision}`" if revision else "")
 
 
@@ -95,13 +133,12 @@ def _summary(result: TrainingResult) -> str:
     kind = "any number of" if config.task == "multi_label" else "one of"
     return (
         f"# {_name(result)}\n\nAssigns {kind} {len(labels)} labels to a Japanese tweet: "
-        f"{', '.join(map(_code, labels))}. {_base(result)} fine-tuned for {len(result.history)} epochs; "
+        f"{', '.join(map(_code, labels))}. {_base(result.spec)} fine-tuned for {len(result.history)} epochs; "
         "the weights are those of the last epoch whose validation macro-F1 is within one standard error of the best."
     )
 
 
-def _use(result: TrainingResult) -> str:
-    spec = result.spec
+def _use(spec: Spec) -> str:
     if spec.config.pooling != "native":
         return "## Use\n\nThe model has a head that plain transformers cannot load; load this folder with tweetscore."
     return (

@@ -1,16 +1,23 @@
-"""`tweetscore models`: list, compare, promote and delete models."""
+"""`tweetscore models`: list, compare, promote and delete models; `imports` holds the other commands."""
 
 from dataclasses import asdict
 from shutil import rmtree
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli import output
+from worker.cli import imports, output
 from worker.cli.output import Json
 from worker.scoring.engine_choice import fallback_folder, saved_choices
 
-app = typer.Typer(no_args_is_help=True, help="List, compare, promote and delete trained models.")
+if TYPE_CHECKING:
+    from db.models import Evaluation
+
+    Evaluations = list[tuple[Evaluation, dict[tuple[str, str], float]]]
+
+app = typer.Typer(no_args_is_help=True, help="List, compare, import, evaluate, promote and delete models.")
+app.command("import")(imports.models_import)
+app.command("evaluate")(imports.models_evaluate)
 
 Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the stream) or challenger.")]
 Model = Annotated[int, typer.Argument(help="Model version.")]
@@ -22,29 +29,49 @@ MOST_WRONG = 20
 def models_list(
     deleted: Annotated[bool, typer.Option("--deleted", help="Include deleted models.")] = False, json: Json = False
 ) -> None:
-    """List the trained models with their test metrics, newest first."""
+    """List the models with their test metrics, newest first."""
     from db import registry
     from worker.connections import open_sql
     from worker.settings import load_settings
 
     with open_sql(load_settings()).read() as session:
         rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session, deleted)]
+        measured = {v.id: registry.evaluations(session, v.id) for v, _ in rows}
         aliases = {alias: registry.assigned(session, alias) for alias in registry.ALIASES}
     named = {v.id: [alias for alias, version in aliases.items() if version == v.id] for v, _ in rows}
     if json:
         output.as_json(
-            [{**output.fields(v), "aliases": named[v.id], "f1_macro": m.get(("f1_macro", ""))} for v, m in rows]
+            [
+                {
+                    **output.fields(v),
+                    "aliases": named[v.id],
+                    "f1_macro": m.get(("f1_macro", "")),
+                    "evaluations": [output.evaluation_fields(*pair) for pair in measured[v.id]],
+                }
+                for v, m in rows
+            ]
         )
         return
     output.table(
         None,
         ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
         [
-            (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id, v.base_model,
-             ", ".join(v.labels), m.get(("accuracy", "")), m.get(("f1_macro", "")), v.created_at)
+            (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id or "imported", v.base_model,
+             ", ".join(v.labels), m.get(("accuracy", "")),
+             m.get(("f1_macro", "")) if m else output.NO_TEST_FIGURES, v.created_at)
             for v, m in rows
         ],
     )  # fmt: skip
+    if any(measured.values()):
+        output.table(
+            "Evaluations",
+            ["model", "file", "rows", "F1 macro", "evaluated"],
+            [
+                (v.id, evaluation.dataset, evaluation.rows, output.macro_f1(figures), evaluation.evaluated_at)
+                for v, _ in rows
+                for evaluation, figures in measured[v.id]
+            ],
+        )
 
 
 @app.command("show")
@@ -58,12 +85,13 @@ def models_show(model: Model, json: Json = False) -> None:
     with open_sql(settings).read() as session:
         version, figures = registry.get(session, model), registry.metrics(session, model)
         cells = registry.confusion(session, model)
-        wrong = registry.wrongest(session, model, MOST_WRONG)
+        wrong, measured = registry.wrongest(session, model, MOST_WRONG), registry.evaluations(session, model)
         assignments = [row for row in registry.history(session) if row.model_version_id == model]
     engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
             "metrics": output.metric_rows(figures),
+            "evaluations": [output.evaluation_fields(*pair) for pair in measured],
             "confusion": [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())],
             "engines": [asdict(choice) for choice in engines],
             "wrong": [output.fields(row) for row in wrong],
@@ -71,9 +99,8 @@ def models_show(model: Model, json: Json = False) -> None:
         }
         output.as_json({**output.fields(version), **written})
         return
-    output.console.print(
-        f"model {version.id} of job {version.job_id}: {version.base_model} {version.base_revision or ''}"
-    )
+    origin = f"of job {version.job_id}" if version.job_id else "(imported)"
+    output.line(f"model {version.id} {origin}: {version.base_model} {version.base_revision or ''}")
     output.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
     if version.deleted_at:
         output.console.print(f"deleted {version.deleted_at:%Y-%m-%d %H:%M:%S}", style="yellow")
@@ -85,7 +112,13 @@ def models_show(model: Model, json: Json = False) -> None:
         output.console.print(
             "no engine was tried on this machine yet; until a worker does, the model scores on torch-float32"
         )
-    output.test_table(version, figures)
+    if figures:
+        output.test_table(version, figures)
+    else:
+        remedy = "" if version.deleted_at else f"; `tweetscore models evaluate {model} labelled.csv` measures it"
+        output.line(f"{output.NO_TEST_FIGURES}: no job measured this model{remedy}")
+    for evaluation, found in measured:
+        output.evaluation_table(version, evaluation, found)
     if cells:
         output.table(
             "Confusion on the test rows",
@@ -111,27 +144,37 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
     with open_sql(load_settings()).read() as session:
         versions = [registry.get(session, model) for model in (one, other)]
         figures = [registry.metrics(session, model) for model in (one, other)]
+        measured = [registry.evaluations(session, model) for model in (one, other)]
         shared, only_one, only_other = registry.paired(session, one, other)
     p_value = mcnemar(only_one, only_other)
     names = [key for key in sorted(set(figures[0]) | set(figures[1])) if not key[0].startswith(("tfidf_", "majority_"))]
     if json:
         rows = [{"metric": m, "label": k, "values": [f.get((m, k)) for f in figures]} for m, k in names]
+        evaluations = [[output.evaluation_fields(*pair) for pair in pairs] for pairs in measured]
         paired = {"rows": shared, "only_first_right": only_one, "only_second_right": only_other, "p_value": p_value}
-        output.as_json({"models": [one, other], "metrics": rows, "shared_test_rows": paired})
+        output.as_json(
+            {"models": [one, other], "metrics": rows, "shared_test_rows": paired, "evaluations": evaluations}
+        )
         return
-    output.table(
-        f"model {one} ({versions[0].base_model}) and model {other} ({versions[1].base_model})",
-        ["metric", f"model {one}", f"model {other}", "difference"],
-        [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
-         for m, k in names],
-    )  # fmt: skip
+    if names:
+        output.table(
+            f"model {one} ({versions[0].base_model}) and model {other} ({versions[1].base_model})",
+            ["metric", f"model {one}", f"model {other}", "difference"],
+            [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
+             for m, k in names],
+        )  # fmt: skip
+    for model, found in zip((one, other), figures, strict=True):
+        if not found:
+            output.line(f"model {model} has {output.NO_TEST_FIGURES}")
+    if same := _same_file(*measured):
+        output.table("Evaluated on the same file", ["file", "rows", f"model {one}", f"model {other}"], same)
     if shared:
         output.console.print(
             f"of {shared} test rows in common, only model {one} predicts {only_one} correctly, and only model {other} "
             f"{only_other}: exact McNemar test, p = {p_value:.3g}"
         )
     else:
-        output.console.print("the models have no test row in common, so their metrics cannot be compared")
+        output.console.print("the models have no test row in common, so their test metrics cannot be compared")
 
 
 @app.command("promote")
@@ -189,6 +232,16 @@ def models_delete(
 
 def _difference(one: float | None, other: float | None) -> str:
     return "" if one is None or other is None else f"{other - one:+.4f}"
+
+
+def _same_file(one: "Evaluations", other: "Evaluations") -> list[tuple[str | int | None, ...]]:
+    """Return name, rows and both macro-F1s of each file that two models were evaluated on."""
+    others = {evaluation.dataset_sha256: output.macro_f1(figures) for evaluation, figures in other}
+    return [
+        (evaluation.dataset, evaluation.rows, output.macro_f1(figures), others[evaluation.dataset_sha256])
+        for evaluation, figures in one
+        if evaluation.dataset_sha256 in others
+    ]
 
 
 def _print_assignment(alias: str, model: int, json: bool) -> None:

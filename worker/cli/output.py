@@ -17,7 +17,7 @@ from worker.scoring.engine_choice import Choice
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
-    from db.models import EpochMetric, ModelVersion, TrainingJob
+    from db.models import EpochMetric, Evaluation, ModelVersion, TrainingJob
     from db.session import Database
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -31,6 +31,8 @@ MODEL_METRICS = (
     ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
     ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
+# Shown for a model that no job has measured.
+NO_TEST_FIGURES = "no test figures"
 # Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
@@ -224,6 +226,24 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    table(
+        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
+        ["metric", "model", "TF-IDF", "majority", ""],
+        _test_rows(version, figures),
+    )
+
+
+def evaluation_table(version: "ModelVersion", evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> None:
+    """Print the metrics of an evaluation on another file. It has no baselines."""
+    table(
+        f"{evaluation.dataset}, {evaluation.rows:,} rows: model {version.id} ({version.base_model})",
+        ["metric", "model", ""],
+        [(name, value, note) for name, value, _, _, note in _test_rows(version, figures)],
+    )
+
+
+def _test_rows(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> list[tuple[str, ...]]:
+    """Return metric, value, the values of TF-IDF and of the majority label, and a note."""
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -241,11 +261,20 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
         for metric in ("precision", "recall", "f1"):
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
             add(f"{metric} {label}", metric, label, rows_of_label)
-    table(
-        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
-        ["metric", "model", "TF-IDF", "majority", ""],
-        rows,
-    )
+    return rows
+
+
+def macro_f1(figures: dict[tuple[str, str], float]) -> str:
+    """Return macro-F1 and its interval; empty for figures without macro-F1."""
+    f1, low, high = (figures.get((f"f1_macro{end}", "")) for end in ("", "_low", "_high"))
+    if f1 is None:
+        return ""
+    return f"{f1:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
+
+
+def evaluation_fields(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> dict[str, Any]:
+    """Return an evaluation with its metrics for `--json`."""
+    return {**fields(evaluation), "metrics": metric_rows(figures)}
 
 
 def job_summary(database: "Database", job: "TrainingJob") -> None:

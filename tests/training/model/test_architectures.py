@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -25,7 +24,6 @@ from transformers import (
     LukeModel,
     ModernBertConfig,
     ModernBertModel,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     pipeline,
@@ -34,6 +32,8 @@ from transformers import (
 from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
+from tests.support.classifiers import SMALL, TEXTS
+from tests.support.classifiers import save_unigram as unigram
 from training.config import make_config
 from training.errors import ModelUnavailable
 from training.jobs.context import TrainingContext
@@ -48,30 +48,12 @@ from training.text.tokenizer import encode, load_tokenizer
 from worker.connections import training_context
 from worker.settings import load_settings
 
-TEXTS = ["今日は最高の一日でした", "電車が遅れて最悪", "[SEP]という文字", "猫が好き！"]
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-
 
 def japanese(folder: Path, **settings: Any) -> None:
     """A MeCab tokenizer with the starter's vocabulary, of which every character and the unknown word are a part."""
     BertJapaneseTokenizer(str(STARTER_FOLDER / "vocab.txt"), word_tokenizer_type="mecab", **settings).save_pretrained(
         str(folder)
     )
-
-
-def unigram(folder: Path) -> None:
-    """A tokenizer without MeCab, as those of newer Japanese models are."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "<unk>", "<s>", "</s>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
-    tokenizer.train_from_iterator(TEXTS * 20, trainer)
-    ends = [("<s>", 2), ("</s>", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>"
-    ).save_pretrained(str(folder))
 
 
 def bert(**options: Any) -> BertModel:
