@@ -13,7 +13,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from training import failpoint
-from training.config import TrainConfig
+from training.config import AdaptConfig, TrainConfig
 from training.data.dataset import Split
 from training.errors import StopRequested
 from training.evaluation.decisions import Floats
@@ -256,7 +256,7 @@ def out_of_patience(history: Sequence[Mapping[str, float]], config: TrainConfig)
     return len(quality) - 1 - quality.index(max(quality)) >= config.early_stopping_patience
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig | AdaptConfig) -> torch.optim.Optimizer:
     kind: Any = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[
         config.optimizer
     ]
@@ -269,7 +269,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig | AdaptConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Return a schedule that is stepped after every optimizer step. `step` is the guide's StepLR, once an epoch."""
     if config.schedule == "step":

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from training.model.base_model import STARTER, looks_local
+from training.model.base_model import is_hub_name, looks_local
 from training.reporting import plots
 from training.reporting.training_result import TrainingResult
 
@@ -67,13 +67,12 @@ def _metadata(result: TrainingResult) -> ModelCardData:
         )
         for metric, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "F1 macro", "f1_macro"))
     ]
-    on_the_hub = spec.base_model != STARTER and not looks_local(spec.base_model)
     return ModelCardData(
         language="ja",
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["sentiment-analysis", "twitter", "tweetscore"],
-        base_model=spec.base_model if on_the_hub else None,
+        base_model=spec.base_model if is_hub_name(spec.base_model) else None,
         metrics=["accuracy", "f1"],
         model_name=_name(result),
         eval_results=results,
