@@ -30,8 +30,8 @@ def submit(
 ) -> TrainingJob:
     """The queued job of this request. A repeated `request_id` returns the existing job unchanged.
 
-    `kind` is one of `JOB_KINDS`. `message` is the Celery message that carried the request. `ended` is the final state and the reason of a request
-    that was refused or cancelled before it became a job.
+    `kind` is one of `JOB_KINDS`. `message` is the Celery message that carried the request. `ended` is the final state
+    and the reason of a request that was refused or cancelled before it became a job.
     """
     known = of_request(session, request_id)
     if known:

@@ -17,12 +17,11 @@ from db.models import BaseModel, TrainingJob
 from db.session import Database
 from training import failpoint
 from training.config import AdaptConfig, make_adapt_config
-from training.errors import BadDataset
 from training.jobs.base_models import fetch_base_model, register_adapted, store_adapted
 from training.jobs.context import TrainingContext
 from training.jobs.lease import Lease
 from training.jobs.recording import job_checkpoints
-from training.jobs.stored_tweets import StoredTexts
+from training.jobs.stored_tweets import StoredTexts, require_texts
 from training.loop.masked_fit import Losses, MaskedFitInputs, TokenIds, masked_fit
 from training.model.base_model import BaseModelFolder
 from training.model.devices import pick_device
@@ -30,7 +29,6 @@ from training.model.language_model import LanguageModel, build_language_model, s
 from training.model.masking import Masking
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
-FEWEST_TEXTS = 20
 # Held out to measure the loss: this share of the texts, and at most so many.
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 500
 TEXTS_ENCODED_TOGETHER = 1_000
@@ -93,11 +91,7 @@ def read_tweets(
     same, and hold out a few. Raises `BadDataset` when there are too few."""
     texts = StoredTexts(database, lease, job.submitted_at, config.cleaner)
     rows, digests = _encoded(texts, config, TextEncoder(tokenizer))
-    if len(rows) < FEWEST_TEXTS:
-        raise BadDataset(
-            f"{texts.read} stored tweets in Japanese have {len(rows)} different texts; a base model needs at least "
-            f"{FEWEST_TEXTS} to adapt to, so store more with `tweetscore push`"
-        )
+    require_texts(len(rows))
     held_out = held_out_rows(digests)
     failpoint.passing("split")
     lease.check()
@@ -109,9 +103,7 @@ def read_tweets(
     )
 
 
-def _encoded(
-    texts: StoredTexts, config: AdaptConfig, encode: TextEncoder
-) -> tuple[list[TokenIds], NDArray[np.uint64]]:
+def _encoded(texts: StoredTexts, config: AdaptConfig, encode: TextEncoder) -> tuple[list[TokenIds], NDArray[np.uint64]]:
     """Return the token ids of up to `config.tweets` texts, and the digests of the texts (N,)."""
     rows: list[TokenIds] = []
     digests: list[int] = []
@@ -149,9 +141,7 @@ def register(
     losses: Losses,
 ) -> int:
     """Store the adapted base model and register it. Returns its id."""
-    url = store_adapted(
-        context.input_store, lease.job_id, lambda folder: save_encoder(folder, model.cpu(), tokenizer)
-    )
+    url = store_adapted(context.input_store, lease.job_id, lambda folder: save_encoder(folder, model.cpu(), tokenizer))
     failpoint.passing("artifact")
     row = BaseModel(
         job_id=lease.job_id,

@@ -1,4 +1,4 @@
-"""Read the texts of stored tweets, the newest first, each text once. Memory does not grow with the length of the texts."""
+"""Read the texts of stored tweets page by page, the newest first, each text once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,12 +7,23 @@ from hashlib import blake2b
 
 from db import predictions
 from db.session import Database
+from training.errors import BadDataset
 from training.jobs.lease import Lease
 from training.text.cleaning import RETWEET, clean, same_text_key
 
 LANGUAGE = "ja"
+FEWEST_TEXTS = 20
 PAGE_TWEETS = 2_000
 DIGEST_BYTES = 8
+
+
+def require_texts(found: int) -> None:
+    """Raise `BadDataset` when there are too few different texts to adapt a base model to."""
+    if found < FEWEST_TEXTS:
+        raise BadDataset(
+            f"there are {found} stored tweets in Japanese with different texts, and a base model needs at least "
+            f"{FEWEST_TEXTS} to adapt to; store more with `tweetscore push` and a worker"
+        )
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ class _Run:
 
     def _backward(self, batch: list[int]) -> float:
         """Compute the gradient of one step. Returns its loss, the mean over the hidden tokens of the batch."""
-        masked = {row: self._masked(self.inputs.train[row], self.config.seed, self.progress.epoch, row) for row in batch}
+        masked = {
+            row: self._masked(self.inputs.train[row], self.config.seed, self.progress.epoch, row) for row in batch
+        }
         hidden = max(1, sum(int((targets != NO_TARGET).sum()) for _, targets in masked.values()))
         value = 0.0
         for index in cut(batch, self.lengths, TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])):

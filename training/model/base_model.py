@@ -90,6 +90,10 @@ def adapted_id(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def adapted_name(base_model_id: int) -> str:
+    return f"adapted:{base_model_id}"
+
+
 def is_hub_name(name: str) -> bool:
     """Return whether a name means a hub repository: not the starter, an adapted base model, a path or a URL."""
     return name != STARTER and adapted_id(name) is None and not looks_local(name)

@@ -4,6 +4,7 @@ The head's last layer is the encoder's word embeddings. Weights of the base mode
 not use, such as those of BERT's pooler, are kept unchanged and saved with the adapted encoder.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def build_language_model(base: BaseModelFolder, tokenizer: PreTrainedTokenizerBa
     unused = _weights_outside_language_model(base, encoder_config)
     torch.manual_seed(config.seed)
     network, missing = load_pretrained(AutoModelForMaskedLM, base, encoder_config)
+    if _has_new_last_layer(network, missing):
+        encoder_config.tie_word_embeddings = True
+        torch.manual_seed(config.seed)
+        network, missing = load_pretrained(AutoModelForMaskedLM, base, encoder_config)
     if network.base_model is network:
         raise ModelUnavailable(
             f"base model {base.name!r} has the architecture {encoder_config.model_type}, whose encoder cannot be "
@@ -91,6 +96,14 @@ def build_language_model(base: BaseModelFolder, tokenizer: PreTrainedTokenizerBa
         )
     known = network.base_model.state_dict()
     return Built(LanguageModel(network, {k: v for k, v in unused.items() if k not in known}), bool(missing))
+
+
+def _has_new_last_layer(network: Any, missing: Collection[str]) -> bool:
+    """Return whether the head's last layer is neither the word embeddings nor in the base model's folder."""
+    last = network.get_output_embeddings()
+    return last is not None and any(
+        name in missing for name, weight in network.named_parameters() if weight is last.weight
+    )
 
 
 def _weights_outside_language_model(base: BaseModelFolder, encoder_config: PretrainedConfig) -> dict[str, Tensor]:

@@ -28,9 +28,9 @@ class Masking:
         self._continues = np.array([name is not None and name.startswith(CONTINUATION) for name in names])
 
     def __call__(self, ids: ArrayLike, *seed: int) -> tuple[Ids, NDArray[np.bool_]]:
-        """Return the ids (T,) int64 with hidden tokens, and which tokens were chosen (T,). The same seed gives the same.
+        """Return the ids (T,) int64 with hidden tokens, and which tokens were chosen (T,).
 
-        At least one token is chosen, unless all are special.
+        The same seed gives the same. At least one token is chosen, unless all are special.
         """
         generator = np.random.default_rng(seed)
         given = np.asarray(ids, np.int64)
