@@ -81,11 +81,11 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
 
 
 @app.task(name="worker.tasks.adapt", base=JobOutcomeTask, bind=True, ignore_result=False, throws=(JobFailed,))
-def adapt(self: Task, **options: Any) -> Any:
+def adapt(self: Task, *refused: Any, **options: Any) -> Any:
     """Return the outcome of the job that the message requested: to adapt a base model to stored tweets.
 
     A plain Celery client sends fields of `training.config.AdaptConfig` as `kwargs` to the queue `training`. As for
-    `train`, the row exists before Celery receives the message.
+    `train`, the row exists before Celery receives the message; that of a message with `args` is a failed job.
 
     Returns {"job_id", "base_model", "metrics"}, with the name `adapted:ID` for later jobs; raises `JobFailed`.
     """
