@@ -24,19 +24,25 @@ def submit(
     dataset: str,
     dataset_sha256: str | None,
     config: dict[str, Any],
+    kind: str = "train",
     message: str | None = None,
     ended: tuple[str, str] | None = None,
 ) -> TrainingJob:
     """The queued job of this request. A repeated `request_id` returns the existing job unchanged.
 
-    `message` is the Celery message that carried the request. `ended` is the final state and the reason of a request
-    that was refused or cancelled before it became a job.
+    `kind` is one of `JOB_KINDS`. `message` is the Celery message that carried the request. `ended` is the final state
+    and the reason of a request that was refused or cancelled before it became a job.
     """
     known = of_request(session, request_id)
     if known:
         return known
     job = TrainingJob(
-        request_id=request_id, dataset=dataset, dataset_sha256=dataset_sha256, config=config, message=message
+        request_id=request_id,
+        kind=kind,
+        dataset=dataset,
+        dataset_sha256=dataset_sha256,
+        config=config,
+        message=message,
     )
     if ended is not None:
         (job.state, job.error), job.finished_at = ended, utc_now()
@@ -161,7 +167,7 @@ def lock(session: Session, job_id: int) -> TrainingJob | None:
     return session.get(TrainingJob, job_id, with_for_update={"nowait": True}, populate_existing=True)
 
 
-def record_data(session: Session, job_id: int, token: int, sha256: str, report: dict[str, Any]) -> None:
+def record_data(session: Session, job_id: int, token: int, sha256: str | None, report: dict[str, Any]) -> None:
     _write(session, job_id, token, {"dataset_sha256": sha256, "data_report": report})
 
 

@@ -1,4 +1,7 @@
-"""Queries of the model registry: versions, their test metrics and the aliases. The caller owns the transaction."""
+"""Queries of the model registry: versions, their test metrics, the aliases, and adapted base models.
+
+The caller owns the transaction.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from db.errors import InUse, NotFound
 from db.models import (
+    BaseModel,
     ConfusionCell,
     Evaluation,
     EvaluationMetric,
@@ -218,3 +222,25 @@ def _tested(version_id: int) -> Subquery:
         .group_by(*rows)
         .subquery()
     )
+
+
+# --- adapted base models
+
+
+def base_model(session: Session, base_model_id: int) -> BaseModel:
+    """The base model that jobs name `adapted:ID`."""
+    found = session.get(BaseModel, base_model_id)
+    if found is None:
+        raise NotFound(
+            f"there is no base model adapted:{base_model_id}; `tweetscore models bases` shows the existing ones"
+        )
+    return found
+
+
+def base_model_of_job(session: Session, job_id: int) -> BaseModel | None:
+    return session.scalar(select(BaseModel).where(BaseModel.job_id == job_id))
+
+
+def base_models(session: Session) -> list[BaseModel]:
+    """Newest first."""
+    return list(session.scalars(select(BaseModel).order_by(BaseModel.id.desc())))

@@ -1,5 +1,6 @@
 """The hyper-parameters of a job: immutable, validated on construction, stored as JSON with the job."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,9 +83,7 @@ class TrainConfig(BaseModel):
         for label, value in (self.polarity or {}).items():
             if not -1 <= value <= 1:
                 raise ValueError(f"polarity of {shown(label)} is {value}; it must lie between -1 and 1")
-        for text in (self.base_model, self.base_revision or "", *(self.polarity or {}), *_texts(self.labels or {})):
-            if "\x00" in text:
-                raise ValueError(f"{shown(text)} contains a NUL character, which databases cannot store; remove it")
+        _refuse_nul(self.base_model, self.base_revision or "", *(self.polarity or {}), *_texts(self.labels or {}))
         return self
 
     def for_rows(self, rows: int) -> Self:
@@ -93,6 +92,37 @@ class TrainConfig(BaseModel):
             return self
         epochs = min(self.epochs, max(2, round(self.row_passes / rows)))
         return self.model_copy(update={"epochs": epochs, "row_passes": None})
+
+
+class AdaptConfig(BaseModel):
+    """The hyper-parameters of a job that adapts a base model to stored tweets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: str = "starter"
+    base_revision: str | None = None
+    tweets: int = Field(100_000, ge=1, le=1_000_000, description="distinct texts at most, the newest first")
+    cleaner: Literal["1", "2", "neologdn"] = "2"
+    max_length: int = Field(128, ge=8, le=8192, description="tokens, including special tokens")
+    mask_share: float = Field(0.15, gt=0, lt=1, description="share of the words that the model must predict")
+    seed: int = Field(200, ge=0, lt=2**31)
+
+    epochs: int = Field(3, ge=1, le=1000)
+    train_batch_size: int = Field(32, ge=2, le=4096)
+    valid_batch_size: int = Field(64, ge=1, le=4096)
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of all steps; for the linear and cosine schedules")
+    max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
+    # Precision of computation; weights stay float32. `auto` uses bfloat16 where the hardware supports it.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _storable(self) -> Self:
+        _refuse_nul(self.base_model, self.base_revision or "")
+        return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,12 +160,26 @@ def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
         raise BadConfig("; ".join(explain(error))) from error
 
 
+def make_adapt_config(**settings: Any) -> AdaptConfig:
+    """Return the configuration, validated. Raises `BadConfig` like `make_config`."""
+    try:
+        return AdaptConfig(**settings)
+    except ValidationError as error:
+        raise BadConfig("; ".join(explain(error, AdaptConfig.model_fields))) from error
+
+
+def _refuse_nul(*texts: str) -> None:
+    for text in texts:
+        if "\x00" in text:
+            raise ValueError(f"{shown(text)} contains a NUL character, which databases cannot store; remove it")
+
+
 def _texts(labels: dict[str, str]) -> list[str]:
     return [*labels, *labels.values()]
 
 
-def explain(error: ValidationError) -> list[str]:
-    """Return one sentence per validation error: name, value, allowed values."""
+def explain(error: ValidationError, known: Iterable[str] = TrainConfig.model_fields) -> list[str]:
+    """Return one sentence per validation error: name, value, allowed values. `known` are the names of all settings."""
     sentences = []
     for fault in error.errors():
         name = plain(".".join(str(part) for part in fault["loc"]))
@@ -143,7 +187,7 @@ def explain(error: ValidationError) -> list[str]:
         if not name:
             sentences.append(message)
         elif fault["type"] == "extra_forbidden":
-            sentences.append(f"{name} is not a setting; use one of {', '.join(TrainConfig.model_fields)}")
+            sentences.append(f"{name} is not a setting; use one of {', '.join(known)}")
         else:
             sentences.append(f"{name} is {shown(fault['input'])}: {message[0].lower()}{message[1:]}")
     return sentences

@@ -50,6 +50,7 @@ def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:
         "accept_content": ["json"],
         "task_routes": {
             "worker.tasks.train": {"queue": TRAINING},
+            "worker.tasks.adapt": {"queue": TRAINING},
             "worker.tasks.cancel": {"queue": TRAINING},
             "worker.tasks.score": {"queue": SCORING},
         },

@@ -80,6 +80,21 @@ def train(self: Task, dataset: str | None = None, preset: str | None = None, **o
     return _outcome(self, worker)
 
 
+@app.task(name="worker.tasks.adapt", base=JobOutcomeTask, bind=True, ignore_result=False, throws=(JobFailed,))
+def adapt(self: Task, *refused: Any, **options: Any) -> Any:
+    """Return the outcome of the job that the message requested: to adapt a base model to stored tweets.
+
+    A plain Celery client sends fields of `training.config.AdaptConfig` as `kwargs` to the queue `training`. As for
+    `train`, the row exists before Celery receives the message; that of a message with `args` is a failed job.
+
+    Returns {"job_id", "base_model", "metrics"}, with the name `adapted:ID` for later jobs; raises `JobFailed`.
+    """
+    worker = workers.get(TRAINING)
+    if worker is None:
+        raise Ignore
+    return _outcome(self, worker)
+
+
 def _outcome(task: Task, worker: WorkerProcess) -> dict[str, Any]:
     """Raises `Ignore`, which stores no result, while the job runs and after its outcome was stored."""
     id_ = task.request.id
@@ -132,6 +147,7 @@ def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None
 
 
 @task_revoked.connect(sender=train)
+@task_revoked.connect(sender=adapt)
 def _mark_expired(request: Any, **_: Any) -> None:
     """Celery found the message expired and stored that result; the job was cancelled for the same reason."""
     train._mark_answered(request.id)

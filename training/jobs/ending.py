@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 
-# Trains and registers a model; returns the id of the model version.
+# Trains and registers what the job makes; returns the id of the model version or of the adapted base model.
 Train = Callable[[Database, TrainingContext, TrainingJob, Lease], int]
 
 
@@ -42,8 +42,8 @@ def run_to_end(
 def _run(database: Database, context: TrainingContext, job: TrainingJob, lease: Lease, train: Train) -> str | None:
     """Like `run_to_end`, but raises `StopRequested`."""
     try:
-        version_id = train(database, context, job, lease)
-        log.info("job %d: succeeded, model %d", job.id, version_id)
+        made = train(database, context, job, lease)
+        log.info("job %d: succeeded, %s %d", job.id, "base model" if job.kind == "adapt" else "model", made)
         return "succeeded"
     except StopRequested:
         raise

@@ -6,7 +6,7 @@
 
 import logging
 import threading
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ import torch
 from structlog.contextvars import bound_contextvars
 from transformers import PreTrainedTokenizerBase
 
-from db import jobs, registry
+from db import jobs
 from db.models import TrainingJob
 from db.session import Database
 from training import failpoint
@@ -25,10 +25,12 @@ from training.evaluation.calibration import fit_temperature
 from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch
 from training.evaluation.metrics import Figures, model_figures
+from training.jobs.adapt import adapt
+from training.jobs.base_models import fetch_base_model
 from training.jobs.claiming import claim_next_job
 from training.jobs.context import TrainingContext
 from training.jobs.ending import run_to_end
-from training.jobs.inputs import fetched_base_model, fetched_dataset
+from training.jobs.inputs import fetched_dataset
 from training.jobs.lease import Lease
 from training.jobs.recording import job_checkpoints, recording_hooks
 from training.jobs.register import register_model
@@ -36,7 +38,7 @@ from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
 from training.loop.fit import FitInputs, fit
 from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec
-from training.model.base_model import BaseModelFolder, current_hub_name
+from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, build_model
 from training.model.devices import pick_device
 from training.reporting.training_result import TrainingResult
@@ -58,7 +60,7 @@ def run_next_job(database: Database, context: TrainingContext, owner: str, stopp
         log.info("job %d: claimed by %s, start %d", job.id, job.lease_owner, job.attempts)
         failpoint.passing("claimed")
         with Lease(database, job.id, job.fencing_token, context.lease_seconds, stopping) as lease:
-            state = run_to_end(database, context, job, lease, train)
+            state = run_to_end(database, context, job, lease, adapt if job.kind == "adapt" else train)
         if state in ("succeeded", "cancelled"):  # a failed job may be retried and then resumes from its checkpoint
             job_checkpoints(context, job).clear()
         if state in ("failed", "cancelled"):
@@ -75,7 +77,7 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
     config = make_config("guide", **job.config)
     with ExitStack() as stack:
         data = read_data(context, job, config, lease)
-        base = stack.enter_context(fetch_base_model(database, context, config, lease))
+        base = stack.enter_context(fetch_base_model(database, context, config.base_model, config.base_revision, lease))
         prepared = prepare(base, data.rows, config, context.device)
         lease.check()
         checkpoints = stack.enter_context(job_checkpoints(context, job))
@@ -140,19 +142,6 @@ class Prepared:
     def fit_inputs(self, rows: Dataset) -> FitInputs:
         ids, pad_id = self.token_ids, self.tokenizer.pad_token_id
         return FitInputs(rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id)
-
-
-def fetch_base_model(
-    database: Database, context: TrainingContext, config: TrainConfig, lease: Lease
-) -> AbstractContextManager[BaseModelFolder]:
-    """Provide the base model, at the revision that earlier models of this database used unless the job names one."""
-
-    def revision_used() -> str | None:
-        with database.read() as session:
-            return registry.revision_used(session, current_hub_name(config.base_model))
-
-    used = lease.retry_while_database_away(revision_used)
-    return fetched_base_model(config.base_model, config.base_revision or used, context.input_store, context.read_roots)
 
 
 def prepare(base: BaseModelFolder, rows: Dataset, config: TrainConfig, device: str) -> Prepared:

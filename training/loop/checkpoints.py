@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 
 from training.errors import BadArtifact
 from training.loop.checkpoint_mirror import CheckpointMirror
 from training.model.artifact import WEIGHTS, save_weights
 from training.model.classifier import Classifier
+from training.model.language_model import LanguageModel
 from training.store.sealed_folder import new_sealed_folder, verify
 from training.store.store import Store
 
@@ -51,7 +52,7 @@ class Progress:
 class RunState:
     """The state that a checkpoint stores, besides random generators: everything the next step depends on."""
 
-    model: Classifier
+    model: Classifier | LanguageModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Progress
@@ -91,7 +92,8 @@ class Checkpoints:
         device = state.device
         place = self.folder / f"step-{state.progress.step:08d}-{self.writer:04d}"
         with new_sealed_folder(place) as draft:
-            save_weights(draft / WEIGHTS, state.model)
+            # Unlike `save_weights`, this also saves layers that share their weights.
+            save_model(state.model.network, str(draft / WEIGHTS), {"format": "pt"})
             torch.save(
                 {
                     "optimizer": state.optimizer.state_dict(),
@@ -133,7 +135,7 @@ class Checkpoints:
             except (BadArtifact, TypeError, KeyError) as error:  # TypeError and KeyError: written by another version
                 log.warning("checkpoint %s cannot be used, trying the previous one: %s", place.name, error)
                 continue
-            state.model.network.load_state_dict(load_file(str(place / WEIGHTS)))
+            load_model(state.model.network, str(place / WEIGHTS))
             state.optimizer.load_state_dict(saved["optimizer"])
             state.scheduler.load_state_dict(saved["scheduler"])
             state.progress = progress

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from training import failpoint
-from training.config import TrainConfig
+from training.config import AdaptConfig, TrainConfig
 from training.data.dataset import Split
 from training.errors import StopRequested
 from training.evaluation.decisions import Floats
@@ -110,6 +110,7 @@ class _Run:
         # The grouping of rows depends only on their lengths, so every epoch has as many steps as the first.
         steps_per_epoch = len(_steps(self.lengths, self.config, epoch=0))
         self.total_steps = steps_per_epoch * self.config.epochs
+        self.model = model
         optimizer = build_optimizer(model, self.config)
         self.state = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
         checkpoints.restore(self.state)
@@ -134,12 +135,12 @@ class _Run:
     def train_epoch(self, board: TensorBoardWriter, started: float) -> None:
         """Run the steps of the epoch that are not done yet. `started` is its start by `time.monotonic`."""
         progress, trained = self.progress, 0
-        self.state.model.train()
+        self.model.train()
         for batches in _steps(self.lengths, self.config, progress.epoch)[progress.batch :]:
             rows = sum(map(len, batches))
             value = self._backward(batches, rows)
             if self.config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             progress.learning_rate = self.state.optimizer.param_groups[0]["lr"]
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -158,7 +159,7 @@ class _Run:
         for index in (piece for batch in batches for piece in _pieces(batch, self.lengths, self.config, self.device)):
             ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
             with self.autocast:
-                logits = self.state.model(ids.to(self.device), mask.to(self.device))
+                logits = self.model(ids.to(self.device), mask.to(self.device))
             # A row counts the same in small and in large batches.
             loss = self._loss(logits.float(), index) * (len(index) / rows_of_step)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -178,7 +179,7 @@ class _Run:
         progress, inputs, config = self.progress, self.inputs, self.config
         with self.autocast:
             scored = predict(
-                self.state.model,
+                self.model,
                 inputs.valid_rows,
                 inputs.valid.targets,
                 config,
@@ -208,7 +209,7 @@ class _Run:
         progress.best_f1_macro = max(progress.best_f1_macro, epoch.valid_f1_macro)
         progress.history.append(asdict(epoch))
         if epoch.kept:
-            progress.best = self.checkpoints.save_best(progress.epoch, self.state.model)
+            progress.best = self.checkpoints.save_best(progress.epoch, self.model)
             failpoint.passing("best")
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.checkpoints.save(self.state)
@@ -222,7 +223,7 @@ class _Run:
         assert progress.best is not None  # noqa: S101 - the first epoch is always kept
         # Free the optimizer's state, twice the size of the weights: while loading, two sets of weights are in memory.
         self.state.optimizer.state.clear()
-        self.checkpoints.load_best(progress.best, self.state.model)
+        self.checkpoints.load_best(progress.best, self.model)
 
 
 def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
@@ -256,7 +257,7 @@ def out_of_patience(history: Sequence[Mapping[str, float]], config: TrainConfig)
     return len(quality) - 1 - quality.index(max(quality)) >= config.early_stopping_patience
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig | AdaptConfig) -> torch.optim.Optimizer:
     kind: Any = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}[
         config.optimizer
     ]
@@ -269,7 +270,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig | AdaptConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Return a schedule that is stepped after every optimizer step. `step` is the guide's StepLR, once an epoch."""
     if config.schedule == "step":

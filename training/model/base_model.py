@@ -15,6 +15,8 @@ from training.store.paths import inside_roots
 
 STARTER = "starter"
 STARTER_FOLDER = Path(__file__).parents[1] / "starter"
+# The name of a base model that a job adapted to stored tweets, with the id of its row in `base_models`.
+ADAPTED_NAME = re.compile(r"adapted:([1-9]\d{0,8})", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Old organisation names on the Hugging Face hub -> new ones. The guide uses an old name.
 RENAMED = {"cl-tohoku/": "tohoku-nlp/"}
@@ -80,6 +82,21 @@ def check_dictionary(name: str, folder: Path | None = None) -> None:
             f"base model {shown(name)} needs the dictionary unidic-lite, which is not installed; "
             "`pip install 'tweetscore[unidic-lite]'`"
         )
+
+
+def adapted_id(name: str) -> int | None:
+    """Return the id of an adapted base model, which is named `adapted:ID`; None for any other name."""
+    found = ADAPTED_NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def adapted_name(base_model_id: int) -> str:
+    return f"adapted:{base_model_id}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name means a hub repository: not the starter, an adapted base model, a path or a URL."""
+    return name != STARTER and adapted_id(name) is None and not looks_local(name)
 
 
 def looks_local(name: str) -> bool:

@@ -73,7 +73,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def pad_arrays(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids]:
+def pad_arrays(rows: Sequence[Sequence[int] | Ids], pad_id: int) -> tuple[Ids, Ids]:
     """Like `pad`, as NumPy arrays."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)

@@ -125,8 +125,8 @@ def build_model(base: BaseModelFolder, n_labels: int, config: TrainConfig) -> Cl
     requested pooling or `max_length` exceeds its limit.
     """
     torch.manual_seed(config.seed)
-    encoder_config = _load_or_raise(base, load_encoder_config, str(base.folder))
-    check_length(encoder_config, config)
+    encoder_config = load_or_raise(base, load_encoder_config, str(base.folder))
+    check_length(encoder_config, config.max_length)
     has_native = type(encoder_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config.pooling == "native" and not (has_native and config.head == "linear"):
         raise BadConfig(
@@ -149,7 +149,18 @@ def build_model(base: BaseModelFolder, n_labels: int, config: TrainConfig) -> Cl
 
 def _load(kind: Any, base: BaseModelFolder, encoder_config: PretrainedConfig) -> tuple[Any, bool]:
     """Return the model loaded as a transformers class, and whether it has a pooler without trained weights."""
-    loaded, info = _load_or_raise(
+    loaded, missing = load_pretrained(kind, base, encoder_config)
+    prefix = "" if kind is AutoModel else f"{loaded.base_model_prefix}."
+    return loaded, any(key.startswith(prefix) for key in missing)
+
+
+def load_pretrained(kind: Any, base: BaseModelFolder, encoder_config: PretrainedConfig) -> tuple[Any, list[str]]:
+    """Return a base model loaded as a transformers class, in float32, and the names of the weights that it lacks.
+
+    Those are new: weights of the head, and of a pooler. Raises `ModelUnavailable` when a weight of the encoder is
+    missing.
+    """
+    loaded, info = load_or_raise(
         base,
         kind.from_pretrained,
         str(base.folder),
@@ -170,10 +181,10 @@ def _load(kind: Any, base: BaseModelFolder, encoder_config: PretrainedConfig) ->
             f"base model {base.name!r} cannot be loaded: {len(lost)} weights are missing or have another shape "
             f"({lost[0]}, …); download or save it again"
         )
-    return loaded, bool(missing)
+    return loaded, list(info["missing_keys"])
 
 
-def _load_or_raise(base: BaseModelFolder, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def load_or_raise(base: BaseModelFolder, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return read(*arguments, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
@@ -227,8 +238,8 @@ def longest_input(encoder_config: Any) -> int | None:
     return longest
 
 
-def check_length(encoder_config: Any, config: TrainConfig) -> None:
+def check_length(encoder_config: Any, max_length: int) -> None:
     """Raise `BadConfig` when `max_length` exceeds the limit of the architecture."""
     longest = longest_input(encoder_config)
-    if longest is not None and config.max_length > longest:
-        raise BadConfig(f"max_length is {config.max_length}; this base model accepts at most {longest} tokens")
+    if longest is not None and max_length > longest:
+        raise BadConfig(f"max_length is {max_length}; this base model accepts at most {longest} tokens")

@@ -199,7 +199,7 @@ def _config(source: BaseModelFolder, encoder_config: Any, options: ImportOptions
         max_length=options.max_length or min(length for length in lengths if length is not None),
         cleaner=options.cleaner or before.cleaner,
     )
-    check_length(encoder_config, config)
+    check_length(encoder_config, config.max_length)
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from training.model.artifact import Spec
-from training.model.base_model import STARTER, looks_local
+from training.model.base_model import is_hub_name, looks_local
 from training.model.imported import ImportedClassifier
 from training.reporting import plots
 from training.reporting.training_result import TrainingResult
@@ -115,7 +115,7 @@ def _metadata(result: TrainingResult) -> ModelCardData:
 
 
 def _hub_name(spec: Spec) -> str | None:
-    return None if spec.base_model == STARTER or looks_local(spec.base_model) else spec.base_model
+    return spec.base_model if is_hub_name(spec.base_model) else None
 
 
 def _name(result: TrainingResult) -> str:

@@ -4,13 +4,16 @@ import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli import output
 from worker.cli.output import Json
 from worker.errors import BadRequest
+
+if TYPE_CHECKING:
+    from worker.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Check files of labelled rows or tweets before use.")
 
@@ -40,11 +43,23 @@ def check(
     from worker.settings import load_settings
 
     settings = load_settings()
-    found = check_file(file, base_model or settings.base_model, max_length)
+    found = check_file(file, _with_same_tokenizer(settings, base_model or settings.base_model), max_length)
     if json:
         output.as_json(found)
     else:
         output.findings(found)
+
+
+def _with_same_tokenizer(settings: "Settings", name: str) -> str:
+    """Return the base model that an adapted one was made from, which has the same tokenizer; other names unchanged."""
+    from db import registry
+    from training.model.base_model import adapted_id
+    from worker.connections import open_sql
+
+    while (adapted := adapted_id(name)) is not None:
+        with open_sql(settings).read() as session:
+            name = registry.base_model(session, adapted).base_model
+    return name
 
 
 def export(

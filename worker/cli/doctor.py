@@ -152,10 +152,13 @@ def _stores(settings: Settings) -> str:
 
 
 def _base_model(settings: Settings) -> str:
-    from training.model.base_model import STARTER, looks_local, resolve_base_model
+    from training.model.base_model import adapted_id, is_hub_name, resolve_base_model
     from training.store.store import is_remote
 
-    if settings.base_model != STARTER and not looks_local(settings.base_model):
+    if (adapted := adapted_id(settings.base_model)) is not None:
+        with open_sql(settings).read() as session:
+            return f"{settings.base_model}: {registry.base_model(session, adapted).url}"
+    if is_hub_name(settings.base_model):
         return f"{settings.base_model}, downloaded from the hub when a job needs it"
     if is_remote(settings.base_model):
         return f"{settings.base_model}, downloaded from its store when a job needs it"

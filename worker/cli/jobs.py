@@ -32,8 +32,8 @@ def jobs_list(
     else:
         output.table(
             None,
-            ["job", "state", "step", "of", "submitted", "error"],
-            [(j.id, j.state, j.step, j.total_steps, j.submitted_at, j.error) for j in found],
+            ["job", "kind", "state", "step", "of", "submitted", "error"],
+            [(j.id, j.kind, j.state, j.step, j.total_steps, j.submitted_at, j.error) for j in found],
         )
 
 
@@ -43,7 +43,7 @@ def jobs_show(
     follow: Annotated[bool, typer.Option("--follow", help="Show its progress until it ends.")] = False,
     json: Json = False,
 ) -> None:
-    """Show one job: its data, epochs and test metrics."""
+    """Show one job: its data, epochs and metrics."""
     from db import jobs
     from worker.connections import open_sql
     from worker.settings import load_settings
@@ -110,6 +110,7 @@ def report_job(database: Any, job: "TrainingJob", json: bool) -> None:
         version = registry.of_job(session, job.id)
         done = jobs.epochs(session, job.id)
         figures = registry.metrics(session, version.id) if version else {}
+        base = registry.base_model_of_job(session, job.id)
     if json:
         output.as_json(
             {
@@ -117,11 +118,14 @@ def report_job(database: Any, job: "TrainingJob", json: bool) -> None:
                 "epochs": [output.fields(epoch) for epoch in done],
                 "model_version_id": version.id if version else None,
                 "metrics": output.metric_rows(figures),
+                "base_model": output.fields(base) if base else None,
             }
         )
     else:
         output.job_summary(database, job)
         if version:
             output.console.print(f"next: tweetscore models promote {version.id}")
+        if base:
+            output.console.print(f"next: tweetscore train FILE --base-model adapted:{base.id}")
     if job.state in ("failed", "cancelled"):
         raise typer.Exit(1)

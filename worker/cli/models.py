@@ -74,6 +74,21 @@ def models_list(
         )
 
 
+@app.command("bases")
+def models_bases(json: Json = False) -> None:
+    """List the base models that were adapted to stored tweets, newest first."""
+    from db import registry
+    from worker.connections import open_sql
+    from worker.settings import load_settings
+
+    with open_sql(load_settings()).read() as session:
+        rows = registry.base_models(session)
+    if json:
+        output.as_json([{"name": f"adapted:{row.id}", **output.fields(row)} for row in rows])
+    else:
+        output.base_table(rows)
+
+
 @app.command("show")
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test metrics and most confident errors."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from math import exp
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from worker.scoring.engine_choice import Choice
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
-    from db.models import EpochMetric, Evaluation, ModelVersion, TrainingJob
+    from db.models import BaseModel, EpochMetric, Evaluation, ModelVersion, TrainingJob
     from db.session import Database
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -283,8 +284,13 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
 
     state = f"[{COLORS.get(job.state, 'white')}]{job.state}[/]"
     progress = f", {pace(job)}" if job.state == "running" and pace(job) else ""
-    console.print(f"job {job.id} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{progress}")
-    if job.data_report:
+    kind = "" if job.kind == "train" else f" ({job.kind})"
+    console.print(
+        f"job {job.id}{kind} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{progress}"
+    )
+    if job.data_report and job.kind == "adapt":
+        adapt_data(job.data_report)
+    elif job.data_report:
         report = job.data_report
         sizes, encoding = report["sizes"], report.get("encoding", "UTF-8")
         read_as = "" if encoding == "UTF-8" else f", read as {encoding}"
@@ -307,10 +313,44 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
     with database.read() as session:
         done, version = jobs.epochs(session, job.id), registry.of_job(session, job.id)
         figures = registry.metrics(session, version.id) if version else {}
+        base = registry.base_model_of_job(session, job.id)
     if done:
         console.print(epochs_shown(done))
     if version:
         test_table(version, figures)
+    if base:
+        base_table([base])
+
+
+def adapt_data(report: dict[str, Any]) -> None:
+    """Print which tweets a job read to adapt a base model."""
+    sizes = report["sizes"]
+    console.print(
+        f"tweets: {report['rows']} different texts of {report['read']} read, {report['duplicates']} copies or blank "
+        f"left out; training {sizes['train']}, held out {sizes['valid']}"
+    )
+    if report["new_head"]:
+        console.print(
+            "the base model has no head for hidden words, so a new one is trained too: the loss before says nothing "
+            "about the base model"
+        )
+
+
+def base_table(rows: "Sequence[BaseModel]") -> None:
+    """Print adapted base models. The perplexity is the exponential of the loss."""
+
+    def change(before: float, after: float) -> str:
+        return f"{before:.4g} to {after:.4g}"
+
+    table(
+        "Adapted base models, with loss and perplexity of hidden words in held-out tweets before and after",
+        ["name", "job", "base model", "tweets", "loss", "perplexity", "created"],
+        [
+            (f"adapted:{row.id}", row.job_id, row.base_model, row.tweets, change(row.loss_before, row.loss_after),
+             change(exp(row.loss_before), exp(row.loss_after)), row.created_at)
+            for row in rows
+        ],
+    )  # fmt: skip
 
 
 def fields(row: Any) -> dict[str, Any]:

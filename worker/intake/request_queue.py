@@ -23,7 +23,7 @@ from kombu.transport.redis import Channel
 
 from worker.stream.redis_client import converted
 
-TRAIN, CANCEL = "worker.tasks.train", "worker.tasks.cancel"
+TRAIN, ADAPT, CANCEL = "worker.tasks.train", "worker.tasks.adapt", "worker.tasks.cancel"
 DEFAULT_QUEUE = "celery"
 # How many of the oldest messages in the shared default queue are searched for ours.
 SCAN_LIMIT = 1_000
@@ -48,7 +48,8 @@ class Request:
 
     @property
     def is_training_request(self) -> bool:
-        return self.task == TRAIN and self.arguments.get("dataset") is not None
+        """Whether it requests a job. A message for `worker.tasks.train` without a dataset is a nudge."""
+        return self.task == ADAPT or (self.task == TRAIN and self.arguments.get("dataset") is not None)
 
     @property
     def expired(self) -> bool:
@@ -130,7 +131,7 @@ class RequestQueue:
             for priority in Channel.priority_steps[1:]:
                 self._redis.lmove(f"{self._queue}{Channel.sep}{priority}", self._taken, "RIGHT", "LEFT")
             if self._shared:
-                self._pick(keys=[DEFAULT_QUEUE, self._taken], args=[SCAN_LIMIT, TRAIN, CANCEL])
+                self._pick(keys=[DEFAULT_QUEUE, self._taken], args=[SCAN_LIMIT, TRAIN, ADAPT, CANCEL])
             if not self._redis.llen(self._taken):
                 # Never 0, which would wait without a limit.
                 self._redis.blmove(self._queue, self._taken, max(0.01, block_seconds), "RIGHT", "LEFT")  # type: ignore[arg-type]

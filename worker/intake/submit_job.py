@@ -13,22 +13,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from db import jobs
+from db import jobs, predictions, registry
 from db.errors import TweetscoreError, plain, shown
-from db.models import TrainingJob
+from db.models import TrainingJob, utc_now
 from db.session import Database
-from training.config import TrainConfig, make_config
+from training.config import AdaptConfig, TrainConfig, make_adapt_config, make_config
 from training.data.dataset import read_rows, split_rows
 from training.data.table_file import download
 from training.errors import BadDataset, ModelUnavailable
 from training.jobs.inputs import save_base_model, save_dataset
-from training.model.base_model import check_dictionary, check_hub_name, looks_local
+from training.jobs.stored_tweets import FEWEST_TEXTS, LANGUAGE, require_texts
+from training.model.base_model import adapted_id, check_dictionary, check_hub_name, looks_local
 from training.store.paths import file_sha256, is_file, is_folder, real_path
 from training.store.store import is_remote
 from worker.app import TRAINING, make_app, nudge
 from worker.connections import input_store, open_sql
-from worker.intake.request_queue import Request
+from worker.intake.request_queue import ADAPT, Request
 from worker.settings import Settings, load_settings
+
+# The dataset of jobs that adapt a base model.
+STORED_TWEETS = "stored tweets"
 
 
 def submit_training(
@@ -42,7 +46,7 @@ def submit_training(
     with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
-        config = config.model_copy(update={"base_model": prepare_base_model(settings, config.base_model)})
+        config = config.model_copy(update={"base_model": usable_base_model(settings, database, config.base_model)})
         dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
             return jobs.submit(
@@ -52,6 +56,26 @@ def submit_training(
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
             )
+
+
+def submit_adapt(settings: Settings, database: Database, **options: Any) -> TrainingJob:
+    """Enqueue a job that adapts a base model to the tweets that are stored now. `options` are fields of `AdaptConfig`.
+
+    Raises `BadConfig`, `BadDataset`, `NotFound` or `ModelUnavailable`, and stores nothing, when the job cannot succeed.
+    """
+    config = adapt_config(settings, options)
+    with database.read() as session:
+        require_texts(len(predictions.newest_texts(session, LANGUAGE, utc_now(), None, FEWEST_TEXTS)))
+    config = config.model_copy(update={"base_model": usable_base_model(settings, database, config.base_model)})
+    with database.begin() as session:
+        return jobs.submit(
+            session,
+            request_id=uuid.uuid4().hex,
+            kind="adapt",
+            dataset=STORED_TWEETS,
+            dataset_sha256=None,
+            config=config.model_dump(mode="json"),
+        )
 
 
 def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) -> int:
@@ -96,16 +120,21 @@ def accept_request(
     errors while the database does not answer.
     """
     given, dataset, config = request.arguments, "", {}
+    adapts = request.task == ADAPT
     try:
-        dataset = _storable_name(given.pop("dataset", None))
+        dataset = STORED_TWEETS if adapts else _storable_name(given.pop("dataset", None))
         config = given
-        config = job_config(settings, given.pop("preset", None), given).model_dump(mode="json")
+        if adapts:
+            config = adapt_config(settings, given).model_dump(mode="json")
+        else:
+            config = job_config(settings, given.pop("preset", None), given).model_dump(mode="json")
     except TweetscoreError as error:
         ended = ended or ("failed", str(error))
     with database.begin() as session:
         return jobs.submit(
             session,
             request_id=request.id,
+            kind="adapt" if adapts else "train",
             dataset=dataset or shown(request.arguments.get("dataset")),
             dataset_sha256=None,
             config=_storable(config),
@@ -138,6 +167,20 @@ def _storable(options: dict[str, Any]) -> dict[str, Any]:
 
 def job_config(settings: Settings, preset: str | None, options: dict[str, Any]) -> TrainConfig:
     return make_config(preset or settings.preset, **{"base_model": settings.base_model, **options})
+
+
+def adapt_config(settings: Settings, options: dict[str, Any]) -> AdaptConfig:
+    return make_adapt_config(**{"base_model": settings.base_model, **options})
+
+
+def usable_base_model(settings: Settings, database: Database, name: str) -> str:
+    """Like `prepare_base_model`, also for `adapted:ID`; raises `NotFound` when this database has no such base model."""
+    adapted = adapted_id(name)
+    if adapted is None:
+        return prepare_base_model(settings, name)
+    with database.read() as session:
+        registry.base_model(session, adapted)
+    return name
 
 
 def prepare_base_model(settings: Settings, name: str) -> str:

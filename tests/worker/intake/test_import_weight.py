@@ -66,7 +66,7 @@ print(*sys.modules)"""
     assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
         "db.errors", "worker.cli", "worker.cli.main", "worker.cli.data", "worker.cli.db", "worker.cli.dead_letters",
         "worker.cli.imports", "worker.cli.jobs", "worker.cli.models", "worker.cli.tweets", "worker.cli.output",
-        "worker.errors", "worker.scoring", "worker.scoring.engine_choice",
+        "worker.cli.adapt", "worker.cli.submitted", "worker.errors", "worker.scoring", "worker.scoring.engine_choice",
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from db.models import TrainingJob
 from db.session import open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until, write_labelled
 from tests.support.actors import acting, killed_at
+from tests.support.adapting import store_tweets
 from tests.support.commands import worker
 from tests.support.scraped import log_lines, metrics_port, scraped
 from tests.support.world import World, on_postgresql
@@ -34,7 +35,7 @@ from worker.intake.submit_job import submit_training
 from worker.settings import load_settings
 from worker.stream import embedded_valkey
 
-TRAIN, CANCEL = "worker.tasks.train", "worker.tasks.cancel"
+TRAIN, ADAPT, CANCEL = "worker.tasks.train", "worker.tasks.adapt", "worker.tasks.cancel"
 OTHER_PROGRAM = """
 import sys
 from celery import Celery
@@ -113,6 +114,20 @@ def test_a_result_goes_from_started_over_progress_to_success_with_figures_and_ex
     assert set(progress[0]) == {"job_id", "step", "total_steps", "epoch", "loss"}
     assert all(1 <= said["epoch"] <= 8 and said["total_steps"] == job.total_steps for said in progress)
     assert 0 < place.raw.ttl(f"celery-task-meta-{asked.id}") <= 7 * 86_400
+
+
+def test_a_request_to_adapt_a_base_model_returns_its_name_for_later_jobs(place: SimpleNamespace) -> None:
+    store_tweets(place.database)
+    asked = place.client.send_task(ADAPT, kwargs={"epochs": 1, "max_length": 32}, queue=TRAINING)
+    answer = asked.get(timeout=PATIENCE_SECONDS)
+    job = job_of(place, asked.id)
+    assert (job.kind, job.state, answer["job_id"]) == ("adapt", "succeeded", job.id)
+    assert set(answer["metrics"]) == {"loss_before", "loss_after"}
+    trained = ask(place, base_model=answer["base_model"]).get(timeout=PATIENCE_SECONDS)
+    assert trained["model_version_id"] is not None
+    refused = place.client.send_task(ADAPT, args=["labelled.csv"], queue=TRAINING)
+    with pytest.raises(Exception, match="dataset is not a setting"):
+        refused.get(timeout=PATIENCE_SECONDS)
 
 
 def test_a_job_that_fails_raises_its_sentence(place: SimpleNamespace) -> None:
