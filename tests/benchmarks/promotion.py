@@ -20,7 +20,7 @@ from db import predictions, registry
 from db.models import ModelVersion
 from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
-from worker.cli.demo import SAMPLE
+from training.data.sample import UNLABELLED
 from worker.connections import open_sql, open_stream
 from worker.scoring.engine_choice import saved_choices
 from worker.settings import Settings, load_settings
@@ -96,9 +96,7 @@ def _rate(counts: list[tuple[float, int]], since: float, until: float) -> float:
 
 
 def _tweets():  # type: ignore[no-untyped-def]
-    texts = [
-        json.loads(line)["text"] for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    texts = [json.loads(line)["text"] for line in UNLABELLED.read_text(encoding="utf-8").splitlines()]
     for number in itertools.count():
         text = f"{texts[number % len(texts)]} {number}"
         yield json.dumps({"v": 1, "id": str(number), "text": text}).encode()

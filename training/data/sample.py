@@ -10,7 +10,8 @@ from training.data.columns import sentiment_of
 from training.data.dataset import Dataset, Split, read_rows
 from training.text.cleaning import clean, same_text_key
 
-SAMPLE = Path(__file__).parents[1] / "sample" / "labelled.csv"
+LABELLED = Path(__file__).parents[1] / "sample" / "labelled.csv"
+UNLABELLED = LABELLED.with_name("unlabelled.jsonl")
 # With more rows of one's own, the sample adds time and no accuracy.
 OWN_ROWS_AT_MOST = 2_000
 
@@ -26,7 +27,7 @@ def with_sample(data: Dataset, config: TrainConfig) -> Dataset:
     fits = config.task == "single_label" and None not in column and {"positive", "negative"} <= set(column)
     if not config.add_sample or not fits or len(column) < len(data.labels) or len(data.train) > OWN_ROWS_AT_MOST:
         return data
-    rows = read_rows(SAMPLE)
+    rows = read_rows(LABELLED)
     known = {same_text_key(text) for part in (data.train, data.valid, data.test) for text in part.texts}
     chosen = [
         i

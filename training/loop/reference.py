@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from db.errors import plain
 from training.data.columns import TEXT_COLUMNS, find_column
+from training.data.sample import LABELLED, UNLABELLED
 from training.data.table_file import open_table
 from training.errors import ModelUnavailable
 from training.evaluation.decisions import Floats
@@ -18,8 +18,6 @@ from training.model.imported import ImportedClassifier
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder
 
-SAMPLE = Path(__file__).parents[1] / "sample"
-SAMPLE_FILES = ("unlabelled.jsonl", "labelled.csv")
 # Rows that are run with and without padding, and the difference of logits that counts as none.
 PADDING_ROWS, PADDING_TOLERANCE = 16, 1e-3
 
@@ -27,8 +25,8 @@ PADDING_ROWS, PADDING_TOLERANCE = 16, 1e-3
 def sample_texts(limit: int = REFERENCE_ROWS) -> list[str]:
     """Return at most `limit` texts of the sample, drawn at random; the same in every call."""
     texts: dict[str, None] = {}
-    for name in SAMPLE_FILES:
-        with open_table(str(SAMPLE / name)) as table:
+    for path in (UNLABELLED, LABELLED):
+        with open_table(str(path)) as table:
             for _, row in table.rows():
                 texts[row[find_column(row, TEXT_COLUMNS)]] = None
     return random.Random(0).sample(list(texts), min(limit, len(texts)))

@@ -1,14 +1,13 @@
 """`tweetscore demo`: train a model, score sample tweets and query the results, with the real workers and databases."""
 
 import time
-from importlib.resources import files
-from pathlib import Path
 
 from db import predictions, registry
 from db.errors import TweetscoreError, public_url
 from db.readonly import run_query
 from db.session import Database
 from training.data.dataset import PART_NAMES
+from training.data.sample import LABELLED, UNLABELLED
 from worker.app import SCORING, TRAINING, make_app, nudge
 from worker.cli import output
 from worker.connections import broker, model_store, open_sql, open_stream, wait_for_broker
@@ -20,7 +19,6 @@ from worker.settings import Settings
 from worker.stream import embedded_valkey
 from worker.stream.stream import Stream
 
-SAMPLE = Path(str(files("training") / "sample"))
 SCORING_SECONDS = 120.0
 # A mixture of topics and labels, the same in every run.
 SOME_TWEETS = (
@@ -48,7 +46,7 @@ def run_demo(settings: Settings) -> None:
         with database.begin() as session:
             registry.assign(session, registry.CHAMPION, version)
         write(f"model {version} is the champion now")
-        pushed = publish_file(settings, url, str(SAMPLE / "unlabelled.jsonl"))
+        pushed = publish_file(settings, url, str(UNLABELLED))
         _wait_until_scored(settings, database, url, version, pushed.published, supervisor)
         _show_queries(settings)
     write(
@@ -68,7 +66,7 @@ def run_demo(settings: Settings) -> None:
 
 
 def _train(settings: Settings, database: Database, supervisor: Supervisor) -> int:
-    job = submit_training(settings, database, SAMPLE / "labelled.csv", "fast")
+    job = submit_training(settings, database, LABELLED, "fast")
     nudge(make_app(settings), TRAINING)
     job = output.follow(database, job.id, supervisor.watch)
     with database.read() as session:

@@ -6,7 +6,7 @@ import pytest
 from tests.support.paths import ROOT
 from training.config import make_config
 from training.data.dataset import Dataset, Rows, read_rows, split_rows
-from training.data.sample import OWN_ROWS_AT_MOST, SAMPLE, with_sample
+from training.data.sample import LABELLED, OWN_ROWS_AT_MOST, with_sample
 from training.text.cleaning import same_text_key
 
 
@@ -20,7 +20,7 @@ def test_rows_of_each_sentiment_join_the_training_rows_alone() -> None:
     own = dataset(["ポジティブ", "Negative", "neutral"])
     joined = with_sample(own, make_config("fast", sample_weight=0.5))
     added = joined.train.targets[len(own.train) :]
-    wanted = [read_rows(SAMPLE).labels.count(name) for name in ("negative", "neutral", "positive")]
+    wanted = [read_rows(LABELLED).labels.count(name) for name in ("negative", "neutral", "positive")]
     assert joined.labels == ["Negative", "neutral", "ポジティブ"]
     assert added.sum(axis=0).tolist() == wanted
     assert joined.report["sample_rows"] == sum(wanted) == len(joined.train) - len(own.train)
@@ -33,7 +33,7 @@ def test_rows_of_each_sentiment_join_the_training_rows_alone() -> None:
 
 def test_two_labels_get_the_rows_of_two_labels() -> None:
     joined = with_sample(dataset(["pos", "neg"]), make_config("fast"))
-    labels = read_rows(SAMPLE).labels
+    labels = read_rows(LABELLED).labels
     assert joined.report["sample_rows"] == labels.count("positive") + labels.count("negative")
 
 
@@ -60,7 +60,7 @@ def test_many_rows_stay_alone() -> None:
 
 def test_a_text_of_the_dataset_is_not_added_again() -> None:
     """Else a test row could be among the training rows; and the sample does not join itself."""
-    rows = read_rows(SAMPLE)
+    rows = read_rows(LABELLED)
     own = split_rows(rows, make_config("fast"))
     assert with_sample(own, make_config("fast")) is own
     part = [i for i in range(len(rows.texts)) if i % 10 == 0]
@@ -80,5 +80,5 @@ def test_epochs_follow_the_number_of_rows_unless_they_are_given() -> None:
 
 
 def test_the_sample_is_a_part_of_the_package() -> None:
-    assert SAMPLE.is_relative_to(ROOT / "training")
-    assert np.isin(read_rows(SAMPLE).labels, ["negative", "neutral", "positive"]).all()
+    assert LABELLED.is_relative_to(ROOT / "training")
+    assert np.isin(read_rows(LABELLED).labels, ["negative", "neutral", "positive"]).all()

@@ -1,7 +1,6 @@
 """The newcomer's first command, as it is typed; and the sample tweets it runs on."""
 
 import csv
-import itertools
 import json
 import re
 import sqlite3
@@ -11,24 +10,28 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 
 from db.models import Prediction, Tweet
 from db.readonly import run_query
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
-from worker.cli.demo import QUERIES, SAMPLE, SOME_TWEETS
+from training.data.sample import LABELLED, UNLABELLED
+from training.text.cleaning import same_text_key
+from worker.cli.demo import QUERIES, SOME_TWEETS
 from worker.stream import embedded_valkey
 
 
 def labelled() -> list[dict[str, str]]:
-    with (SAMPLE / "labelled.csv").open(encoding="utf-8", newline="") as file:
+    with LABELLED.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def unlabelled() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (SAMPLE / "unlabelled.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in UNLABELLED.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.slow
@@ -83,16 +86,25 @@ def test_its_queries_are_answered_by_both_databases(
         assert answered[0].get("score", 0.5) == 0.5
 
 
-def test_the_sample_has_enough_distinct_balanced_tweets() -> None:
+def test_the_sample_has_enough_distinct_tweets_in_natural_and_in_equal_shares() -> None:
     rows, others = labelled(), unlabelled()
     counts = Counter(row["label"] for row in rows)
-    assert len(rows) >= 1200
-    assert len(others) >= 300
+    balanced = Counter(row["label"] for row in rows if row["balanced"] == "yes")
+    assert len(rows) >= 4_000
+    assert len(others) >= 2_000
     assert set(counts) == {"negative", "neutral", "positive"}
-    assert max(counts.values()) <= 1.1 * min(counts.values())
-    texts = [row["text"] for row in rows + others]
+    assert counts["neutral"] > counts["negative"] > counts["positive"]
+    assert set(balanced.values()) == {counts["positive"]}
+    texts = [same_text_key(row["text"]) for row in rows + others]
     assert len(set(texts)) == len(texts)
     assert len({row["id"] for row in others}) == len(others)
+
+
+def test_the_readme_of_the_sample_counts_its_rows() -> None:
+    readme = LABELLED.with_name("README.md").read_text(encoding="utf-8")
+    counts = Counter(row["label"] for row in labelled())
+    for number in (len(labelled()), len(unlabelled()), *counts.values()):
+        assert f"{number:,}" in readme
 
 
 def test_no_sample_tweet_is_a_variation_of_another() -> None:
@@ -100,10 +112,16 @@ def test_no_sample_tweet_is_a_variation_of_another() -> None:
         text = re.sub(r"https?://\S+|\s", "", text)
         return {text[i : i + 3] for i in range(max(1, len(text) - 2))}
 
-    sets = [shingles(row["text"]) for row in labelled() + unlabelled()]
-    for a, b in itertools.combinations(sets, 2):
-        shared = len(a & b)
-        assert shared <= 4 or shared / len(a | b) <= 0.5, (a, b)
+    texts = [row["text"] for row in labelled() + unlabelled()]
+    found = CountVectorizer(analyzer=shingles, binary=True).fit_transform(texts).astype(np.int32)
+    sizes = np.asarray(found.sum(axis=1)).ravel()
+    shared = (found @ found.T).tocoo()  # shingles in common, by pair of texts
+    alike = (
+        (shared.row < shared.col)
+        & (shared.data > 4)
+        & (shared.data > 0.5 * (sizes[shared.row] + sizes[shared.col] - shared.data))
+    )
+    assert [(texts[i], texts[j]) for i, j in zip(shared.row[alike], shared.col[alike], strict=True)] == []
 
 
 def test_the_sample_shows_what_tweets_are_made_of() -> None:
