@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, models, output, tweets
+from worker.cli import data, db, dead_letters, jobs, models, output, tune, tweets
 from worker.cli.jobs import follow_job, report_job
 from worker.cli.output import Json
 from worker.errors import ServerFailed
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "jobs", "models", "data", "tensorboard"),
+    "Train": ("train", "tune", "jobs", "models", "data", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "dashboard"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -59,7 +59,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
-for command in (tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+for command in (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, tune.tune):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

@@ -39,7 +39,7 @@ def submit_training(
     Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the job cannot
     succeed.
     """
-    with _local_copy(str(dataset)) as path:
+    with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
         split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
         config = config.model_copy(update={"base_model": prepare_base_model(settings, config.base_model)})
@@ -67,7 +67,8 @@ def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) ->
 
 
 @contextmanager
-def _local_copy(dataset: str) -> Iterator[Path]:
+def local_copy(dataset: str) -> Iterator[Path]:
+    """Provide a dataset as a local file; a URL is downloaded for the time of the block."""
     if "://" in dataset:
         with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
             fetched = Path(folder) / (Path(urlsplit(dataset).path).name or "dataset")

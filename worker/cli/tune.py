@@ -1,0 +1,163 @@
+"""`tweetscore tune`: search for better hyper-parameters than those of a preset."""
+
+import json as json_format
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worker.cli import output
+from worker.cli.output import Json
+
+if TYPE_CHECKING:
+    from training.tuning.study import TrialResult
+    from worker.intake.tuning import Tuned
+
+SHOWN_TRIALS = 10
+# Fields that `tweetscore train` has an option for; the others need --set.
+OPTIONS = (
+    "base_model", "base_revision", "task", "head", "pooling", "loss", "epochs", "learning_rate", "train_batch_size",
+    "max_length", "split", "seed",
+)  # fmt: skip
+
+
+def tune(
+    dataset: Annotated[str, typer.Argument(help="File of labelled rows, as `train` takes it.")],
+    preset: Annotated[str | None, typer.Option(help="Preset to start from, and to vary: guide or fast.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Encoder: a Hub name, a local folder, or starter.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the Hub repository.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, as for `train`.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Allowed labels: a,b or 0=negative,1=positive.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split and of the search.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Fix any field, which is then not varied: epochs=4. Repeatable."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time limit of this run.")] = 30.0,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Stop when this many trials of the study are finished.")
+    ] = None,
+    splits: Annotated[
+        int | None,
+        typer.Option(min=1, max=20, help="Trainings of one trial, each with other validation rows; default by size."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the trials of earlier runs.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Queue a job with the best values at the end.")] = False,
+    json: Json = False,
+) -> None:
+    """Search for better hyper-parameters, in this process, within a time.
+
+    The same command continues where it was stopped. The values are compared on validation rows; with few of them the
+    best result is partly chance. Test rows are not used, so those of a job with the best values remain a fair test.
+
+    Needs the package of `pip install 'tweetscore[tune]'`.
+    """
+    import importlib.util
+
+    from training.errors import TuningUnavailable
+
+    if importlib.util.find_spec("optuna") is None:
+        raise TuningUnavailable("tuning needs Optuna, which is not installed; `pip install 'tweetscore[tune]'`")
+    from rich.progress import TextColumn
+
+    from worker.cli.options import label_map, pairs
+    from worker.connections import open_sql
+    from worker.intake.submit_job import submit_training
+    from worker.intake.tuning import Notices, TuningRequest
+    from worker.intake.tuning import tune as run
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    given: dict[str, Any] = {
+        "base_model": base_model, "base_revision": base_revision, "task": task, "seed": seed,
+        "labels": label_map(labels),
+    }  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None} | pairs("--set", setting or [])
+    database = open_sql(settings)
+    request = TuningRequest(dataset, preset, options, minutes, trials, splits, fresh)
+    with output.long_work("tuning", TextColumn("{task.fields[text]}")) as update:
+        notices = Notices(
+            lambda seconds, text: update(min(round(seconds), round(60 * minutes)), round(60 * minutes), text),
+            lambda trial: output.aside(_sentence(trial)),
+        )
+        tuned = run(settings, database, request, notices)
+    command = shlex.join(["tweetscore", "train", dataset, "--preset", tuned.preset, *_arguments(tuned.options)])
+    queue = train and tuned.ended_by != "interrupted"
+    job = submit_training(settings, database, dataset, tuned.preset, **tuned.options) if queue else None
+    hint = _nudge(settings) if job else ""
+    if json:
+        output.as_json({**tuned.as_dict(), "command": command, "job_id": job.id if job else None})
+    else:
+        _print(tuned, command)
+        if job:
+            output.console.print(f"job {job.id} queued{hint}")
+    if tuned.ended_by == "interrupted":
+        raise typer.Exit(1)
+
+
+def _nudge(settings: Any) -> str:
+    """Nudge a training worker. Returns a hint when none can be reached."""
+    from worker.app import TRAINING, make_app, nudge
+    from worker.stream import embedded_valkey
+
+    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
+    nudged = not no_server and nudge(make_app(settings), TRAINING)
+    return "" if nudged else "; it waits for a worker: `tweetscore up`"
+
+
+def _arguments(options: dict[str, Any]) -> list[str]:
+    """The arguments of `tweetscore train` for these fields."""
+    arguments = []
+    for name, value in options.items():
+        if name in OPTIONS:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+        else:
+            text = value if isinstance(value, str) else json_format.dumps(value, ensure_ascii=False)
+            arguments += ["--set", f"{name}={text}"]
+    return arguments
+
+
+def _sentence(trial: "TrialResult") -> str:
+    value = "no figure" if trial.value is None else f"macro-F1 {trial.value:.4f}"
+    preset = ", the preset's values" if trial.preset else ""
+    return f"trial {trial.number}{preset}: {trial.state}, {value}, {trial.seconds:.0f} s"
+
+
+def _print(tuned: "Tuned", command: str) -> None:
+    write = output.line
+    write(
+        f"study {tuned.study}: {len(tuned.trials)} trials, each of {tuned.splits} "
+        f"{'split' if tuned.splits == 1 else 'splits'} with {tuned.validation_rows} validation rows in all; "
+        "the test rows were not used"
+    )
+    names = list(tuned.best.parameters)
+    output.table(
+        f"The best of {len(tuned.trials)} trials, by the macro-F1 of their validation rows",
+        ["trial", "macro-F1", *names, "state", "seconds"],
+        [
+            (
+                trial.number, trial.value, *(_short(trial.parameters.get(name)) for name in names),
+                trial.fault or (f"{trial.state}, preset" if trial.preset else trial.state), f"{trial.seconds:.0f}",
+            )
+            for trial in tuned.trials[:SHOWN_TRIALS]
+        ],
+    )  # fmt: skip
+    if tuned.importance:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in tuned.importance.items())
+        write(f"what made the difference between complete trials: {shares}")
+    if tuned.best.preset:
+        write("no values were better than the preset's")
+    elif tuned.preset_value is not None and tuned.best.value is not None:
+        gain = tuned.best.value - tuned.preset_value
+        chance = "; less than one standard error, so it may be chance" if gain < tuned.standard_error else ""
+        write(
+            f"the best values are {gain:.4f} above the preset's; the standard error of a figure is "
+            f"{tuned.standard_error:.4f}{chance}"
+        )
+    if tuned.ended_by == "interrupted":
+        write("interrupted; the same command continues the study")
+    write(f"train with the best values: {command}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
