@@ -176,7 +176,7 @@ def importance(study: optuna.Study) -> dict[str, float]:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return optuna.importance.get_param_importances(study)
+        return dict(optuna.importance.get_param_importances(study))
 
 
 def _result(trial: FrozenTrial) -> TrialResult:

@@ -11,7 +11,8 @@ from worker.cli.output import Json
 
 if TYPE_CHECKING:
     from training.tuning.study import TrialResult
-    from worker.intake.tuning import Tuned
+    from worker.intake.tuning import Tuned, TuningRequest
+    from worker.settings import Settings
 
 SHOWN_TRIALS = 10
 # Fields that `tweetscore train` has an option for; the others need --set.
@@ -58,44 +59,50 @@ def tune(
 
     if importlib.util.find_spec("optuna") is None:
         raise TuningUnavailable("tuning needs Optuna, which is not installed; `pip install 'tweetscore[tune]'`")
-    from rich.progress import TextColumn
-
     from worker.cli.options import label_map, pairs
-    from worker.connections import open_sql
-    from worker.intake.submit_job import submit_training
-    from worker.intake.tuning import Notices, TuningRequest
-    from worker.intake.tuning import tune as run
-    from worker.settings import load_settings
+    from worker.intake.tuning import TuningRequest
 
-    settings = load_settings()
     given: dict[str, Any] = {
         "base_model": base_model, "base_revision": base_revision, "task": task, "seed": seed,
         "labels": label_map(labels),
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None} | pairs("--set", setting or [])
-    database = open_sql(settings)
-    request = TuningRequest(dataset, preset, options, minutes, trials, splits, fresh)
+    _run(TuningRequest(dataset, preset, options, minutes, trials, splits, fresh), train, json)
+
+
+def _run(request: "TuningRequest", train: bool, json: bool) -> None:
+    from rich.progress import TextColumn
+
+    from worker.connections import open_sql
+    from worker.intake.submit_job import submit_training
+    from worker.intake.tuning import Notices, tune
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    database, limit = open_sql(settings), round(60 * request.minutes)
     with output.long_work("tuning", TextColumn("{task.fields[text]}")) as update:
         notices = Notices(
-            lambda seconds, text: update(min(round(seconds), round(60 * minutes)), round(60 * minutes), text),
+            lambda seconds, text: update(min(round(seconds), limit), limit, text),
             lambda trial: output.aside(_sentence(trial)),
         )
-        tuned = run(settings, database, request, notices)
-    command = shlex.join(["tweetscore", "train", dataset, "--preset", tuned.preset, *_arguments(tuned.options)])
-    queue = train and tuned.ended_by != "interrupted"
-    job = submit_training(settings, database, dataset, tuned.preset, **tuned.options) if queue else None
+        tuned = tune(settings, database, request, notices)
+    interrupted = tuned.ended_by == "interrupted"
+    job = None
+    if train and not interrupted:
+        job = submit_training(settings, database, request.dataset, tuned.preset, **tuned.options)
     hint = _nudge(settings) if job else ""
+    command = shlex.join(["tweetscore", "train", request.dataset, "--preset", tuned.preset, *_arguments(tuned.options)])
     if json:
         output.as_json({**tuned.as_dict(), "command": command, "job_id": job.id if job else None})
     else:
         _print(tuned, command)
         if job:
             output.console.print(f"job {job.id} queued{hint}")
-    if tuned.ended_by == "interrupted":
+    if interrupted:
         raise typer.Exit(1)
 
 
-def _nudge(settings: Any) -> str:
+def _nudge(settings: "Settings") -> str:
     """Nudge a training worker. Returns a hint when none can be reached."""
     from worker.app import TRAINING, make_app, nudge
     from worker.stream import embedded_valkey
@@ -118,22 +125,20 @@ def _arguments(options: dict[str, Any]) -> list[str]:
 
 
 def _sentence(trial: "TrialResult") -> str:
-    value = "no figure" if trial.value is None else f"macro-F1 {trial.value:.4f}"
+    value = "no figure" if trial.value is None else f"validation {trial.value:.4f}"
     preset = ", the preset's values" if trial.preset else ""
     return f"trial {trial.number}{preset}: {trial.state}, {value}, {trial.seconds:.0f} s"
 
 
 def _print(tuned: "Tuned", command: str) -> None:
-    write = output.line
-    write(
-        f"study {tuned.study}: {len(tuned.trials)} trials, each of {tuned.splits} "
-        f"{'split' if tuned.splits == 1 else 'splits'} with {tuned.validation_rows} validation rows in all; "
-        "the test rows were not used"
+    each = "1 training" if tuned.splits == 1 else f"{tuned.splits} trainings"
+    output.line(
+        f"study {tuned.study}: {each} a trial, {tuned.validation_rows} validation rows; the test rows were not used"
     )
     names = list(tuned.best.parameters)
     output.table(
-        f"The best of {len(tuned.trials)} trials, by the macro-F1 of their validation rows",
-        ["trial", "macro-F1", *names, "state", "seconds"],
+        f"The best of {len(tuned.trials)} trials, by the mean validation figure of their trainings",
+        ["trial", "validation", *names, "state", "seconds"],
         [
             (
                 trial.number, trial.value, *(_short(trial.parameters.get(name)) for name in names),
@@ -144,19 +149,19 @@ def _print(tuned: "Tuned", command: str) -> None:
     )  # fmt: skip
     if tuned.importance:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in tuned.importance.items())
-        write(f"what made the difference between complete trials: {shares}")
-    if tuned.best.preset:
-        write("no values were better than the preset's")
-    elif tuned.preset_value is not None and tuned.best.value is not None:
-        gain = tuned.best.value - tuned.preset_value
-        chance = "; less than one standard error, so it may be chance" if gain < tuned.standard_error else ""
-        write(
-            f"the best values are {gain:.4f} above the preset's; the standard error of a figure is "
-            f"{tuned.standard_error:.4f}{chance}"
-        )
+        output.line(f"what made the difference between complete trials: {shares}")
+    output.line(_comparison(tuned))
     if tuned.ended_by == "interrupted":
-        write("interrupted; the same command continues the study")
-    write(f"train with the best values: {command}")
+        output.line("interrupted; the same command continues the study")
+    output.line(f"train with the best values: {command}")
+
+
+def _comparison(tuned: "Tuned") -> str:
+    if tuned.best.preset or tuned.best.value is None or tuned.preset_value is None:
+        return "no values were better than the preset's"
+    gain = tuned.best.value - tuned.preset_value
+    sentence = f"the best figure is {gain:.4f} above the preset's; its standard error is {tuned.standard_error:.4f}"
+    return sentence + (", so the difference may be chance" if gain < 2 * tuned.standard_error else "")
 
 
 def _short(value: Any) -> str:

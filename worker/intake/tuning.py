@@ -17,6 +17,7 @@ from db import registry
 from db.session import Database
 from training.config import TrainConfig, make_config
 from training.data.dataset import read_rows, split_rows
+from training.errors import BadConfig
 from training.jobs.inputs import fetched_base_model
 from training.model.base_model import BaseModelFolder, current_hub_name
 from training.model.classifier import build_model
@@ -39,6 +40,8 @@ from worker.intake.submit_job import job_config, local_copy, prepare_base_model
 from worker.settings import Settings
 
 STUDIES_FOLDER = "tune"
+# Fields that add other trainings to a job. A trial trains on labelled rows only.
+NOT_IN_TRIALS = ("folds", "unlabelled", "teacher")
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,14 @@ class Notices:
 def tune(settings: Settings, database: Database, request: TuningRequest, notices: Notices) -> Tuned:
     """Run trials until the request's limits, and return the results of the whole study.
 
-    Only the training and validation rows of the job's own split are used. Raises the errors of `submit_training`,
+    Nothing is queued and no model is stored. Only the training and validation rows of the job's own split are used. Raises the errors of `submit_training`,
     `TuningUnavailable` and `NoTrialFinished`.
     """
     started = time.monotonic()
     limits = Limits(started + 60 * request.minutes, request.trials)
+    for field in NOT_IN_TRIALS:
+        if request.options.get(field):
+            raise BadConfig(f"{field} cannot be used in tuning; leave it out here, and give it to `tweetscore train`")
     preset = request.preset or settings.preset
     config = job_config(settings, preset, request.options)
     with ExitStack() as stack:

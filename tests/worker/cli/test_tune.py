@@ -38,7 +38,7 @@ def tune(tweetscore: Run, tiny_encoder: Path) -> Callable[..., Any]:
 
 def noisy(path: Path) -> Path:
     """60 rows whose words do not always tell the label, so that figures differ with what is trained on."""
-    choose = random.Random(1)
+    choose = random.Random(3)
     words = {"positive": ["嬉しい", "楽しい", "最高"], "negative": ["悲しい", "最悪", "辛い"]}
     lines = ["label,text"]
     for i in range(60):
@@ -111,11 +111,16 @@ def test_results_are_shown_as_a_table_with_the_command_to_train(
     arguments = ["--base-model", str(tiny_encoder), "--trials", "1", "--splits", "2", "--set", "epochs=1"]
     ended = tweetscore("tune", str(labelled_csv), *arguments)
     assert ended.returncode == 0, ended.stderr
-    assert "2 splits with 12 validation rows in all; the test rows were not used" in ended.stdout
+    assert "2 trainings a trial, 12 validation rows; the test rows were not used" in ended.stdout
     assert "complete, preset" in ended.stdout
     assert "no values were better than the preset's" in ended.stdout
     assert f"tweetscore train {labelled_csv} --preset fast --base-model {tiny_encoder}" in ended.stdout
-    assert ended.stderr.startswith("trial 0, the preset's values: complete, macro-F1 ")
+    assert ended.stderr.startswith("trial 0, the preset's values: complete, validation ")
+
+
+def test_what_a_trial_does_not_train_on_is_refused(tweetscore: Run, labelled_csv: Path) -> None:
+    refused = tweetscore("tune", str(labelled_csv), "--set", "folds=5")
+    assert (refused.returncode, "give it to `tweetscore train`" in refused.stderr) == (2, True)
 
 
 def test_without_optuna_it_names_the_extra(
