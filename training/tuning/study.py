@@ -29,7 +29,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # tweetscore shows its own p
 RANDOM_TRIALS = 8
 # Trials that run to their end before others may be pruned. No trial is pruned in the first half of its first training.
 UNPRUNED_TRIALS, UNPRUNED_REPORTS = 4, 2
-IMPORTANCE_TRIALS = 8
+# With fewer complete trials the shares are mostly chance.
+IMPORTANCE_TRIALS = 15
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "stopped"}
 PRESET, FAULT = "preset", "fault"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from worker.intake.tuning import Tuned, TuningRequest
     from worker.settings import Settings
 
-SHOWN_TRIALS = 10
+SHOWN_TRIALS = 5  # and the preset's
 # Fields that `tweetscore train` has an option for; the others need --set.
 OPTIONS = (
     "base_model", "base_revision", "task", "head", "pooling", "loss", "epochs", "learning_rate", "train_batch_size",
@@ -135,16 +135,17 @@ def _print(tuned: "Tuned", command: str) -> None:
     output.line(
         f"study {tuned.study}: {each} a trial, {tuned.validation_rows} validation rows; the test rows were not used"
     )
-    names = list(tuned.best.parameters)
+    ended = [trial for trial in tuned.trials if trial.state != "stopped"]
+    shown = ended[:SHOWN_TRIALS] + [trial for trial in ended[SHOWN_TRIALS:] if trial.preset]
     output.table(
-        f"The best of {len(tuned.trials)} trials, by the mean validation figure of their trainings",
-        ["trial", "validation", *names, "state", "seconds"],
+        f"The best of the finished trials ({len(ended)}), by the mean validation figure of their trainings",
+        ["trial", "validation", "state", "seconds", "values"],
         [
             (
-                trial.number, trial.value, *(_short(trial.parameters.get(name)) for name in names),
-                trial.fault or (f"{trial.state}, preset" if trial.preset else trial.state), f"{trial.seconds:.0f}",
+                trial.number, trial.value, f"{trial.state}, preset" if trial.preset else trial.state,
+                f"{trial.seconds:.0f}", trial.fault or _values(trial.parameters),
             )
-            for trial in tuned.trials[:SHOWN_TRIALS]
+            for trial in shown
         ],
     )  # fmt: skip
     if tuned.importance:
@@ -164,5 +165,6 @@ def _comparison(tuned: "Tuned") -> str:
     return sentence + (", so the difference may be chance" if gain < 2 * tuned.standard_error else "")
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _values(parameters: dict[str, Any]) -> str:
+    shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in parameters.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(parameters, shown, strict=True))

@@ -99,8 +99,8 @@ class Notices:
 def tune(settings: Settings, database: Database, request: TuningRequest, notices: Notices) -> Tuned:
     """Run trials until the request's limits, and return the results of the whole study.
 
-    Nothing is queued and no model is stored. Only the training and validation rows of the job's own split are used. Raises the errors of `submit_training`,
-    `TuningUnavailable` and `NoTrialFinished`.
+    Nothing is queued and no model is stored. Only the training and validation rows of the job's own split are used.
+    Raises the errors of `submit_training`, `TuningUnavailable` and `NoTrialFinished`.
     """
     started = time.monotonic()
     limits = Limits(started + 60 * request.minutes, request.trials)

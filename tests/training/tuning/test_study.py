@@ -139,6 +139,6 @@ def test_importance_needs_enough_complete_trials(tmp_path: Path) -> None:
     study_of(tmp_path, run, 4)
     with open_study(tmp_path, 1, fresh=False) as study:
         assert importance(study) == {}
-    study_of(tmp_path, run, 9)
+    study_of(tmp_path, run, 15)
     with open_study(tmp_path, 1, fresh=False) as study:
         assert importance(study) == {"dropout": pytest.approx(1.0)}
