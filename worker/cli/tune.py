@@ -48,10 +48,11 @@ def tune(
 ) -> None:
     """Search for better hyper-parameters, in this process, within a time.
 
-    The same command continues where it was stopped. The values are compared on validation rows; with few of them the
-    best result is partly chance. Test rows are not used, so those of a job with the best values remain a fair test.
+    The same command continues a study that was stopped. Values are compared on validation rows, never on test rows.
 
-    Needs the package of `pip install 'tweetscore[tune]'`.
+    With few validation rows the best result is partly chance.
+
+    Needs Optuna, which the extra `tune` installs.
     """
     import importlib.util
 
