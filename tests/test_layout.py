@@ -15,7 +15,7 @@ LAYERS = [
     "db",
     "training.errors", "training.failpoint", "training.config",
     "training.store", "training.text", "training.data", "training.model", "training.evaluation", "training.reporting",
-    "training.loop", "training.jobs",
+    "training.loop", "training.tuning", "training.jobs",
     "worker.errors", "worker.exit_codes", "worker.engine_names",
     "worker.stream", "worker.settings", "worker.settings_page", "worker.connections", "worker.app",
     "worker.scoring", "worker.intake", "worker.maintenance", "worker.process", "worker.tasks",

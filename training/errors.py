@@ -31,6 +31,14 @@ class CannotSave(TweetscoreError):
     """Raised when a checkpoint or a model cannot be written, usually because the disk is full."""
 
 
+class TuningUnavailable(TweetscoreError):
+    """Raised when Optuna is not installed, or another process runs the same study."""
+
+
+class NoTrialFinished(TweetscoreError):
+    """Raised when tuning ends before its first trial does."""
+
+
 class StoreUnavailable(TweetscoreError):
     """Raised when a remote store does not answer or refuses access. The job is retried later."""
 

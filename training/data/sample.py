@@ -1,9 +1,11 @@
 """The sample tweets that come with tweetscore, and how they help to train on few labels of one's own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.config import TrainConfig
 from training.data.columns import sentiment_of
@@ -17,34 +19,54 @@ OWN_ROWS_AT_MOST = 2_000
 
 
 def with_sample(data: Dataset, config: TrainConfig) -> Dataset:
-    """Add the sample's rows to the training rows where they help; else return `data` as it is.
+    """Add the sample's rows to the training rows where they help (see `sample_rows`); else return `data` as it is."""
+    texts = [text for part in (data.train, data.valid, data.test) for text in part.texts]
+    rows = sample_rows(data.labels, texts, len(data.train), config)
+    if rows is None:
+        return data
+    return replace(data, train=joined(data.train, rows), report={**data.report, "sample_rows": len(rows)})
+
+
+def sample_rows(
+    labels: Sequence[str], own_texts: Sequence[str], training_rows: int, config: TrainConfig
+) -> Split | None:
+    """Return the sample's rows for a dataset, or None where they do not help.
 
     They help when `add_sample` is set, every label names a sentiment, positive and negative among them, and the dataset
-    has at most `OWN_ROWS_AT_MOST` training rows. A text that the dataset has in any part is not added. The rows have no
-    number in the file, so theirs is 0, and they count `sample_weight` times as much in the loss as the dataset's.
+    has at most `OWN_ROWS_AT_MOST` training rows. A text that is among `own_texts` is left out. The rows have no number
+    in the file, so theirs is 0, and they count `sample_weight` times as much in the loss as the dataset's.
     """
-    column = {sentiment_of(label): index for index, label in enumerate(data.labels)}
+    column = {sentiment_of(label): index for index, label in enumerate(labels)}
     fits = config.task == "single_label" and None not in column and {"positive", "negative"} <= set(column)
-    if not config.add_sample or not fits or len(column) < len(data.labels) or len(data.train) > OWN_ROWS_AT_MOST:
-        return data
+    if not config.add_sample or not fits or len(column) < len(labels) or training_rows > OWN_ROWS_AT_MOST:
+        return None
     rows = read_rows(LABELLED)
-    known = {same_text_key(text) for part in (data.train, data.valid, data.test) for text in part.texts}
+    known = {same_text_key(text) for text in own_texts}
     chosen = [
         i
         for i, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True))
         if label in column and same_text_key(text) not in known
     ]
     if not chosen:
-        return data
-    targets = np.zeros((len(chosen), len(data.labels)), np.float32)
+        return None
+    targets = np.zeros((len(chosen), len(labels)), np.float32)
     targets[np.arange(len(chosen)), [column[rows.labels[i]] for i in chosen]] = 1
-    weights = np.concatenate(
-        [np.ones(len(data.train), np.float32), np.full(len(chosen), config.sample_weight, np.float32)]
-    )
-    train = Split(
-        data.train.texts + [clean(rows.texts[i], config.cleaner) for i in chosen],
-        np.concatenate([data.train.targets, targets]),
-        data.train.row_numbers + [0] * len(chosen),
+    texts = [clean(rows.texts[i], config.cleaner) for i in chosen]
+    return Split(texts, targets, [0] * len(chosen), np.full(len(chosen), config.sample_weight, np.float32))
+
+
+def joined(first: Split, second: Split) -> Split:
+    """Return the rows of both, in order."""
+    weights = None
+    if first.weights is not None or second.weights is not None:
+        weights = np.concatenate([_weights(first), _weights(second)])
+    return Split(
+        first.texts + second.texts,
+        np.concatenate([first.targets, second.targets]),
+        first.row_numbers + second.row_numbers,
         weights,
     )
-    return replace(data, train=train, report={**data.report, "sample_rows": len(chosen)})
+
+
+def _weights(split: Split) -> NDArray[np.float32]:
+    return np.ones(len(split), np.float32) if split.weights is None else split.weights

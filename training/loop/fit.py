@@ -61,14 +61,15 @@ def fit(
     *,
     device: torch.device,
     checkpoints: Checkpoints,
-    board_folder: Path,
+    board_folder: Path | None,
     hooks: Hooks,
 ) -> list[Epoch]:
     """Train `model` on `device` and load the best epoch's weights into it (see `as_good`; the guide keeps the last).
 
     Resumes from the newest checkpoint, if there is one, with the same result as an uninterrupted run: the order of the
     batches follows from seed and epoch, and the checkpoint stores everything else. When a hook raises `StopRequested`,
-    a checkpoint is saved first. Returns the figures of every epoch.
+    a checkpoint is saved first. Without `board_folder` nothing is written to TensorBoard. Returns the figures of every
+    epoch.
     """
     torch.manual_seed(inputs.config.seed)
     gc.collect()

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import adapt, data, db, dead_letters, jobs, models, output, tweets
+from worker.cli import adapt, data, db, dead_letters, jobs, models, output, tune, tweets
 from worker.cli.output import Json
 from worker.cli.submitted import owned_broker, submitted
 from worker.errors import ServerFailed
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "adapt", "jobs", "models", "data", "tensorboard"),
+    "Train": ("train", "tune", "adapt", "jobs", "models", "data", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "dashboard"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -57,7 +57,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
-for command in (adapt.adapt, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+for command in (adapt.adapt, tune.tune, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

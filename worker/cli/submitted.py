@@ -20,12 +20,11 @@ def submitted(settings: "Settings", database: "Database", job: "TrainingJob", wa
     from worker.process.supervisor import supervise
     from worker.stream import embedded_valkey
 
-    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if not wait:
-        nudged = not no_server and nudge(make_app(settings), TRAINING)
-        hint = "" if nudged else "; it waits for a worker: `tweetscore up`"
+        hint = nudge_worker(settings)
         output.as_json(output.fields(job)) if json else output.console.print(f"job {job.id} queued{hint}")
         return
+    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if no_server:
         with owned_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
             job = follow_job(database, job.id, json, running.watch)
@@ -33,6 +32,16 @@ def submitted(settings: "Settings", database: "Database", job: "TrainingJob", wa
         nudge(make_app(settings), TRAINING)
         job = follow_job(database, job.id, json, lambda: None)
     report_job(database, job, json)
+
+
+def nudge_worker(settings: "Settings") -> str:
+    """Nudge a training worker. Returns a hint when none can be reached."""
+    from worker.app import TRAINING, make_app, nudge
+    from worker.stream import embedded_valkey
+
+    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
+    nudged = not no_server and nudge(make_app(settings), TRAINING)
+    return "" if nudged else "; it waits for a worker: `tweetscore up`"
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from worker.cli.main import PANELS, app
 
 COMMAND = {
     "torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "datasette",
-    "sqlalchemy", "pydantic_settings", "redis", "valkey", "fsspec",
+    "sqlalchemy", "pydantic_settings", "redis", "valkey", "fsspec", "optuna",
 }  # fmt: skip
 SCORER = {
     "pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "openvino", "nncf", "alembic", "datasette", "botocore",
+    "optuna",
 }  # fmt: skip
 
 
@@ -65,8 +66,9 @@ print(*sys.modules)"""
     assert not loaded & (COMMAND | {"rich.progress"})
     assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
         "db.errors", "worker.cli", "worker.cli.main", "worker.cli.data", "worker.cli.db", "worker.cli.dead_letters",
-        "worker.cli.imports", "worker.cli.jobs", "worker.cli.models", "worker.cli.tweets", "worker.cli.output",
-        "worker.cli.adapt", "worker.cli.submitted", "worker.errors", "worker.scoring", "worker.scoring.engine_choice",
+        "worker.cli.imports", "worker.cli.jobs", "worker.cli.models", "worker.cli.tune", "worker.cli.tweets",
+        "worker.cli.output", "worker.cli.adapt", "worker.cli.submitted", "worker.errors", "worker.scoring",
+        "worker.scoring.engine_choice",
     }  # fmt: skip
 
 
