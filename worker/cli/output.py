@@ -179,7 +179,9 @@ def pace(job: "TrainingJob") -> str:
     parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
         parts.append(f"{job.samples_per_second:.0f} samples/s")
-        left = job.config["epochs"] * job.data_report["sizes"]["train"] * (1 - job.step / job.total_steps)
+        # Rows of the steps that are left, which may be steps of a cross-validation.
+        left = (job.total_steps - job.step) * job.config["train_batch_size"]
+        left *= job.config["gradient_accumulation_steps"]
         parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
     return ", ".join(parts)
 
@@ -224,6 +226,8 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    from training.evaluation.cross_validation import describe
+
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
@@ -246,6 +250,18 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
         ["metric", "model", "TF-IDF", "majority", ""],
         rows,
     )
+    if crossed := describe(figures):
+        console.print(crossed)
+
+
+def queued(job: "TrainingJob", hint: str) -> None:
+    console.print(f"job {job.id} queued{hint}")
+    _notes(job.data_report or {})
+
+
+def _notes(report: dict[str, Any]) -> None:
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def job_summary(database: "Database", job: "TrainingJob") -> None:
@@ -271,8 +287,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
                 f"{report['also_in_training']['test']} test rows have a text that is also in the training rows: "
                 "the test metrics are too optimistic"
             )
-        for note in report.get("notes", ()):
-            console.print(f"note: {note}", markup=False)
+        _notes(report)
     if job.error:
         console.print(job.error, style="red", markup=False)
     with database.read() as session:

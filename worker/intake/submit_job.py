@@ -39,9 +39,10 @@ def submit_training(
     Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the job cannot
     succeed.
     """
-    with _local_copy(str(dataset)) as path:
+    with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
-        split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
+        # Raises for a dataset that cannot be split, before a worker loads a model.
+        report = split_rows(read_rows(path), config).report
         config = config.model_copy(update={"base_model": prepare_base_model(settings, config.base_model)})
         dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
@@ -51,6 +52,7 @@ def submit_training(
                 dataset=dataset,
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
+                data_report=report,
             )
 
 
@@ -67,7 +69,11 @@ def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) ->
 
 
 @contextmanager
-def _local_copy(dataset: str) -> Iterator[Path]:
+def local_copy(dataset: str) -> Iterator[Path]:
+    """Provide a dataset as a local file until the block ends; a URL is downloaded.
+
+    Raises `BadDataset` for a name that cannot be a path, and `BadSource` when the download fails.
+    """
     if "://" in dataset:
         with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
             fetched = Path(folder) / (Path(urlsplit(dataset).path).name or "dataset")
