@@ -151,7 +151,7 @@ class _Folds:
             inputs,
             device=device,
             checkpoints=checkpoints,
-            board_folder=self._context.boards_folder / f"job-{self._lease.job_id}" / f"fold-{number}",
+            board_folder=None,
             hooks=Hooks(partial(self._log_resume, number), self.steps.of(number - 1)),
         )
         log.info("job %d: fold %d of %d, %d epochs", self._lease.job_id, number, len(self.splits), len(history))

@@ -61,7 +61,7 @@ def fit(
     *,
     device: torch.device,
     checkpoints: Checkpoints,
-    board_folder: Path,
+    board_folder: Path | None,
     hooks: Hooks,
 ) -> list[Epoch]:
     """Train `model` on `device` and load the best epoch's weights into it (see `as_good`; the guide keeps the last).

@@ -22,10 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoardWriter:
-    """The log folder of one run. A resumed run writes to the same folder; from `first_step` it replaces old steps."""
+    """The log folder of one run. A resumed run writes to the same folder; from `first_step` it replaces old steps.
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+    Without a folder nothing is written.
+    """
+
+    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+        self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=first_step or None)
 
     def __enter__(self) -> Self:
         return self
@@ -33,15 +36,20 @@ class TensorBoardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """Write the loss and the learning rate of an optimizer step."""
+        if self._writer is None:
+            return
         self._writer.add_scalar("training loss", loss, step)
         self._writer.add_scalar("learning rate", learning_rate, step)
 
     def epoch(self, step: int, epoch: Epoch, valid: Split, probabilities: Floats, labels: list[str], task: str) -> None:
         """Write an epoch's figures, and plots of the predicted `probabilities` (N, K) of the validation rows."""
+        if self._writer is None:
+            return
         figures = {
             "epoch loss": epoch.train_loss,
             "validation loss": epoch.valid_loss,
@@ -59,6 +67,8 @@ class TensorBoardWriter:
 
     def hparams(self, config: TrainConfig, kept: Mapping[str, float]) -> None:
         """Write the hyper-parameters and the figures of the kept epoch, for the table that compares runs."""
+        if self._writer is None:
+            return
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in config.model_dump(mode="json").items()
@@ -69,6 +79,8 @@ class TensorBoardWriter:
 
     def graph(self, model: Classifier, row: Sequence[int], pad_id: int, device: torch.device) -> None:
         """Write the model graph, traced with one row of token ids. No graph is written if tracing fails."""
+        if self._writer is None:
+            return
         ids, mask = pad([row, row], pad_id)
         try:
             with warnings.catch_warnings():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
 
     from db.models import EpochMetric, ModelVersion, TrainingJob
     from db.session import Database
+    from worker.maintenance.label_suspects import Suspects
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
@@ -132,6 +133,22 @@ def findings(found: dict[str, Any]) -> None:
     )
     for line in (*found["bad"], *(f"- {advice}" for advice in found["advice"])):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def suspects(found: "Suspects", limit: int) -> None:
+    """Print the first `limit` rows that are probably mislabelled."""
+    for note in found.notes:
+        line(note)
+    if not found.found:
+        line(f"none of {found.rows:,} rows of {found.file} is probably mislabelled")
+        return
+    table(
+        f"{len(found.found):,} of {found.rows:,} rows of {found.file} are probably mislabelled"
+        + (f"; the first {limit}" if len(found.found) > limit else ""),
+        ["row", "given", "suggested", "given p", "suggested p", "text"],
+        [(s.row, s.given or "(none)", s.suggested or "(none)", s.given_probability, s.suggested_probability, s.text)
+         for s in found.found[:limit]],
+    )  # fmt: skip
 
 
 def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
