@@ -8,6 +8,18 @@ from training.errors import LabelCheckUnavailable
 from training.evaluation.decisions import Floats
 
 
+def require_cleanlab() -> None:
+    """Raise `LabelCheckUnavailable` when the package is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import cleanlab.filter  # noqa: F401
+        except ImportError as error:
+            raise LabelCheckUnavailable(
+                f"finding wrong labels needs cleanlab ({error}); `pip install 'tweetscore[labels]'`"
+            ) from error
+
+
 def rank_label_errors(targets: Floats, probabilities: Floats, task: str) -> list[int]:
     """Return the rows whose label is probably wrong, by rising probability of the given label.
 
@@ -15,15 +27,12 @@ def rank_label_errors(targets: Floats, probabilities: Floats, task: str) -> list
     on the row. For multi_label a row counts when one of its labels is probably wrong or missing. Raises
     `LabelCheckUnavailable`.
     """
+    require_cleanlab()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about labels with few rows
-        try:
-            from cleanlab.filter import find_label_issues
-            from cleanlab.multilabel_classification.filter import find_label_issues as find_multi_label_issues
-        except ImportError as error:
-            raise LabelCheckUnavailable(
-                f"finding wrong labels needs cleanlab ({error}); `pip install 'tweetscore[labels]'`"
-            ) from error
+        from cleanlab.filter import find_label_issues
+        from cleanlab.multilabel_classification.filter import find_label_issues as find_multi_label_issues
+
         # In this process: the parallel version forks, and is faster only for millions of rows.
         options = {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
         if task == "multi_label":

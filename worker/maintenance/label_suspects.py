@@ -16,7 +16,7 @@ from training.data.columns import MULTI_LABEL_SEPARATOR
 from training.data.dataset import Rows, names_of_row, read_rows
 from training.errors import BadDataset
 from training.evaluation.decisions import Floats, choose, label_text
-from training.evaluation.label_errors import label_probabilities, rank_label_errors
+from training.evaluation.label_errors import label_probabilities, rank_label_errors, require_cleanlab
 from training.store.paths import file_sha256
 from training.text.cleaning import same_text_key
 from worker.errors import BadRequest
@@ -79,6 +79,7 @@ def find_suspects(
     `NotFound` without such a model, `BadArtifact` or `StoreUnavailable` when it cannot be loaded, and
     `LabelCheckUnavailable` without the package.
     """
+    require_cleanlab()  # before the rows are scored
     with local_copy(file) as path:
         name, sha256, rows = path.name, file_sha256(path), read_rows(path)
     with database.read() as session:
