@@ -27,6 +27,7 @@ from training.data.columns import (
 )
 from training.data.splits import (
     MIN_ROWS_OF_LABEL,
+    ONE_LABEL,
     Positions,
     check_folds,
     few_rows_note,
@@ -140,7 +141,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     }
     if config.split == "guide":
         _check_parts(report, splits, config)
-    elif config.task != "multi_label" and (note := few_rows_note(report["labels"], config)):
+    elif config.task in ONE_LABEL and (note := few_rows_note(report["labels"], config)):
         report["notes"] = [note]
     return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
 
@@ -334,7 +335,7 @@ def _check_enough(
     rows: Rows, row_labels: Sequence[tuple[str, ...]], kept: list[int], names: list[str], config: TrainConfig
 ) -> None:
     needed = 1 if config.split == "guide" else rows_needed(config)
-    if config.task != "multi_label":
+    if config.task in ONE_LABEL:
         needed = min(needed, MIN_ROWS_OF_LABEL)
     if len(kept) < needed:
         raise BadDataset(

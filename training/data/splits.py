@@ -17,6 +17,8 @@ Positions = dict[str, NDArray[np.intp]]  # of the rows of each part (train, vali
 
 # Two training rows, a validation row and a test row.
 MIN_ROWS_OF_LABEL = 4
+# Tasks whose rows have exactly one label.
+ONE_LABEL = ("single_label", "ordinal")
 USUAL_FOLDS = 5
 
 
@@ -29,7 +31,7 @@ def rows_needed(config: TrainConfig) -> int:
 
 def has_few_rows(targets: NDArray[np.float32], config: TrainConfig) -> bool:
     """Return whether a label has too few rows for the ordinary stratified split."""
-    return config.task != "multi_label" and targets.sum(axis=0).min() < rows_needed(config)
+    return config.task in ONE_LABEL and targets.sum(axis=0).min() < rows_needed(config)
 
 
 def few_rows_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
@@ -72,7 +74,7 @@ def check_folds(rows: int, counts: Mapping[str, int], config: TrainConfig) -> No
     """Raise `BadDataset` when there are fewer rows, or rows of a single label in `counts`, than folds."""
     if config.folds is None:
         return
-    if config.task == "multi_label":
+    if config.task not in ONE_LABEL:
         if rows < config.folds:
             raise BadDataset(
                 f"the dataset has {rows} distinct texts, and {config.folds} folds need one each; use --folds {rows}"
@@ -95,7 +97,7 @@ def fold_splits(targets: NDArray[np.float32], config: TrainConfig) -> Sequence[P
     # Imported here because scoring workers also import this module, and start faster without scikit-learn.
     from sklearn.model_selection import KFold, StratifiedKFold
 
-    stratified = config.task != "multi_label"
+    stratified = config.task in ONE_LABEL
     labels = targets.argmax(axis=1) if stratified else np.zeros(len(targets), np.intp)
     folds = (StratifiedKFold if stratified else KFold)(config.folds, shuffle=True, random_state=config.seed)
     of_all = (1 - config.train_size) * config.valid_size

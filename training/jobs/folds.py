@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.data.dataset import Dataset, Split
 from training.data.splits import Positions, fold_splits
 from training.evaluation.calibration import fit_temperature
-from training.evaluation.cross_validation import fold_figures
+from training.evaluation.cross_validation import describe, fold_figures
 from training.evaluation.decisions import Floats, to_probabilities
 from training.evaluation.metrics import Figures, metrics
 from training.jobs.context import TrainingContext
@@ -67,7 +67,7 @@ def cross_validate(
     results = [run.result(number, saved.get(number)) for number in range(1, config.folds + 1)]
     out_of_fold = run.collect(results)
     figures = fold_figures([run.figures(out_of_fold, split["test"]) for split in run.splits])
-    log.info("job %d: %d folds, macro-F1 %.4f", lease.job_id, config.folds, figures["cv_f1_macro_mean", ""])
+    log.info("job %d: %s", lease.job_id, describe(figures))
     return CrossValidation(figures, out_of_fold, run.steps.of(config.folds))
 
 

@@ -196,9 +196,11 @@ def pace(job: "TrainingJob") -> str:
     parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
         parts.append(f"{job.samples_per_second:.0f} samples/s")
-        # Rows of the steps that are left, which may be steps of a cross-validation.
-        left = (job.total_steps - job.step) * job.config["train_batch_size"]
-        left *= job.config["gradient_accumulation_steps"]
+        sizes, folds = job.data_report["sizes"], job.config.get("folds")
+        rows = sizes["train"]
+        if folds:  # each row is used in all folds but one, there too for training or for validation
+            rows += (folds - 1) * sum(sizes.values()) * sizes["train"] / (sizes["train"] + sizes["valid"])
+        left = job.config["epochs"] * rows * (1 - job.step / job.total_steps)
         parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
     return ", ".join(parts)
 

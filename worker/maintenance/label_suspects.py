@@ -84,6 +84,8 @@ def find_suspects(
         name, sha256, rows = path.name, file_sha256(path), read_rows(path)
     with database.read() as session:
         version = registry.get(session, version_id)
+        if len(version.labels) < 2:
+            raise BadRequest(f"model {version_id} has no labels to compare; name a model that was trained on labels")
         job = jobs.find(session, version.job_id) if version.job_id is not None else None
         its_file = job is not None and job.dataset_sha256 == sha256
         predicted = registry.out_of_fold(session, version_id) if its_file else []
@@ -149,7 +151,8 @@ def _with_labels(config: TrainConfig, labels: list[str]) -> TrainConfig:
 
 def _ranked(scored: _Scored, rows: Rows) -> list[Suspect]:
     targets, probabilities, task = scored.targets, scored.probabilities, scored.task
-    chosen = choose(probabilities, task)
+    # The most probable label, to which cleanlab compares the given one; `choose` decides otherwise for ordinal labels.
+    chosen = choose(probabilities, task if task == "multi_label" else "single_label")
     given = label_probabilities(targets, probabilities, task)
     suggested = label_probabilities(chosen.astype(np.float32), probabilities, task)
     texts = dict(zip(rows.row_numbers, rows.texts, strict=True))
