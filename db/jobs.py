@@ -27,11 +27,13 @@ def submit(
     kind: str = "train",
     message: str | None = None,
     ended: tuple[str, str] | None = None,
+    data_report: dict[str, Any] | None = None,
 ) -> TrainingJob:
     """The queued job of this request. A repeated `request_id` returns the existing job unchanged.
 
     `kind` is one of `JOB_KINDS`. `message` is the Celery message that carried the request. `ended` is the final state
-    and the reason of a request that was refused or cancelled before it became a job.
+    and the reason of a request that was refused or cancelled before it became a job. `data_report` describes the
+    dataset, if it was read already.
     """
     known = of_request(session, request_id)
     if known:
@@ -43,6 +45,7 @@ def submit(
         dataset_sha256=dataset_sha256,
         config=config,
         message=message,
+        data_report=data_report,
     )
     if ended is not None:
         (job.state, job.error), job.finished_at = ended, utc_now()

@@ -3,6 +3,7 @@
 The caller owns the transaction.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Subquery, and_, case, delete, func, insert, join, select
@@ -16,6 +17,7 @@ from db.models import (
     EvaluationMetric,
     ModelAlias,
     ModelVersion,
+    OutOfFoldPrediction,
     Prediction,
     TestMetric,
     TestPrediction,
@@ -32,11 +34,17 @@ def add_version(
     metrics: list[dict[str, Any]],
     confusion: list[dict[str, Any]],
     test_predictions: list[dict[str, Any]],
+    out_of_fold_predictions: Sequence[dict[str, Any]] = (),
 ) -> ModelVersion:
     """Add a model version with its test results. The rows need no `model_version_id`."""
     session.add(version)
     session.flush()
-    tables = ((TestMetric, metrics), (ConfusionCell, confusion), (TestPrediction, test_predictions))
+    tables = (
+        (TestMetric, metrics),
+        (ConfusionCell, confusion),
+        (TestPrediction, test_predictions),
+        (OutOfFoldPrediction, out_of_fold_predictions),
+    )
     for table, rows in tables:
         if rows:
             session.execute(insert(table), [{**row, "model_version_id": version.id} for row in rows])
@@ -194,6 +202,12 @@ def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPre
     wrong = (TestPrediction.model_version_id == version_id, TestPrediction.actual != TestPrediction.predicted)
     order = (TestPrediction.probability.desc(), TestPrediction.row_number)
     return list(session.scalars(select(TestPrediction).where(*wrong).order_by(*order).limit(limit)))
+
+
+def out_of_fold(session: Session, version_id: int) -> list[OutOfFoldPrediction]:
+    """The predictions of the cross-validation of a version's job, by row number; none without a cross-validation."""
+    query = select(OutOfFoldPrediction).where(OutOfFoldPrediction.model_version_id == version_id)
+    return list(session.scalars(query.order_by(OutOfFoldPrediction.row_number)))
 
 
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:

@@ -18,7 +18,10 @@ from training.text.tokenizer import load_tokenizer, mecab_dictionary
 from worker.intake.submit_job import prepare_base_model
 from worker.settings import Settings
 
-BLOCKED = ("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower", "optuna")
+BLOCKED = (
+    *("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower"),
+    *("cleanlab", "optuna"),
+)
 BLOCK = f"import sys\nfor name in {BLOCKED!r}:\n    sys.modules[name] = None\n"
 UNIDIC_LINE = "pip install 'tweetscore[unidic-lite]'"
 Run = Callable[..., subprocess.CompletedProcess[str]]

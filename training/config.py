@@ -73,11 +73,19 @@ class TrainConfig(BaseModel):
     # Precision of computation; weights stay float32. `auto` uses bfloat16 where the hardware supports it.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     baseline: bool = True
+    # The default is omitted in the stored JSON, as that of `split`.
+    folds: int | None = Field(
+        None, ge=2, le=20, exclude_if=lambda folds: folds is None, description="parts of a cross-validation"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.task == "multi_label" and self.loss != "bce":
             raise ValueError(f"loss {self.loss!r} cannot train a multi-label task; use loss 'bce'")
+        if self.folds is not None and self.split == "guide":
+            raise ValueError(
+                "folds cannot be used with split 'guide', which keeps copies of a text; leave out one of them"
+            )
         if self.labels is not None and len(set(self.labels.values())) < 2:
             raise ValueError(f"labels name {shown(sorted(set(self.labels.values())))}; a classifier needs at least two")
         for label, value in (self.polarity or {}).items():

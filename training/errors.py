@@ -43,6 +43,10 @@ class StoreUnavailable(TweetscoreError):
     """Raised when a remote store does not answer or refuses access. The job is retried later."""
 
 
+class LabelCheckUnavailable(TweetscoreError):
+    """Raised when the package that finds wrong labels is not installed."""
+
+
 class Cancelled(Exception):
     """Raised in the training thread when the job was cancelled."""
 

@@ -50,6 +50,7 @@ JOB_POINTS = {
 OTHER_POINTS = {
     "baseline": "a baseline is about to be fitted; its name is the text",
     "counted": "a suspect record's attempt is counted, it is scored alone next",
+    "folded": "the predictions of a fold are saved, its checkpoints still exist",
     "device": "a batch is about to run on the device",
     "starting": "a worker process begins to start",
     "taken": "a training worker took a Celery message from its queue, nothing is stored",

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,16 @@ from training.data.columns import (
     find_column,
     has_surrogates,
 )
+from training.data.splits import (
+    MIN_ROWS_OF_LABEL,
+    ONE_LABEL,
+    Positions,
+    check_folds,
+    few_rows_note,
+    few_rows_split,
+    has_few_rows,
+    rows_needed,
+)
 from training.data.table_file import TableFile, open_table
 from training.errors import BadDataset, BadRow, BadSource
 from training.store.paths import inside_roots, is_file
@@ -38,8 +47,6 @@ MAX_TEXT_CHARS = 100_000
 MAX_LABEL_CHARS = 1_000
 PART_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 NEEDED = "a dataset needs a header and a label and a text in each row"
-
-Positions = dict[str, NDArray[np.intp]]  # of the rows of each part (train, valid, test), in order
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,10 @@ def read_rows(path: Path) -> Rows:
 def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     """Clean and deduplicate the rows, map their labels, and split them into training, validation and test rows.
 
-    The guide's shares are 8 : 1 : 1. Single labels are stratified. The same rows and seed give the same split. With
-    `split: guide` the parts are those that the guide's code draws, in its order and with duplicates. Raises
-    `BadDataset` when a label is unknown, there is only one, or a label has fewer rows than the split needs.
+    The guide's shares are 8 : 1 : 1. Single labels are stratified; when one has few rows, each part still gets rows of
+    each label, and the report has a note. The same rows and seed give the same split. With `split: guide` the parts are
+    those that the guide's code draws, in its order and with duplicates. Raises `BadDataset` when a label is unknown,
+    there is only one, or a label has fewer rows than the split or `folds` needs.
     """
     row_labels = [
         names_of_row(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)
@@ -133,11 +141,15 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     }
     if config.split == "guide":
         _check_parts(report, splits, config)
+    elif config.task in ONE_LABEL and (note := few_rows_note(report["labels"], config)):
+        report["notes"] = [note]
     return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
 
 
 def stratified_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
     """Split rows by `targets` (N, K); single labels are stratified."""
+    if has_few_rows(targets, config):
+        return few_rows_split(targets, config)
     # Imported here because scoring workers also import this module, and start faster without scikit-learn.
     from sklearn.model_selection import train_test_split
 
@@ -322,9 +334,9 @@ def _output_labels(row_labels: Sequence[tuple[str, ...]], config: TrainConfig) -
 def _check_enough(
     rows: Rows, row_labels: Sequence[tuple[str, ...]], kept: list[int], names: list[str], config: TrainConfig
 ) -> None:
-    rest = 1 - config.train_size
-    smallest_share = min(config.train_size, rest * config.valid_size, rest * (1 - config.valid_size))
-    needed = 1 if config.split == "guide" else ceil(round(1 / smallest_share, 6))
+    needed = 1 if config.split == "guide" else rows_needed(config)
+    if config.task in ONE_LABEL:
+        needed = min(needed, MIN_ROWS_OF_LABEL)
     if len(kept) < needed:
         raise BadDataset(
             f"the dataset has {len(kept)} distinct texts that are not blank in {len(rows.texts)} rows; a split into "
@@ -340,6 +352,7 @@ def _check_enough(
                 f"label {shown(name)} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
                 f"a split needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
             )
+    check_folds(len(kept), counts, config)
 
 
 def _check_parts(report: dict[str, Any], splits: dict[str, Split], config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Record the progress of a training run: epochs in SQL, checkpoints in the job's folder."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 
 from sqlalchemy.orm import Session
@@ -22,8 +23,8 @@ def job_checkpoints(context: TrainingContext, job: TrainingJob) -> Checkpoints:
     return Checkpoints(context.jobs_folder / str(job.id), job.fencing_token, context.checkpoint_store)
 
 
-def recording_hooks(lease: Lease) -> Hooks:
-    """Return hooks that record steps and epochs under the lease, and log epochs."""
+def recording_hooks(lease: Lease, on_step: Callable[[int, int, float | None, float | None], None]) -> Hooks:
+    """Return hooks that record steps, with `on_step`, and epochs under the lease, and log epochs."""
 
     def on_resume(progress: Progress) -> None:
         if progress.step:
@@ -52,4 +53,4 @@ def recording_hooks(lease: Lease) -> Hooks:
         )
         failpoint.passing("recorded")
 
-    return Hooks(on_resume, lease.step, on_epoch)
+    return Hooks(on_resume, on_step, on_epoch)

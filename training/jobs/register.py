@@ -11,11 +11,12 @@ from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
 from training import failpoint
+from training.data.dataset import Split
 from training.errors import StoreUnavailable
-from training.evaluation.decisions import choose, confidence, label_text
+from training.evaluation.decisions import Floats, choose, confidence, label_text
 from training.evaluation.metrics import confusion
 from training.jobs.unregistered_artifacts import artifact_name
-from training.model.artifact import Reference, save_artifact
+from training.model.artifact import Reference, Spec, save_artifact
 from training.model.classifier import Classifier
 from training.reporting.model_card import write_card
 from training.reporting.training_result import TrainingResult
@@ -82,13 +83,14 @@ class _Registration:
                 self.in_doubt = False
             jobs.finish(session, job_id, token, "succeeded")
             version = self._version()
-            figures = self._result.figures.items()
+            figures, spec = self._result.figures.items(), self._result.spec
             registry.add_version(
                 session,
                 version,
                 [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures],
                 _confusion_rows(self._result),
-                _prediction_rows(self._result),
+                _prediction_rows(self._result.data.test, self._result.probabilities, spec),
+                _out_of_fold_rows(self._result),
             )
             self.in_doubt = True
         return version.id
@@ -114,18 +116,25 @@ def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
-def _prediction_rows(result: TrainingResult) -> list[dict[str, Any]]:
-    spec, test, probabilities = result.spec, result.data.test, result.probabilities
+def _out_of_fold_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    found = result.out_of_fold
+    if found is None:
+        return []
+    rows = _prediction_rows(found.rows, found.probabilities, result.spec)
+    return [{**row, "fold": fold} for row, fold in zip(rows, found.folds.tolist(), strict=True)]
+
+
+def _prediction_rows(rows: Split, probabilities: Floats, spec: Spec) -> list[dict[str, Any]]:
     chosen = choose(probabilities, spec.config.task)
     confidences = confidence(probabilities, chosen, spec.config.task)
     return [
         {
-            "row_number": test.row_numbers[i],
-            "text": test.texts[i],
-            "actual": label_text(test.targets[i], spec.labels),
+            "row_number": rows.row_numbers[i],
+            "text": rows.texts[i],
+            "actual": label_text(rows.targets[i], spec.labels),
             "predicted": label_text(chosen[i], spec.labels),
             "probability": float(confidences[i]),
             "probabilities": dict(zip(spec.labels, map(float, probabilities[i]), strict=True)),
         }
-        for i in range(len(test))
+        for i in range(len(rows))
     ]

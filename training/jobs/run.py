@@ -30,6 +30,7 @@ from training.jobs.base_models import fetch_base_model
 from training.jobs.claiming import claim_next_job
 from training.jobs.context import TrainingContext
 from training.jobs.ending import run_to_end
+from training.jobs.folds import CrossValidation, cross_validate
 from training.jobs.inputs import fetched_dataset
 from training.jobs.lease import Lease
 from training.jobs.recording import job_checkpoints, recording_hooks
@@ -78,19 +79,20 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
     with ExitStack() as stack:
         data = read_data(context, job, config, lease)
         base = stack.enter_context(fetch_base_model(database, context, config.base_model, config.base_revision, lease))
+        checkpoints = stack.enter_context(job_checkpoints(context, job))
+        crossed = cross_validate(context, lease, base, data.rows, config, checkpoints)
         prepared = prepare(base, data.rows, config, context.device)
         lease.check()
-        checkpoints = stack.enter_context(job_checkpoints(context, job))
         history = fit(
             prepared.model,
             prepared.fit_inputs(data.rows),
             device=prepared.device,
             checkpoints=checkpoints,
             board_folder=context.boards_folder / f"job-{job.id}",
-            hooks=recording_hooks(lease),
+            hooks=recording_hooks(lease, crossed.on_step),
         )
         evaluation = evaluate(prepared, data, lease)
-        return register(database, context, lease, prepared, data, history, evaluation)
+        return register(database, context, lease, prepared, data, history, evaluation, crossed)
 
 
 # --- data
@@ -190,7 +192,7 @@ def evaluate(prepared: Prepared, data: JobData, lease: Lease) -> Evaluation:
         baseline_figures, notes = baselines(rows, config.task, config.seed, lease.check)
         figures |= baseline_figures
         if notes:
-            rows.report["notes"] = notes
+            rows.report["notes"] = [*rows.report.get("notes", ()), *notes]
             data.record_report(lease)
     failpoint.passing("evaluated")
     lease.check()
@@ -208,6 +210,7 @@ def register(
     data: JobData,
     history: list[Epoch],
     evaluation: Evaluation,
+    crossed: CrossValidation,
 ) -> int:
     """Store the artifact and register the model version. Returns its id."""
     spec = make_spec(data.rows.labels, prepared.config, prepared.base, prepared.tokenizer, evaluation.temperature)
@@ -219,8 +222,9 @@ def register(
         data.sha256,
         data.rows,
         history,
-        evaluation.figures,
+        evaluation.figures | crossed.figures,
         evaluation.test_logits,
+        crossed.out_of_fold,
     )
     reference = make_reference(prepared.token_ids["valid"], evaluation.valid_logits)
     retry = lease.retry_while_database_away

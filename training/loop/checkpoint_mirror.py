@@ -1,6 +1,7 @@
 """Mirror a run's checkpoint folder to a remote store, and fetch newer checkpoints from it."""
 
 import logging
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,17 +10,19 @@ from training.store.store import RemoteStore, Store
 
 log = logging.getLogger(__name__)
 
+SEALED = re.compile(r"[a-z]+-\d+-\d+")  # the names of sealed folders; other folders have a mirror of their own
+
 
 class CheckpointMirror:
-    """Mirrors `folder` to STORE/FOLDER-NAME in a background thread, so that training does not wait for the network.
+    """Mirrors `folder` to STORE/NAME in a background thread, so that training does not wait for the network.
 
     When the store is unavailable, training continues, and other machines cannot resume from the latest checkpoint.
     """
 
-    def __init__(self, folder: Path, writer: int, store: Store) -> None:
+    def __init__(self, folder: Path, name: str, writer: int, store: Store) -> None:
         self._folder = folder
         self._writer = writer
-        self._remote = RemoteStore(store.url_of(folder.name))
+        self._remote = RemoteStore(store.url_of(name))
         self._thread = ThreadPoolExecutor(1, "checkpoint-mirror")
         self._last: Future[None] | None = None
 
@@ -30,13 +33,14 @@ class CheckpointMirror:
         self._last = self._thread.submit(self._synchronise)
 
     def fetch(self) -> None:
-        """Download the store's checkpoints when its newest is newer than the newest in the folder."""
+        """Download the store's checkpoints when its newest, or a result, is not in the folder."""
         try:
             stored = self._remote.names()
             newest = max(self._local("step-"), default="")
-            if not any(name.startswith("step-") and name > newest for name in stored):
+            missing = sorted(set(stored) - set(self._local("")))
+            if not any(name.startswith("result-") or (name.startswith("step-") and name > newest) for name in missing):
                 return
-            for name in sorted(set(stored) - set(self._local(""))):
+            for name in missing:
                 draft = self._folder / f".{name}.draft"
                 try:
                     self._remote.download(name, draft)
@@ -74,4 +78,4 @@ class CheckpointMirror:
             return  # pruned during the upload; another synchronisation is already scheduled
 
     def _local(self, prefix: str) -> list[str]:
-        return sorted(path.name for path in self._folder.glob(f"{prefix}[!.]*") if path.is_dir())
+        return sorted(path.name for path in self._folder.glob(f"{prefix}*") if SEALED.fullmatch(path.name))

@@ -2,19 +2,24 @@
 
 step-STEP-WRITER     the full training state after a step, with the name of the best weights so far
 best-EPOCH-WRITER    the weights of an epoch that was the best when it ended
+result-PART-WRITER   arrays that a finished part of the run left; the part's own checkpoints are in a folder below
 
-Both are sealed folders (see `sealed_folder.py`). A damaged one is skipped with a warning, and the one before it is
+They are sealed folders (see `sealed_folder.py`). A damaged one is skipped with a warning, and the one before it is
 used. With a remote store, checkpoints are also uploaded in a background thread, so another machine can resume the run.
 WRITER is the fencing token: a stale process that wakes up never overwrites the files of its successor.
 """
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, load_model, save_model
 
 from training.errors import BadArtifact
@@ -28,6 +33,7 @@ from training.store.store import Store
 log = logging.getLogger(__name__)
 
 NEWEST_KEPT = 2
+ARRAYS = "arrays.safetensors"
 
 
 @dataclass
@@ -69,10 +75,15 @@ class Checkpoints:
     manager, leaving with an exception waits until pending checkpoints are uploaded, so that another machine can resume.
     """
 
-    def __init__(self, folder: Path, writer: int = 0, store: Store | None = None) -> None:
+    def __init__(
+        self, folder: Path, writer: int = 0, store: Store | None = None, stored_name: str | None = None
+    ) -> None:
+        """`stored_name` is the folder's name in the store, by default its last part."""
         self.folder = folder
         self.writer = writer
-        self._mirror = None if store is None else CheckpointMirror(folder, writer, store)
+        self._store = store
+        self._stored_name = stored_name or folder.name
+        self._mirror = None if store is None else CheckpointMirror(folder, self._stored_name, writer, store)
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +97,32 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._mirror is not None:
             self._mirror.clear()
+
+    def of_part(self, number: int) -> "Checkpoints":
+        """Return the checkpoints of a part of this run, in a folder below this one."""
+        name = f"part{number}"
+        return Checkpoints(self.folder / name, self.writer, self._store, f"{self._stored_name}/{name}")
+
+    def save_result(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write what a finished part of the run left. Raises `CannotSave`."""
+        with new_sealed_folder(self.folder / f"result-{number:04d}-{self.writer:04d}") as draft:
+            save_arrays(dict(arrays), str(draft / ARRAYS))
+        if self._mirror is not None:
+            self._mirror.schedule()
+
+    def results(self) -> dict[int, dict[str, NDArray[Any]]]:
+        """Return the saved results by the number of their part; damaged ones are left out."""
+        if self._mirror is not None:
+            self._mirror.fetch()
+        found = {}
+        for place in sorted(self.folder.glob("result-*")):
+            try:
+                verify(place)
+            except BadArtifact as error:
+                log.warning("%s cannot be used, its part is repeated: %s", place.name, error)
+                continue
+            found[int(place.name.split("-")[1])] = load_arrays(str(place / ARRAYS))
+        return found
 
     def save(self, state: RunState) -> Path:
         """Write a checkpoint and return its folder. Raises `CannotSave`; earlier checkpoints then remain."""

@@ -227,6 +227,11 @@ class _Run:
         self.checkpoints.load_best(progress.best, self.model)
 
 
+def count_steps(lengths: list[int], config: TrainConfig) -> int:
+    """Return the optimizer steps of a run over training rows of these lengths, unless it stops early."""
+    return len(_steps(lengths, config, epoch=0)) * config.epochs
+
+
 def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[list[int]]]:
     """Return an epoch's optimizer steps: each is a list of batches, and each batch a list of row numbers."""
     batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)

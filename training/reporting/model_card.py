@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from training.evaluation.cross_validation import describe
 from training.model.artifact import Spec
 from training.model.base_model import is_hub_name, looks_local
 from training.model.imported import ImportedClassifier
@@ -207,9 +208,20 @@ def _results(result: TrainingResult) -> str:
         + _table(["", "model", "95 % interval (bootstrap)", "TF-IDF + logistic regression", "majority"], rows)
         + "\n\n"
         + _table(["label", "precision", "recall", "F1", "test rows"], per_label)
+        + _cross_validation(result)
         + "".join(f"\n\nNote: {note}." for note in result.data.report.get("notes", ()))
         + f"\n\nThe temperature, {result.spec.temperature:.3f}, was fitted on the {len(result.data.valid):,} "
         "validation rows."
+    )
+
+
+def _cross_validation(result: TrainingResult) -> str:
+    line = describe(result.figures)
+    if line is None or result.out_of_fold is None:
+        return ""
+    return (
+        f"\n\n{line} (mean and standard deviation of the folds). It is over all {len(result.out_of_fold.rows):,} "
+        "labelled rows: each was predicted by a model that was not trained on it."
     )
 
 

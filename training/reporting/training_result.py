@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, Split
 from training.evaluation.decisions import Floats, to_probabilities
 from training.evaluation.epoch import Epoch
 from training.evaluation.metrics import Figures
@@ -13,11 +15,23 @@ from training.model.artifact import Spec
 
 
 @dataclass(frozen=True)
+class OutOfFold:
+    """Calibrated `probabilities` (N, K) of the rows of a cross-validation, each by a model that was not trained on it.
+
+    `folds` (N,) are the numbers of the folds, from 1, that the rows were held out in.
+    """
+
+    rows: Split
+    probabilities: Floats
+    folds: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """Result of a training job.
 
     `dataset_name` and `dataset_sha256` identify the file that `data` was read from. `logits` (N, K) float32 are those
-    of the test rows, `history` has one entry per epoch.
+    of the test rows, `history` has one entry per epoch. `out_of_fold` is None without a cross-validation.
     """
 
     job_id: int
@@ -29,6 +43,7 @@ class TrainingResult:
     history: list[Epoch]
     figures: Figures
     logits: Floats
+    out_of_fold: OutOfFold | None = None
 
     @cached_property
     def probabilities(self) -> Floats:

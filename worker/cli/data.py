@@ -1,6 +1,7 @@
 """`tweetscore data`, `export` and `delete`: check a file before use, export predictions, delete tweets."""
 
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -33,16 +34,29 @@ def check(
         str | None, typer.Option(help="Model whose tokenizer counts the tokens; by default TWEETSCORE_BASE_MODEL.")
     ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Count texts longer than this many tokens.")] = 200,
+    suspects: Annotated[
+        int | None, typer.Option(metavar="MODEL", help="List instead the rows that this model finds mislabelled.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --suspects: number of rows to list.")] = 50,
+    out: Annotated[
+        str | None, typer.Option("--output", help="With --suspects: also write the rows to this CSV, to correct them.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Report a file's encoding, columns, labels, duplicates and lengths.
 
-    Each problem is reported with its remedy.
+    Each problem is reported with its remedy. With --suspects, list the rows whose labels are probably wrong; needs
+    `pip install 'tweetscore[labels]'`.
     """
     from worker.intake.file_report import check_file
     from worker.settings import load_settings
 
     settings = load_settings()
+    if suspects is not None:
+        _list_suspects(settings, file, suspects, limit, out, json)
+        return
+    if out is not None:
+        raise BadRequest("--output is for --suspects; give a model with it")
     found = check_file(file, _with_same_tokenizer(settings, base_model or settings.base_model), max_length)
     if json:
         output.as_json(found)
@@ -60,6 +74,22 @@ def _with_same_tokenizer(settings: "Settings", name: str) -> str:
         with open_sql(settings).read() as session:
             name = registry.base_model(session, adapted).base_model
     return name
+
+
+def _list_suspects(settings: "Settings", file: str, model: int, limit: int, out: str | None, json: bool) -> None:
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    from worker.connections import open_sql
+    from worker.maintenance.label_suspects import find_suspects, write_suspects
+
+    with output.long_work("scoring", MofNCompleteColumn(), TimeRemainingColumn()) as update:
+        found = find_suspects(settings, open_sql(settings), file, model, update)
+    if out is not None:
+        write_suspects(out, found.found[:limit])
+    if json:
+        output.as_json({**asdict(found), "found": len(found.found), "suspects": list(map(asdict, found.found[:limit]))})
+    else:
+        output.suspects(found, limit)
 
 
 def export(

@@ -183,6 +183,7 @@ def train(
     train_batch_size: Annotated[int | None, typer.Option(help="Rows of one training step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cut each text to this many tokens.")] = None,
     split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
+    folds: Annotated[int | None, typer.Option(help="First cross-validate with so many folds: 2 to 20.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
@@ -203,7 +204,7 @@ def train(
     options: dict[str, Any] = {
         "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
         "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
-        "max_length": max_length, "split": split, "seed": seed,
+        "max_length": max_length, "split": split, "folds": folds, "seed": seed,
         "labels": label_map(labels), "polarity": numbers("polarity", polarity),
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])

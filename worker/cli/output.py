@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
 
     from db.models import BaseModel, EpochMetric, Evaluation, ModelVersion, TrainingJob
     from db.session import Database
+    from worker.maintenance.label_suspects import Suspects
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
@@ -137,6 +138,22 @@ def findings(found: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
+def suspects(found: "Suspects", limit: int) -> None:
+    """Print the first `limit` rows that are probably mislabelled."""
+    for note in found.notes:
+        line(note)
+    if not found.found:
+        line(f"none of {found.rows:,} rows of {found.file} is probably mislabelled")
+        return
+    table(
+        f"{len(found.found):,} of {found.rows:,} rows of {found.file} are probably mislabelled"
+        + (f"; the first {limit}" if len(found.found) > limit else ""),
+        ["row", "given", "suggested", "given p", "suggested p", "text"],
+        [(s.row, s.given or "(none)", s.suggested or "(none)", s.given_probability, s.suggested_probability, s.text)
+         for s in found.found[:limit]],
+    )  # fmt: skip
+
+
 def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
     """Show a job until it ends: a bar and its epochs on a terminal, otherwise one line per epoch. Returns the ended
     job.
@@ -182,7 +199,11 @@ def pace(job: "TrainingJob") -> str:
     parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
         parts.append(f"{job.samples_per_second:.0f} samples/s")
-        left = job.config["epochs"] * job.data_report["sizes"]["train"] * (1 - job.step / job.total_steps)
+        sizes, folds = job.data_report["sizes"], job.config.get("folds")
+        rows = sizes["train"]
+        if folds:  # each row is used in all folds but one, there too for training or for validation
+            rows += (folds - 1) * sum(sizes.values()) * sizes["train"] / (sizes["train"] + sizes["valid"])
+        left = job.config["epochs"] * rows * (1 - job.step / job.total_steps)
         parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
     return ", ".join(parts)
 
@@ -227,11 +248,15 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    from training.evaluation.cross_validation import describe
+
     table(
         f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
         ["metric", "model", "TF-IDF", "majority", ""],
         _test_rows(version, figures),
     )
+    if crossed := describe(figures):
+        console.print(crossed)
 
 
 def evaluation_table(version: "ModelVersion", evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> None:
@@ -278,6 +303,16 @@ def evaluation_fields(evaluation: "Evaluation", figures: dict[tuple[str, str], f
     return {**fields(evaluation), "metrics": metric_rows(figures)}
 
 
+def queued(job: "TrainingJob", hint: str) -> None:
+    console.print(f"job {job.id} queued{hint}")
+    _notes(job.data_report or {})
+
+
+def _notes(report: dict[str, Any]) -> None:
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
 def job_summary(database: "Database", job: "TrainingJob") -> None:
     """Print a job's epochs and metrics, or why it failed."""
     from db import jobs, registry
@@ -306,8 +341,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
                 f"{report['also_in_training']['test']} test rows have a text that is also in the training rows: "
                 "the test metrics are too optimistic"
             )
-        for note in report.get("notes", ()):
-            console.print(f"note: {note}", markup=False)
+        _notes(report)
     if job.error:
         console.print(job.error, style="red", markup=False)
     with database.read() as session:

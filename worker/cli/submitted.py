@@ -22,7 +22,7 @@ def submitted(settings: "Settings", database: "Database", job: "TrainingJob", wa
 
     if not wait:
         hint = nudge_worker(settings)
-        output.as_json(output.fields(job)) if json else output.console.print(f"job {job.id} queued{hint}")
+        output.as_json(output.fields(job)) if json else output.queued(job, hint)
         return
     no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if no_server:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from db.errors import listed
+from training.config import make_config
 from training.data.columns import ID_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS
+from training.data.splits import MIN_ROWS_OF_LABEL, USUAL_FOLDS, rows_needed
 from training.data.table_file import open_table
 from training.model.base_model import resolve_base_model
 from training.text.cleaning import clean, same_text_key
@@ -138,12 +141,20 @@ def _advice(found: dict[str, Any]) -> list[str]:
 def _advice_on_labels(labels: dict[str, int]) -> Iterator[str]:
     if not labels:
         return
-    rare = [label for label, count in labels.items() if count < 10]
+    enough = rows_needed(make_config())
+    rare = [label for label, count in labels.items() if count < MIN_ROWS_OF_LABEL]
+    few = [label for label, count in labels.items() if MIN_ROWS_OF_LABEL <= count < enough]
     if rare:
-        yield f"labels with fewer than 10 rows cannot be split; add rows: {', '.join(rare[:MAX_SHOWN])}"
+        yield f"labels with fewer than {MIN_ROWS_OF_LABEL} rows cannot be split; add rows: {listed(rare[:MAX_SHOWN])}"
+    if few:
+        folds = min(USUAL_FOLDS, *(labels[label] for label in few))
+        yield (
+            f"labels with fewer than {enough} rows: {listed(few[:MAX_SHOWN])}; their test figures and macro-F1 "
+            f"will say next to nothing: label more rows, or train with --folds {folds}"
+        )
     if len(labels) < 2:
         yield "there is only one label: a classifier needs two"
-    if not rare and max(labels.values()) > 5 * min(labels.values()):
+    if not rare and not few and max(labels.values()) > 5 * min(labels.values()):
         yield "one label is over five times as frequent as another: try `--set class_weights=balanced`"
 
 

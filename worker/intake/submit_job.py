@@ -45,7 +45,8 @@ def submit_training(
     """
     with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
-        split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
+        # Raises for a dataset that cannot be split, before a worker loads a model.
+        report = split_rows(read_rows(path), config).report
         config = config.model_copy(update={"base_model": usable_base_model(settings, database, config.base_model)})
         dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
@@ -55,6 +56,7 @@ def submit_training(
                 dataset=dataset,
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
+                data_report=report,
             )
 
 

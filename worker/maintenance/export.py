@@ -86,7 +86,7 @@ def _csv(place: str, excel: bool) -> Iterator[Callable[[Rows], None]]:
     with _text_file(place, "utf-8-sig" if excel else "utf-8") as file:
         writer = csv.writer(file, lineterminator="\r\n" if excel else "\n")
         writer.writerow(SCHEMA.names)
-        yield lambda rows: writer.writerows([[_cell(value) for value in row] for row in rows])
+        yield lambda rows: writer.writerows([[cell(value) for value in row] for row in rows])
 
 
 @contextmanager
@@ -113,7 +113,8 @@ def _parquet(place: str, excel: bool) -> Iterator[Callable[[Rows], None]]:
 WRITERS = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """Return a value for a CSV file, so that a spreadsheet does not run it as a formula."""
     if isinstance(value, datetime):
         return value.isoformat()
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

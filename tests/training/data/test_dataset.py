@@ -192,8 +192,10 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence_with_the_remedy(t
     ("labelled", "overrides", "fragments"),
     [
         (many("pos", 20), {}, ["label pos", "at least two"]),
-        ([*many("pos", 20), *many("neg", 9)], {}, ["'neg' has 9", "row 22", "at least 10", "add rows"]),
-        (many("pos", 5) + many("neg", 4), {}, ["9 distinct texts", "at least 10"]),
+        ([*many("pos", 20), *many("neg", 3)], {}, ["'neg' has 3", "row 22", "at least 4", "add rows"]),
+        (many("a", 5) + many("b", 4), {"task": "multi_label", "loss": "bce"}, ["9 distinct texts", "at least 10"]),
+        ([*many("pos", 20), *many("neg", 4)], {"folds": 5}, ["'neg' has 4", "5 folds", "add rows", "--folds 4"]),
+        (many("a|b", 12), {"task": "multi_label", "folds": 13}, ["12 distinct texts", "13 folds", "--folds 12"]),
         (
             [*many("pos", 20), *many("neg", 20), ("poz", "x")],
             {"labels": {"pos": "pos", "neg": "neg"}},
@@ -202,7 +204,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence_with_the_remedy(t
         (many("pos", 20), {"labels": {"pos": "pos", "neg": "neg"}}, ["'neg' has 0", "add rows"]),
         ([("pos", " "), ("neg", "　")] * 20, {}, ["0 distinct texts", "blank"]),
         ([*many("pos", 20), (" ", "x")], {}, ["row 22 has no label", "fill it in"]),
-        (many("pos", 30) + many("neg", 30), {"train_size": 0.98, "valid_size": 0.5}, ["60 distinct", "at least 100"]),
+        (many("a", 60), {"task": "multi_label", "train_size": 0.98, "valid_size": 0.5}, ["60 dist", "at least 100"]),
     ],
 )
 def test_rows_that_cannot_be_split_are_refused_with_the_value_and_the_remedy(
@@ -309,6 +311,8 @@ def test_a_configuration_survives_the_database_and_cannot_be_changed() -> None:
         ("guide", {"labels": {"0": "same", "1": "same"}}, ["['same']", "at least two"]),
         ("guide", {"polarity": {"good": 2}}, ["'good' is 2", "between -1 and 1"]),
         ("guide", {"epochs": 0, "dropout": 1}, ["epochs is 0", "dropout is 1"]),
+        ("fast", {"folds": 1}, ["folds is 1", "greater than or equal to 2"]),
+        ("fast", {"folds": 5, "split": "guide"}, ["split 'guide'", "copies", "leave out one"]),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(
