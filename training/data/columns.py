@@ -8,6 +8,8 @@ ID_COLUMNS = ("id", "tweet_id", "id_str")
 LABEL_COLUMNS = ("label", "labels", "target", "sentiment", "ラベル")
 # Separates the labels of a row that has several.
 MULTI_LABEL_SEPARATOR = "|"
+# The only label of a continuous task.
+VALUE = "value"
 INTEGER = re.compile(r"-?[0-9]+")
 
 

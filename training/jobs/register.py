@@ -11,8 +11,11 @@ from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
 from training import failpoint
+from training.data.columns import VALUE
+from training.data.dataset import Split
+from training.data.numbers import TargetScale, number_text
 from training.errors import StoreUnavailable
-from training.evaluation.decisions import choose, confidence, label_text
+from training.evaluation.decisions import Floats, choose, confidence, label_text
 from training.evaluation.metrics import confusion
 from training.jobs.unregistered_artifacts import artifact_name
 from training.model.artifact import Reference, save_artifact
@@ -108,14 +111,17 @@ class _Registration:
 
 
 def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
-    if result.spec.config.task == "multi_label":
+    config = result.spec.config
+    if not config.one_label:
         return []  # a confusion matrix needs one label per row
-    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels)
+    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels, config.task)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
 def _prediction_rows(result: TrainingResult) -> list[dict[str, Any]]:
     spec, test, probabilities = result.spec, result.data.test, result.probabilities
+    if spec.scale is not None:
+        return _value_rows(test, spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
     confidences = confidence(probabilities, chosen, spec.config.task)
     return [
@@ -126,6 +132,22 @@ def _prediction_rows(result: TrainingResult) -> list[dict[str, Any]]:
             "predicted": label_text(chosen[i], spec.labels),
             "probability": float(confidences[i]),
             "probabilities": dict(zip(spec.labels, map(float, probabilities[i]), strict=True)),
+        }
+        for i in range(len(test))
+    ]
+
+
+def _value_rows(test: Split, scale: TargetScale, outputs: Floats) -> list[dict[str, Any]]:
+    """The rows of a continuous model: `actual` and `predicted` are numbers."""
+    actual, predicted = (scale.values(array)[:, 0] for array in (test.targets, outputs))
+    return [
+        {
+            "row_number": test.row_numbers[i],
+            "text": test.texts[i],
+            "actual": number_text(actual[i]),
+            "predicted": number_text(predicted[i]),
+            "probability": 1.0,
+            "probabilities": {VALUE: float(predicted[i])},
         }
         for i in range(len(test))
     ]

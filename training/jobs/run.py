@@ -85,7 +85,7 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
             device=prepared.device,
             checkpoints=checkpoints,
             board_folder=context.boards_folder / f"job-{job.id}",
-            hooks=recording_hooks(lease),
+            hooks=recording_hooks(lease, config.task),
         )
         evaluation = evaluate(prepared, data, lease)
         return register(database, context, lease, prepared, data, history, evaluation)
@@ -139,7 +139,9 @@ class Prepared:
 
     def fit_inputs(self, rows: Dataset) -> FitInputs:
         ids, pad_id = self.token_ids, self.tokenizer.pad_token_id
-        return FitInputs(rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id)
+        return FitInputs(
+            rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id, rows.scale
+        )
 
 
 def fetch_base_model(
@@ -196,7 +198,7 @@ def evaluate(prepared: Prepared, data: JobData, lease: Lease) -> Evaluation:
 
     valid, test = logits("valid", rows.valid), logits("test", rows.test)
     temperature = fit_temperature(valid, rows.valid.targets, config.task)
-    figures = model_figures(rows.test.targets, test, temperature, rows.labels, config)
+    figures = model_figures(rows.test.targets, test, temperature, rows.labels, config, rows.scale)
     if config.baseline:
         baseline_figures, notes = baselines(rows, config.task, config.seed, lease.check)
         figures |= baseline_figures
@@ -221,7 +223,14 @@ def register(
     evaluation: Evaluation,
 ) -> int:
     """Store the artifact and register the model version. Returns its id."""
-    spec = make_spec(data.rows.labels, prepared.config, prepared.base, prepared.tokenizer, evaluation.temperature)
+    spec = make_spec(
+        data.rows.labels,
+        prepared.config,
+        prepared.base,
+        prepared.tokenizer,
+        evaluation.temperature,
+        data.rows.scale,
+    )
     result = TrainingResult(
         lease.job_id,
         lease.token,

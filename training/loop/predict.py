@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.evaluation.decisions import Floats, to_probabilities
@@ -31,7 +31,11 @@ def loss_function(config: TrainConfig, targets: Floats | None = None, reduction:
     With `class_weights: balanced` every label has the same weight. `targets` (N, K) are those of the training rows.
     Cross-entropy weights a row by N / (K * rows of its label). Binary cross-entropy weights the positive rows of a
     label by the ratio of negative to positive rows.
+
+    The targets of an ordinal task are spread over neighbouring levels, see `OrdinalLoss`.
     """
+    if config.loss == "mse":
+        return nn.MSELoss(reduction=reduction)
     weights = None
     if config.class_weights == "balanced" and targets is not None:
         rows_of_label = targets.sum(axis=0).clip(min=1)
@@ -39,7 +43,33 @@ def loss_function(config: TrainConfig, targets: Floats | None = None, reduction:
         weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
     if config.loss == "bce":
         return nn.BCEWithLogitsLoss(pos_weight=weights, reduction=reduction)
+    if config.task == "ordinal":
+        return OrdinalLoss(weights, reduction)
     return nn.CrossEntropyLoss(weight=weights, reduction=reduction)
+
+
+class OrdinalLoss(nn.Module):
+    """Cross-entropy against targets that are spread over the neighbours of the actual level.
+
+    The soft labels of Diaz and Marathe (2019), "Soft Labels for Ordinal Regression": the target of level j in a row of
+    level i is the softmax over j of -(i - j)^2. A row whose targets are probabilities gets their mixture. `weights`
+    (K,) multiply the terms of the levels.
+    """
+
+    def __init__(self, weights: Tensor | None, reduction: str) -> None:
+        super().__init__()
+        self.cross_entropy = nn.CrossEntropyLoss(weight=weights, reduction=reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits (B, K) and targets (B, K)."""
+        loss: Tensor = self.cross_entropy(logits, targets @ soft_levels(targets.shape[1]).to(targets))
+        return loss
+
+
+def soft_levels(levels: int) -> Tensor:
+    """Return the soft labels (K, K) of each level; every row sums to 1."""
+    steps = torch.arange(levels, dtype=torch.float32)
+    return (-((steps[:, None] - steps) ** 2)).softmax(dim=1)
 
 
 @torch.inference_mode()

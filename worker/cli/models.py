@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from training.data.columns import VALUE
 from worker.cli import output
 from worker.cli.output import Json
 from worker.scoring.engine_choice import fallback_folder, saved_choices
@@ -94,7 +95,7 @@ def models_show(model: Model, json: Json = False) -> None:
         )
     if wrong:
         output.table(
-            f"Most confidently wrong ({len(wrong)} test rows)",
+            f"{'Largest errors' if version.labels == [VALUE] else 'Most confidently wrong'} ({len(wrong)} test rows)",
             ["row", "actual", "predicted", "probability", "text"],
             [(row.row_number, row.actual, row.predicted, row.probability, row.text) for row in wrong],
         )
@@ -125,7 +126,12 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
         [(f"{m} {k}".strip(), *(f.get((m, k)) for f in figures), _difference(*(f.get((m, k)) for f in figures)))
          for m, k in names],
     )  # fmt: skip
-    if shared:
+    if shared and versions[0].labels == versions[1].labels == [VALUE]:
+        output.console.print(
+            f"of {shared} test rows in common, model {one} is closer to {only_one} targets, and model {other} to "
+            f"{only_other}: exact sign test, p = {p_value:.3g}"
+        )
+    elif shared:
         output.console.print(
             f"of {shared} test rows in common, only model {one} predicts {only_one} correctly, and only model {other} "
             f"{only_other}: exact McNemar test, p = {p_value:.3g}"

@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from training.data.columns import VALUE
+from training.evaluation.epoch import quality_names
 from worker.scoring.engine_choice import Choice
 
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
@@ -27,9 +29,13 @@ errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
-MODEL_METRICS = (
-    ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
-    ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
+MAX_LABELS_SHOWN = 30
+TEST_METRICS = (
+    ("quadratic_kappa", "Quadratic kappa"), ("mean_absolute_error", "Mean absolute error"),
+    ("root_mean_squared_error", "Root mean squared error"), ("pearson", "Pearson"), ("spearman", "Spearman"),
+    ("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro"), ("roc_auc", "ROC-AUC"),
+    ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"), ("ece", "ECE"),
+    ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
 # Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
@@ -114,7 +120,7 @@ def findings(found: dict[str, Any]) -> None:
         [
             ("columns", ", ".join(found["columns"]) or "none"),
             ("rows", f"{found['rows']:,}, and {found['bad_lines']:,} lines that cannot be read"),
-            ("labels", ", ".join(f"{label} {count:,}" for label, count in found["labels"].items()) or "none"),
+            ("labels", _labels_found(found["labels"])),
             ("duplicates", f"{found['duplicates']:,} texts, {found['repeated_ids']:,} ids"),
             ("under two labels", f"{found['conflicting']:,}"),
             (
@@ -132,6 +138,12 @@ def findings(found: dict[str, Any]) -> None:
     )
     for line in (*found["bad"], *(f"- {advice}" for advice in found["advice"])):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _labels_found(labels: dict[str, int]) -> str:
+    counts = [f"{label} {count:,}" for label, count in labels.items()]
+    more = len(counts) - MAX_LABELS_SHOWN
+    return ", ".join(counts[:MAX_LABELS_SHOWN]) + (f" and {more:,} more" if more > 0 else "") or "none"
 
 
 def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
@@ -161,10 +173,11 @@ def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda
                 text=pace(job),
             )
             if console.is_terminal:
-                live.update(Group(progress, *([epochs_shown(done)] if done else [])), refresh=True)
+                shown_epochs = [epochs_shown(done, task_of(job))] if done else []
+                live.update(Group(progress, *shown_epochs), refresh=True)
             else:
                 for epoch in done[printed:]:
-                    console.print(f"job {job_id}: {epoch_line(epoch)}")
+                    console.print(f"job {job_id}: {epoch_line(epoch, task_of(job))}")
                 printed = len(done)
             if job.state in FINISHED_STATES:
                 # The summary shows the epochs. Without a terminal `Live` prints its last content without a newline.
@@ -184,18 +197,26 @@ def pace(job: "TrainingJob") -> str:
     return ", ".join(parts)
 
 
-def epoch_line(epoch: "EpochMetric") -> str:
+def task_of(job: "TrainingJob") -> str:
+    task: str = job.config.get("task", "single_label")
+    return task
+
+
+def epoch_line(epoch: "EpochMetric", task: str) -> str:
     return (
         f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
-        f"Validation Accuracy = {epoch.valid_accuracy:.4f}"
+        f"Validation {quality_names(task)[0].title()} = {epoch.valid_accuracy:.4f}"
     )
 
 
-def epochs_shown(epochs: "Sequence[EpochMetric]") -> Table:
+def epochs_shown(epochs: "Sequence[EpochMetric]", task: str) -> Table:
+    title = "kept: the last whose validation result does not differ significantly from the best"
+    if task == "continuous":
+        title = "kept: the one with the lowest mean absolute error on the validation rows"
     kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
     return as_table(
-        "Epochs (kept: the last whose validation result does not differ significantly from the best)",
-        ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
+        f"Epochs ({title})",
+        ["epoch", "training loss", "lr", "validation loss", *quality_names(task), "seconds", ""],
         [
             (
                 str(e.epoch), f"{e.train_loss:.4f}", f"{e.learning_rate:.2e}", f"{e.valid_loss:.4f}",
@@ -230,20 +251,20 @@ def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -
         values = (figures.get((f"{of}{metric}", label)) for of in ("", "tfidf_", "majority_"))
         rows.append((name, *map(_figure, values), note))
 
-    for metric, name in (("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro")):
+    for metric, name in TEST_METRICS:
         low, high = figures.get((f"{metric}_low", "")), figures.get((f"{metric}_high", ""))
-        add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
-    for metric, name in MODEL_METRICS:
         if (metric, "") in figures:
-            add(name, metric)
-    for label in version.labels:
+            add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
+    continuous = version.labels == [VALUE]
+    for label in () if continuous else version.labels:
         support = figures.get(("support", label))
         for metric in ("precision", "recall", "f1"):
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
             add(f"{metric} {label}", metric, label, rows_of_label)
     table(
-        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
-        ["metric", "model", "TF-IDF", "majority", ""],
+        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + "
+        + ("ridge regression, and the mean" if continuous else "logistic regression, and the majority label"),
+        ["metric", "model", "TF-IDF", "mean" if continuous else "majority", ""],
         rows,
     )
 
@@ -279,7 +300,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
         done, version = jobs.epochs(session, job.id), registry.of_job(session, job.id)
         figures = registry.metrics(session, version.id) if version else {}
     if done:
-        console.print(epochs_shown(done))
+        console.print(epochs_shown(done, task_of(job)))
     if version:
         test_table(version, figures)
 
