@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import floor, isfinite, log10
 from typing import Self
 
 import numpy as np
@@ -26,7 +26,7 @@ def exact_text(value: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number with at most six digits, so that a float32 of 0.1 is 0.1."""
+    """A number with at most six digits."""
     return f"{value:.6g}"
 
 
@@ -84,6 +84,10 @@ class TargetScale:
     def values(self, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
         """Outputs -> values, of any shape."""
         return np.asarray(outputs, np.float64) * self.deviation + self.mean
+
+    def text(self, value: float) -> str:
+        """A value without the rounding errors of float32 outputs: 0.1 is 0.1, and 0 is 0."""
+        return number_text(round(value, 5 - floor(log10(self.deviation))) + 0.0)
 
     def signed(self, value: float) -> float:
         """A value -> `score_signed`, -1 to 1."""

@@ -13,7 +13,7 @@ from db.session import Database
 from training import failpoint
 from training.data.columns import VALUE
 from training.data.dataset import Split
-from training.data.numbers import TargetScale, number_text
+from training.data.numbers import TargetScale
 from training.errors import StoreUnavailable
 from training.evaluation.decisions import Floats, choose, confidence, label_text
 from training.evaluation.metrics import confusion
@@ -144,8 +144,8 @@ def _value_rows(test: Split, scale: TargetScale, outputs: Floats) -> list[dict[s
         {
             "row_number": test.row_numbers[i],
             "text": test.texts[i],
-            "actual": number_text(actual[i]),
-            "predicted": number_text(predicted[i]),
+            "actual": scale.text(actual[i]),
+            "predicted": scale.text(predicted[i]),
             "probability": 1.0,
             "probabilities": {VALUE: float(predicted[i])},
         }

@@ -12,6 +12,10 @@ from training.evaluation.decisions import Floats, to_probabilities
 from training.model.batching import pad, plan_batches
 from training.model.classifier import Classifier
 
+# A tenth of a row's target goes to each neighbour of its level. With 1 a quarter does, which raised the log loss on three
+# levels of reviews; with 2 it stayed the same, and kappa and the absolute error improved.
+SHARPNESS = 2.0
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -52,8 +56,8 @@ class OrdinalLoss(nn.Module):
     """Cross-entropy against targets that are spread over the neighbours of the actual level.
 
     The soft labels of Diaz and Marathe (2019), "Soft Labels for Ordinal Regression": the target of level j in a row of
-    level i is the softmax over j of -(i - j)^2. A row whose targets are probabilities gets their mixture. `weights`
-    (K,) multiply the terms of the levels.
+    level i is the softmax over j of -`SHARPNESS` (i - j)^2. A row whose targets are probabilities gets their mixture.
+    `weights` (K,) multiply the terms of the levels.
     """
 
     def __init__(self, weights: Tensor | None, reduction: str) -> None:
@@ -69,7 +73,7 @@ class OrdinalLoss(nn.Module):
 def soft_levels(levels: int) -> Tensor:
     """Return the soft labels (K, K) of each level; every row sums to 1."""
     steps = torch.arange(levels, dtype=torch.float32)
-    return (-((steps[:, None] - steps) ** 2)).softmax(dim=1)
+    return (-SHARPNESS * (steps[:, None] - steps) ** 2).softmax(dim=1)
 
 
 @torch.inference_mode()

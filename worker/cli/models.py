@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from training.data.columns import VALUE
 from worker.cli import output
 from worker.cli.output import Json
 from worker.scoring.engine_choice import fallback_folder, saved_choices
@@ -17,6 +16,7 @@ Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the st
 Model = Annotated[int, typer.Argument(help="Model version.")]
 CHAMPION = "champion"  # `db.registry.CHAMPION`, without loading SQLAlchemy
 MOST_WRONG = 20
+LISTED_METRICS = ("f1_macro", "mean_absolute_error")
 
 
 @app.command("list")
@@ -34,15 +34,19 @@ def models_list(
     named = {v.id: [alias for alias, version in aliases.items() if version == v.id] for v, _ in rows}
     if json:
         output.as_json(
-            [{**output.fields(v), "aliases": named[v.id], "f1_macro": m.get(("f1_macro", ""))} for v, m in rows]
+            [
+                {**output.fields(v), "aliases": named[v.id], **{name: m.get((name, "")) for name in LISTED_METRICS}}
+                for v, m in rows
+            ]
         )
         return
     output.table(
         None,
-        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
+        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "MAE", "created"],
         [
             (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id, v.base_model,
-             ", ".join(v.labels), m.get(("accuracy", "")), m.get(("f1_macro", "")), v.created_at)
+             ", ".join(v.labels), m.get(("accuracy", "")),
+             *(m.get((name, "")) for name in LISTED_METRICS), v.created_at)
             for v, m in rows
         ],
     )  # fmt: skip
@@ -52,6 +56,7 @@ def models_list(
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test metrics and most confident errors."""
     from db import registry
+    from training.data.columns import VALUE
     from worker.connections import model_store, open_sql
     from worker.settings import load_settings
 
@@ -105,6 +110,7 @@ def models_show(model: Model, json: Json = False) -> None:
 def models_compare(one: Model, other: Model, json: Json = False) -> None:
     """Compare the test metrics of two models, with a significance test."""
     from db import registry
+    from training.data.columns import VALUE
     from training.evaluation.metrics import mcnemar
     from worker.connections import open_sql
     from worker.settings import load_settings

@@ -12,8 +12,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from training.data.columns import VALUE
-from training.evaluation.epoch import quality_names
 from worker.scoring.engine_choice import Choice
 
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
@@ -203,6 +201,8 @@ def task_of(job: "TrainingJob") -> str:
 
 
 def epoch_line(epoch: "EpochMetric", task: str) -> str:
+    from training.evaluation.epoch import quality_names
+
     return (
         f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
         f"Validation {quality_names(task)[0].title()} = {epoch.valid_accuracy:.4f}"
@@ -210,6 +210,8 @@ def epoch_line(epoch: "EpochMetric", task: str) -> str:
 
 
 def epochs_shown(epochs: "Sequence[EpochMetric]", task: str) -> Table:
+    from training.evaluation.epoch import quality_names
+
     title = "kept: the last whose validation result does not differ significantly from the best"
     if task == "continuous":
         title = "kept: the one with the lowest mean absolute error on the validation rows"
@@ -245,6 +247,8 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    from training.data.columns import VALUE
+
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from training.data.columns import ID_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS
+from training.data.numbers import number_of
 from training.data.table_file import open_table
 from training.model.base_model import resolve_base_model
 from training.text.cleaning import clean, same_text_key
@@ -139,6 +140,11 @@ def _advice_on_labels(labels: dict[str, int]) -> Iterator[str]:
     if not labels:
         return
     rare = [label for label, count in labels.items() if count < 10]
+    if len(labels) > 2 and all(number_of(label) is not None for label in labels):
+        yield (
+            "the labels are numbers: if they are levels, `train --task ordinal` learns their order, and "
+            "`train --task continuous` predicts a number"
+        )
     if rare:
         yield f"labels with fewer than 10 rows cannot be split; add rows: {', '.join(rare[:MAX_SHOWN])}"
     if len(labels) < 2:
