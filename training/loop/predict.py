@@ -12,8 +12,8 @@ from training.evaluation.decisions import Floats, to_probabilities
 from training.model.batching import pad, plan_batches
 from training.model.classifier import Classifier
 
-# A tenth of a row's target goes to each neighbour of its level. With 1 a quarter does, which raised the log loss on three
-# levels of reviews; with 2 it stayed the same, and kappa and the absolute error improved.
+# A tenth of a row's target goes to each neighbour of its level. With 1 a quarter does, which raised the log loss on
+# three levels of reviews; with 2 it stayed the same, and kappa and the absolute error improved.
 SHARPNESS = 2.0
 
 
