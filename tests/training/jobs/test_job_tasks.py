@@ -91,7 +91,7 @@ def test_an_ordinal_job_keeps_the_order_of_its_levels_and_measures_their_distanc
     assert sum(entry["score"] for entry in plain) == pytest.approx(1, abs=1e-5)  # softmax
 
 
-@pytest.mark.parametrize("head", ["linear", "guide"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("guide", marks=pytest.mark.slow)])
 def test_a_continuous_job_predicts_numbers_in_the_unit_of_its_targets(
     sqlite: Database,
     context: TrainingContext,
