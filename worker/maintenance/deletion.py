@@ -8,8 +8,8 @@ from datetime import datetime
 from functools import partial
 
 from db import predictions
-from db.admin.rewrite import rewrite
 from db.errors import DatabaseError
+from db.admin.rewrite import rewrite
 from db.session import Database
 from worker.errors import BadRecord, StreamError
 from worker.maintenance import dead_letters
