@@ -94,7 +94,8 @@ class Prediction(Base):
         ForeignKey("model_versions.id"), primary_key=True, comment="The model version that scored it."
     )
     label: Mapped[str] = mapped_column(
-        comment="The predicted label. A multi-label model joins all labels of probability 0.5 or more with |."
+        comment="The predicted label. A multi-label model joins all labels of probability 0.5 or more with |. The "
+        "label of a continuous model is value."
     )
     probability: Mapped[float] = mapped_column(
         comment="Calibrated probability of the label, 0 to 1. Multi-label: of the least certain yes or no."
@@ -103,7 +104,8 @@ class Prediction(Base):
         comment="Polarity of the labels, weighted by probability, -1 to 1. NULL when no label has a polarity."
     )
     probabilities: Mapped[dict[str, Any]] = mapped_column(
-        comment="JSON object: the calibrated probability of every label, 0 to 1."
+        comment="JSON object: the calibrated probability of every label, 0 to 1. Of a continuous model: the number "
+        "that it predicts, named value."
     )
     scored_at: Mapped[datetime] = mapped_column(comment="Time at which the prediction was made, UTC.")
 
@@ -220,8 +222,13 @@ class EpochMetric(Base):
     train_loss: Mapped[float] = mapped_column(comment="Mean training loss over the rows of the epoch.")
     learning_rate: Mapped[float] = mapped_column(comment="Learning rate of the last step of the epoch.")
     valid_loss: Mapped[float] = mapped_column(comment="Mean loss over the validation rows.")
-    valid_accuracy: Mapped[float] = mapped_column(comment="Accuracy on the validation rows, 0 to 1.")
-    valid_f1_macro: Mapped[float] = mapped_column(comment="Macro-F1 on the validation rows, 0 to 1.")
+    valid_accuracy: Mapped[float] = mapped_column(
+        comment="Accuracy on the validation rows, 0 to 1. Of a continuous task: R2, at least 0."
+    )
+    valid_f1_macro: Mapped[float] = mapped_column(
+        comment="Macro-F1 on the validation rows, 0 to 1. Of a continuous task: D2, the share of the absolute error "
+        "around the median that the model removes, at least 0."
+    )
     seconds: Mapped[float] = mapped_column(comment="Duration of the epoch in seconds, validation included.")
     kept: Mapped[bool] = mapped_column(
         default=True,

@@ -6,7 +6,7 @@ The caller owns the transaction.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Subquery, and_, case, delete, func, insert, join, select
+from sqlalchemy import ColumnElement, Double, Subquery, and_, case, cast, delete, func, insert, join, select
 from sqlalchemy.orm import Session
 
 from db.errors import InUse, NotFound
@@ -198,9 +198,10 @@ def confusion(session: Session, version_id: int) -> dict[tuple[str, str], int]:
 
 
 def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPrediction]:
-    """The misclassified test rows of a version, by falling probability."""
+    """The misclassified test rows of a version, by falling probability; those of a continuous one by falling error."""
     wrong = (TestPrediction.model_version_id == version_id, TestPrediction.actual != TestPrediction.predicted)
-    order = (TestPrediction.probability.desc(), TestPrediction.row_number)
+    measure = _error() if _is_continuous(session, version_id) else TestPrediction.probability
+    order = (measure.desc(), TestPrediction.row_number)
     return list(session.scalars(select(TestPrediction).where(*wrong).order_by(*order).limit(limit)))
 
 
@@ -213,29 +214,45 @@ def out_of_fold(session: Session, version_id: int) -> list[OutOfFoldPrediction]:
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
     """Counts of texts that both versions were tested on with the same label: (all, only `one` correct, only `other`).
 
-    A text that occurs several times among the test rows, as in the guide's split, counts once.
+    Of two continuous versions the counts are those of texts to whose target only one is closer. A text that occurs
+    several times among the test rows, as in the guide's split, counts once.
     """
-    a, b = _tested(one), _tested(other)
+    continuous = _is_continuous(session, one) and _is_continuous(session, other)
+    a, b = _tested(one, continuous), _tested(other, continuous)
     shared, only_a, only_b = session.execute(
         select(
             func.count(),
-            func.count().filter(a.c.right, ~b.c.right),
-            func.count().filter(b.c.right, ~a.c.right),
+            func.count().filter(a.c.loss < b.c.loss),
+            func.count().filter(b.c.loss < a.c.loss),
         ).select_from(join(a, b, and_(a.c.text == b.c.text, a.c.actual == b.c.actual)))
     ).one()
     return shared, only_a, only_b
 
 
-def _tested(version_id: int) -> Subquery:
-    """The distinct texts and labels of a version's test rows, and whether every occurrence was predicted correctly."""
+def _tested(version_id: int, continuous: bool) -> Subquery:
+    """The distinct texts and labels of a version's test rows, and the largest loss of their occurrences.
+
+    The loss is 0 for a correct label and 1 for another, and the absolute error of a continuous prediction.
+    """
     rows = (TestPrediction.text, TestPrediction.actual)
-    right = func.min(case((TestPrediction.actual == TestPrediction.predicted, 1), else_=0)) == 1
+    loss = _error() if continuous else case((TestPrediction.actual == TestPrediction.predicted, 0), else_=1)
     return (
-        select(*rows, right.label("right"))
+        select(*rows, func.max(loss).label("loss"))
         .where(TestPrediction.model_version_id == version_id)
         .group_by(*rows)
         .subquery()
     )
+
+
+def _is_continuous(session: Session, version_id: int) -> bool:
+    """Whether a version predicts a number: then it has one output and no other label."""
+    return len(get(session, version_id).labels) == 1
+
+
+def _error() -> ColumnElement[float]:
+    """The absolute error of a test row whose actual and predicted labels are numbers."""
+    actual, predicted = (cast(column, Double) for column in (TestPrediction.actual, TestPrediction.predicted))
+    return func.abs(predicted - actual)
 
 
 # --- adapted base models

@@ -116,7 +116,7 @@ VIEWS = (
             _fraction("quadratic_kappa", "Quadratic weighted kappa, -1 to 1. Ordinal labels only."),
             _fraction(
                 "mean_absolute_error",
-                "Mean absolute error: of ordinal labels in steps, of continuous targets in their unit.",
+                "Mean absolute error: of ordinal labels in their numbers, or else in steps; of continuous targets.",
             ),
         ),
     ),

@@ -1,12 +1,21 @@
 """The hyper-parameters of a job: immutable, validated on construction, stored as JSON with the job."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from db.errors import plain, shown
+from db.errors import listed, plain, shown
 from training.errors import BadConfig
+
+# The losses that can train a task. Where there is one only, it is used whatever the preset.
+LOSSES = {
+    "single_label": ("cross_entropy", "bce"),
+    "multi_label": ("bce",),
+    "ordinal": ("cross_entropy",),
+    "continuous": ("mse",),
+}
 
 
 class TrainConfig(BaseModel):
@@ -16,17 +25,22 @@ class TrainConfig(BaseModel):
 
     base_model: str = "starter"
     base_revision: str | None = None
-    task: Literal["single_label", "multi_label"] = "single_label"
+    # `ordinal`: each row has one of several ordered levels. `continuous`: each row has a number.
+    task: Literal["single_label", "multi_label", "ordinal", "continuous"] = "single_label"
     # Label in the dataset -> label name. None keeps the labels of the dataset.
     labels: dict[str, str] | None = None
+    # Names of an ordinal task, lowest first; by default in the order of `labels`. Stored separately because JSONB does
+    # not keep the order of keys.
+    levels: list[str] | None = Field(None, exclude_if=lambda levels: levels is None)
     # Label name -> -1..1, for `score_signed`. None recognises common names of positive, neutral and negative.
+    # For a continuous task: two numbers -> -1..1; values between and beyond them are on the line through both points.
     polarity: dict[str, float] | None = None
 
     cleaner: Literal["1", "2", "neologdn"] = "2"
     head: Literal["guide", "linear"] = "guide"
     # `auto`: for a linear head the architecture's own classifier (`native`), else its pooler, else the masked mean.
     pooling: Literal["auto", "native", "pooler", "mean", "cls"] = "auto"
-    loss: Literal["bce", "cross_entropy"] = "bce"
+    loss: Literal["bce", "cross_entropy", "mse"] = "bce"
     dropout: float = Field(0.2, ge=0, lt=1)
     max_length: int = Field(200, ge=8, le=8192, description="tokens, including special tokens")
 
@@ -78,10 +92,17 @@ class TrainConfig(BaseModel):
         None, ge=2, le=20, exclude_if=lambda folds: folds is None, description="parts of a cross-validation"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _order_levels(cls, given: Any) -> Any:
+        labels = given.get("labels") if isinstance(given, dict) and given.get("task") == "ordinal" else None
+        if isinstance(labels, dict) and all(isinstance(name, str) for name in labels.values()):
+            return {"levels": list(dict.fromkeys(labels.values())), **given}
+        return given
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.task == "multi_label" and self.loss != "bce":
-            raise ValueError(f"loss {self.loss!r} cannot train a multi-label task; use loss 'bce'")
+        self._check_task()
         if self.folds is not None and self.split == "guide":
             raise ValueError(
                 "folds cannot be used with split 'guide', which keeps copies of a text; leave out one of them"
@@ -93,6 +114,33 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"polarity of {shown(label)} is {value}; it must lie between -1 and 1")
         _refuse_nul(self.base_model, self.base_revision or "", *(self.polarity or {}), *_texts(self.labels or {}))
         return self
+
+    def _check_task(self) -> None:
+        if self.loss not in LOSSES[self.task]:
+            allowed = " or ".join(map(repr, LOSSES[self.task]))
+            raise ValueError(f"loss {self.loss!r} cannot train the task {self.task}; use loss {allowed}")
+        if self.levels is not None and self.task != "ordinal":
+            raise ValueError(f"levels order the labels of an ordinal task, and the task is {self.task}; leave them out")
+        if self.levels is not None and (
+            self.labels is None or sorted(self.levels) != sorted(set(self.labels.values()))
+        ):
+            raise ValueError(f"levels name {listed(self.levels)}; they must be the names in labels, each once")
+        if self.task != "continuous":
+            return
+        if self.folds is not None:
+            raise ValueError("folds need labels, and a continuous task has numbers; leave out folds")
+        if self.labels is not None or self.class_weights is not None:
+            raise ValueError("a continuous task has numbers instead of labels; leave out labels and class_weights")
+        if self.polarity is not None and not _is_line(self.polarity):
+            raise ValueError(
+                f"polarity names {listed(self.polarity)}; for a continuous task give two numbers with different "
+                "scores, as in -2=-1,2=1"
+            )
+
+    @property
+    def one_label(self) -> bool:
+        """Whether each row has exactly one label."""
+        return self.task in ("single_label", "ordinal")
 
     def for_rows(self, rows: int) -> Self:
         """Return the configuration with the number of epochs that suits this many training rows."""
@@ -160,8 +208,9 @@ def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
     chosen = dict(PRESETS[preset])
     if "epochs" in overrides:
         chosen.pop("row_passes", None)
-    if overrides.get("task") == "multi_label":
-        chosen["loss"] = "bce"  # the only loss for multi-label tasks
+    losses = LOSSES.get(str(overrides.get("task")), ())
+    if len(losses) == 1:
+        chosen["loss"] = losses[0]
     try:
         return TrainConfig(**{**chosen, **overrides})
     except ValidationError as error:
@@ -180,6 +229,15 @@ def _refuse_nul(*texts: str) -> None:
     for text in texts:
         if "\x00" in text:
             raise ValueError(f"{shown(text)} contains a NUL character, which databases cannot store; remove it")
+
+
+def _is_line(polarity: dict[str, float]) -> bool:
+    """Whether a polarity gives two different numbers different scores."""
+    try:
+        numbers = {float(text) for text in polarity}
+    except ValueError:
+        return False
+    return len(numbers) == len(set(polarity.values())) == len(polarity) == 2 and all(map(isfinite, numbers))
 
 
 def _texts(labels: dict[str, str]) -> list[str]:

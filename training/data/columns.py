@@ -14,6 +14,8 @@ SENTIMENTS = {
     "negative": ("negative", "neg", "ネガティブ", "否定"),
     "neutral": ("neutral", "neu", "ニュートラル", "中立"),
 }
+# The only label of a continuous task.
+VALUE = "value"
 INTEGER = re.compile(r"-?[0-9]+")
 
 

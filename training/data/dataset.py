@@ -25,9 +25,9 @@ from training.data.columns import (
     find_column,
     has_surrogates,
 )
+from training.data.numbers import TargetScale
 from training.data.splits import (
     MIN_ROWS_OF_LABEL,
-    ONE_LABEL,
     Positions,
     check_folds,
     few_rows_note,
@@ -36,6 +36,7 @@ from training.data.splits import (
     rows_needed,
 )
 from training.data.table_file import TableFile, open_table
+from training.data.targets import labels_of_row, output_labels, target_array
 from training.errors import BadDataset, BadRow, BadSource
 from training.store.paths import inside_roots, is_file
 from training.text.cleaning import clean, same_text_key
@@ -63,7 +64,8 @@ class Rows:
 class Split:
     """Cleaned texts, `targets` (N, K) float32, the row numbers in the file, and the rows' weights (N,) in the loss.
 
-    Targets of labelled rows are zeros and ones; others may be probabilities. Without `weights` every row counts as 1.
+    Targets of labelled rows are zeros and ones; others may be probabilities. Those of a continuous task are (N, 1), in
+    the units of the model's outputs, see `TargetScale`. Without `weights` every row counts as 1.
     """
 
     texts: list[str]
@@ -77,11 +79,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
+    """The rows of each part. `scale` is None unless the task is continuous."""
+
     labels: list[str]
     train: Split
     valid: Split
     test: Split
     report: dict[str, Any] = field(default_factory=dict)
+    scale: TargetScale | None = None
 
 
 def find_dataset(name: str, roots: Sequence[Path]) -> Path:
@@ -109,51 +114,55 @@ def read_rows(path: Path) -> Rows:
 def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
     """Clean and deduplicate the rows, map their labels, and split them into training, validation and test rows.
 
-    The guide's shares are 8 : 1 : 1. Single labels are stratified; when one has few rows, each part still gets rows of
-    each label, and the report has a note. The same rows and seed give the same split. With `split: guide` the parts are
-    those that the guide's code draws, in its order and with duplicates. Raises `BadDataset` when a label is unknown,
-    there is only one, or a label has fewer rows than the split or `folds` needs.
+    The guide's shares are 8 : 1 : 1. Rows of one label are stratified; when a label has few rows, each part still gets
+    rows of each label, and the report has a note. The same rows and seed give the same split. With `split: guide` the
+    parts are those that the guide's code draws, in its order and with duplicates. Raises `BadDataset` when a label is
+    unknown, there is only one, or a label has fewer rows than the split or `folds` needs, and for a continuous task
+    when a label is not a number or all are equal.
     """
     row_labels = [
-        names_of_row(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)
+        labels_of_row(label, number, config) for label, number in zip(rows.labels, rows.row_numbers, strict=True)
     ]
     table = find_duplicates(rows, row_labels)
     kept = table if config.split == "guide" else table[~table[["blank", "again", "clashes"]].any(axis=1)]
-    names = _output_labels([row_labels[i] for i in kept.index], config)
+    names = output_labels([row_labels[i] for i in kept.index], config)
     _check_enough(rows, row_labels, kept.index.tolist(), names, config)
 
-    column = {name: index for index, name in enumerate(names)}
-    targets = np.zeros((len(kept), len(names)), dtype=np.float32)
-    for row, i in enumerate(kept.index):
-        targets[row, [column[name] for name in row_labels[i]]] = 1.0
+    targets = target_array([row_labels[i] for i in kept.index], names, config)
     positions = (guide_split if config.split == "guide" else stratified_split)(targets, config)
+    scale = None
+    if config.task == "continuous":
+        scale = TargetScale.fitted(targets[positions["train"]], config.polarity)
+        targets = scale.outputs(targets).astype(np.float64)
     splits = {
         part: Split(
             [clean(rows.texts[i], config.cleaner) for i in kept.index[index]],
-            targets[index],
+            targets[index].astype(np.float32),
             kept["row_number"].iloc[index].tolist(),
         )
         for part, index in positions.items()
     }
     report = _report(rows, table, kept, positions, config)
-    report["labels"] = {
-        name: {part: int(split.targets[:, column[name]].sum()) for part, split in splits.items()} for name in names
-    }
+    if scale is None:
+        report["labels"] = {
+            name: {part: int(split.targets[:, k].sum()) for part, split in splits.items()}
+            for k, name in enumerate(names)
+        }
     if config.split == "guide":
         _check_parts(report, splits, config)
-    elif config.task in ONE_LABEL and (note := few_rows_note(report["labels"], config)):
+    elif config.one_label and (note := few_rows_note(report["labels"], config)):
         report["notes"] = [note]
-    return Dataset(names, splits["train"], splits["valid"], splits["test"], report)
+    return Dataset(names, splits["train"], splits["valid"], splits["test"], report, scale)
 
 
-def stratified_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
-    """Split rows by `targets` (N, K); single labels are stratified."""
+def stratified_split(targets: NDArray[np.floating[Any]], config: TrainConfig) -> Positions:
+    """Split rows by `targets` (N, K); rows of one label are stratified."""
     if has_few_rows(targets, config):
         return few_rows_split(targets, config)
     # Imported here because scoring workers also import this module, and start faster without scikit-learn.
     from sklearn.model_selection import train_test_split
 
-    stratify = targets.argmax(axis=1) if config.task == "single_label" else None
+    stratify = targets.argmax(axis=1) if config.one_label else None
     train, rest = train_test_split(
         np.arange(len(targets)), train_size=config.train_size, random_state=config.seed, stratify=stratify
     )
@@ -166,7 +175,7 @@ def stratified_split(targets: NDArray[np.float32], config: TrainConfig) -> Posit
     return {"train": train, "valid": valid, "test": test}
 
 
-def guide_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
+def guide_split(targets: NDArray[np.floating[Any]], config: TrainConfig) -> Positions:
     """Split rows with the guide's code. It ignores labels, so a part may have no row of a label."""
     import pandas as pd
 
@@ -258,27 +267,6 @@ def _storable(text: str) -> bool:
     return "\x00" not in text and not has_surrogates(text)
 
 
-def names_of_row(raw: str, number: int, config: TrainConfig) -> tuple[str, ...]:
-    """The label names of one row, in order and without repeats.
-
-    Raises `BadDataset` when the row has no label, or one that `config.labels` does not name.
-    """
-    parts = raw.split(MULTI_LABEL_SEPARATOR) if config.task == "multi_label" else [raw]
-    names = []
-    for part in (part.strip() for part in parts):
-        if not part and config.task == "multi_label":
-            continue  # a row without labels is a negative example of every label
-        if not part:
-            raise BadDataset(f"row {number} has no label; fill it in or remove the row")
-        if config.labels is not None and part not in config.labels:
-            raise BadDataset(
-                f"label {shown(part)} in row {number} is none of {listed(config.labels)}; "
-                "fix the row or name it in --labels"
-            )
-        names.append(part if config.labels is None else config.labels[part])
-    return tuple(dict.fromkeys(names))
-
-
 def find_duplicates(rows: Rows, row_labels: Sequence[tuple[str, ...]]) -> "pd.DataFrame":
     """For each row, the key of its text, and whether the text is blank, repeats an earlier row, or also has other
     labels."""
@@ -321,36 +309,29 @@ def _report(
     return report
 
 
-def _output_labels(row_labels: Sequence[tuple[str, ...]], config: TrainConfig) -> list[str]:
-    """The labels in the order of the outputs: as configured, else integers by value and other names alphabetically."""
-    if config.labels is not None:
-        return list(dict.fromkeys(config.labels.values()))
-    names = {name for row in row_labels for name in row}
-    if all(INTEGER.fullmatch(name) for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
-
-
 def _check_enough(
     rows: Rows, row_labels: Sequence[tuple[str, ...]], kept: list[int], names: list[str], config: TrainConfig
 ) -> None:
     needed = 1 if config.split == "guide" else rows_needed(config)
-    if config.task in ONE_LABEL:
+    if config.one_label:
         needed = min(needed, MIN_ROWS_OF_LABEL)
     if len(kept) < needed:
         raise BadDataset(
             f"the dataset has {len(kept)} distinct texts that are not blank in {len(rows.texts)} rows; a split into "
             f"training, validation and test rows needs at least {needed}"
         )
+    if config.task == "continuous":
+        return
     if len(names) < 2:
         raise BadDataset(f"every row has the label {listed(names) or '(none)'}; a classifier needs at least two labels")
     counts = Counter(name for i in kept for name in row_labels[i])
     for name in names:
-        if config.task == "single_label" and counts[name] < needed:
+        if config.one_label and counts[name] < needed:
             where = next((rows.row_numbers[i] for i in kept if name in row_labels[i]), None)
             raise BadDataset(
                 f"label {shown(name)} has {counts[name]} distinct texts{f' (first in row {where})' if where else ''}; "
                 f"a split needs at least {needed} of each label: add rows, or name the labels you mean in --labels"
+                + (", or predict the number itself with --task continuous" if config.task == "ordinal" else "")
             )
     check_folds(len(kept), counts, config)
 
@@ -361,8 +342,8 @@ def _check_parts(report: dict[str, Any], splits: dict[str, Split], config: Train
     for part, split in splits.items():
         if not len(split):
             raise BadDataset(f"the guide's split of {report['rows']} rows has no {PART_NAMES[part]} rows; {remedy}")
-        for label, found in report["labels"].items():
-            if config.task == "single_label" and not found[part]:
+        for label, found in report.get("labels", {}).items():
+            if config.one_label and not found[part]:
                 raise BadDataset(
                     f"the guide's split has none of the {sum(found.values())} rows of label {shown(label)} among its "
                     f"{len(split)} {PART_NAMES[part]} rows; {remedy}"

@@ -7,7 +7,9 @@ import numpy as np
 
 from db.errors import listed
 from training.config import TrainConfig
-from training.data.dataset import Rows, Split, find_duplicates, names_of_row
+from training.data.dataset import Rows, Split, find_duplicates
+from training.data.numbers import TargetScale
+from training.data.targets import labels_of_row, target_array
 from training.errors import BadConfig, BadDataset
 from training.text.cleaning import clean
 
@@ -31,25 +33,33 @@ def label_map(labels: list[str], config: TrainConfig, names: dict[str, str] | No
 
 
 def evaluation_rows(
-    rows: Rows, labels: list[str], config: TrainConfig, names: dict[str, str] | None = None
+    rows: Rows,
+    labels: list[str],
+    config: TrainConfig,
+    names: dict[str, str] | None = None,
+    scale: TargetScale | None = None,
 ) -> EvaluationRows:
     """Clean the rows and leave out blank texts, copies, and texts with different labels.
 
     `labels` are the model's, in the order of its outputs, and `config` is the one it was trained with. `names` maps
-    labels of the file to labels of the model. Raises `BadDataset` for a label that the model does not have, and when
+    labels of the file to labels of the model. `scale` is that of a continuous model, whose targets are numbers. Raises `BadDataset` for a label that the model does not have, and when
     no row is left.
     """
-    mapped = config.model_copy(update={"labels": label_map(labels, config, names)})
-    row_labels = [names_of_row(*pair, mapped) for pair in zip(rows.labels, rows.row_numbers, strict=True)]
+    mapped = config
+    if scale is None:
+        mapped = config.model_copy(update={"labels": label_map(labels, config, names)})
+    elif names:
+        raise BadConfig("--labels names labels, and the model predicts numbers; leave it out")
+    row_labels = [labels_of_row(*pair, mapped) for pair in zip(rows.labels, rows.row_numbers, strict=True)]
     table = find_duplicates(rows, row_labels)
     kept = table[~table[["blank", "again", "clashes"]].any(axis=1)]
     if not len(kept):
         raise BadDataset(
             f"none of the {len(table)} rows can be scored: the texts are blank or have different labels; add rows"
         )
-    targets = np.zeros((len(kept), len(labels)), np.float32)
-    for row, i in enumerate(kept.index):
-        targets[row, [labels.index(name) for name in row_labels[i]]] = 1.0
+    wanted = target_array([row_labels[i] for i in kept.index], labels, config)
+    counts = {} if scale else {label: int(wanted[:, k].sum()) for k, label in enumerate(labels)}
+    targets = wanted.astype(np.float32) if scale is None else scale.outputs(wanted)
     clashing = table[table["clashes"] & ~table["again"]]
     report = {
         "encoding": rows.encoding,
@@ -59,7 +69,7 @@ def evaluation_rows(
         "conflicting": len(clashing),
         "conflicting_rows": clashing["row_number"].head(10).tolist(),
         "rows": len(kept),
-        "labels": {label: int(targets[:, k].sum()) for k, label in enumerate(labels)},
+        "labels": counts,
     }
     texts = [clean(rows.texts[i], config.cleaner) for i in kept.index]
     return EvaluationRows(Split(texts, targets, kept["row_number"].tolist()), report)

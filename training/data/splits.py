@@ -5,6 +5,7 @@ They work on targets (N, K) and return the positions of the rows of each part.
 
 from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,6 @@ Positions = dict[str, NDArray[np.intp]]  # of the rows of each part (train, vali
 
 # Two training rows, a validation row and a test row.
 MIN_ROWS_OF_LABEL = 4
-# Tasks whose rows have exactly one label.
-ONE_LABEL = ("single_label", "ordinal")
 USUAL_FOLDS = 5
 
 
@@ -29,12 +28,12 @@ def rows_needed(config: TrainConfig) -> int:
     return ceil(round(1 / smallest_share, 6))
 
 
-def has_few_rows(targets: NDArray[np.float32], config: TrainConfig) -> bool:
+def has_few_rows(targets: NDArray[np.floating[Any]], config: TrainConfig) -> bool:
     """Return whether a label has too few rows for the ordinary stratified split."""
-    return config.task in ONE_LABEL and targets.sum(axis=0).min() < rows_needed(config)
+    return config.one_label and targets.sum(axis=0).min() < rows_needed(config)
 
 
-def few_rows_split(targets: NDArray[np.float32], config: TrainConfig) -> Positions:
+def few_rows_split(targets: NDArray[np.floating[Any]], config: TrainConfig) -> Positions:
     """Split the rows of each label by themselves: each part gets a row of every label, and training at least two.
 
     Every label needs `MIN_ROWS_OF_LABEL` rows. The same rows and seed give the same split.
@@ -74,7 +73,7 @@ def check_folds(rows: int, counts: Mapping[str, int], config: TrainConfig) -> No
     """Raise `BadDataset` when there are fewer rows, or rows of a single label in `counts`, than folds."""
     if config.folds is None:
         return
-    if config.task not in ONE_LABEL:
+    if not config.one_label:
         if rows < config.folds:
             raise BadDataset(
                 f"the dataset has {rows} distinct texts, and {config.folds} folds need one each; use --folds {rows}"
@@ -88,7 +87,7 @@ def check_folds(rows: int, counts: Mapping[str, int], config: TrainConfig) -> No
         )
 
 
-def fold_splits(targets: NDArray[np.float32], config: TrainConfig) -> Sequence[Positions]:
+def fold_splits(targets: NDArray[np.floating[Any]], config: TrainConfig) -> Sequence[Positions]:
     """Return a split for each fold. Its `test` rows are held out: each row is in those of exactly one fold.
 
     Folds and validation rows are stratified for single labels. The validation rows have the same share of the rows that
@@ -97,7 +96,7 @@ def fold_splits(targets: NDArray[np.float32], config: TrainConfig) -> Sequence[P
     # Imported here because scoring workers also import this module, and start faster without scikit-learn.
     from sklearn.model_selection import KFold, StratifiedKFold
 
-    stratified = config.task in ONE_LABEL
+    stratified = config.one_label
     labels = targets.argmax(axis=1) if stratified else np.zeros(len(targets), np.intp)
     folds = (StratifiedKFold if stratified else KFold)(config.folds, shuffle=True, random_state=config.seed)
     of_all = (1 - config.train_size) * config.valid_size

@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 
 from db.errors import LeaseLost
 from training import failpoint
 from training.data.dataset import Dataset, Split
 from training.errors import Cancelled, StopRequested
-from training.evaluation.decisions import Floats, choose
-from training.evaluation.metrics import Figures, metrics
+from training.evaluation.decisions import Floats
+from training.evaluation.metrics import Figures, epoch_quality, metrics
 
 log = logging.getLogger(__name__)
 
-# Values of scikit-learn's `C`, the inverse regularisation strength. Chosen by macro-F1 on the validation rows.
+# Values of scikit-learn's `C`, the inverse regularisation strength. Chosen on the validation rows.
 STRENGTHS = (1.0, 10.0, 100.0)
 # Characters of text converted to features at a time: each character occurs in four n-grams.
 MAX_CHARACTERS = 2_000_000
@@ -42,14 +41,14 @@ def baselines(
     figures: Figures = {}
     notes: list[str] = []
     fits: dict[str, Callable[[], tuple[Floats, list[str]]]] = {
-        "majority": lambda: (majority(data.train, data.test), []),
+        "majority": lambda: (majority(data.train, data.test, task), []),
         "tfidf": lambda: tfidf(data.train, data.valid, data.test, task, seed, check),
     }
     for name, fit in fits.items():
         try:
             failpoint.passing("baseline", [name])
             probabilities, fit_notes = fit()
-            of_rows = metrics(data.test.targets, probabilities, data.labels, task)
+            of_rows = metrics(data.test.targets, probabilities, data.labels, task, data.scale)
         except (Cancelled, StopRequested, LeaseLost):
             raise
         except Exception as error:  # a baseline is for comparison only, so its failure does not fail the job
@@ -64,9 +63,15 @@ def baselines(
     return figures, notes
 
 
-def majority(train: Split, test: Split) -> Floats:
-    """Return test probabilities (N, K): for every row, the share of training rows that have each label."""
-    return np.tile(train.targets.mean(axis=0), (len(test), 1)).astype(np.float32)
+def majority(train: Split, test: Split, task: str = "single_label") -> Floats:
+    """Return test probabilities (N, K): for every row, the share of training rows that have each label.
+
+    For ordinal 1 for the most frequent level, which need not be the median. For continuous the mean, an output (N, 1).
+    """
+    shares = train.targets.mean(axis=0)
+    if task == "ordinal":
+        shares = shares == shares.max()
+    return np.tile(shares, (len(test), 1)).astype(np.float32)
 
 
 def tfidf(
@@ -74,7 +79,8 @@ def tfidf(
 ) -> tuple[Floats, list[str]]:
     """Return test probabilities (N, K) of TF-IDF with logistic regression, and notes on rows or features left out.
 
-    Features are character n-grams, n = 1 to 4. `C` is chosen by validation macro-F1.
+    Features are character n-grams, n = 1 to 4. `C` is chosen by validation macro-F1. For continuous ridge regression
+    returns outputs (N, 1), and its strength is chosen by the validation mean absolute error, through D^2.
     """
     fitted, selection = _sample(train, seed), _sample(valid, seed)
     labels = train.targets.shape[1]
@@ -85,19 +91,25 @@ def tfidf(
     best: tuple[float, Any] | None = None
     for strength in STRENGTHS:
         check()
-        model: Any = LogisticRegression(C=strength, max_iter=1000)
-        if task == "multi_label":
-            model = OneVsRestClassifier(model)
-        model.fit(x_train, fitted.targets if task == "multi_label" else fitted.targets.argmax(axis=1))
-        scored = _probabilities(model, x_valid, labels)
-        quality = float(f1_score(selection.targets, choose(scored, task), average="macro", zero_division=0))
+        model = _fitted(strength, x_train, fitted.targets, task)
+        _, quality = epoch_quality(selection.targets, _probabilities(model, x_valid, labels, task), task)
         if best is None or quality > best[0]:
             best = quality, model
     assert best is not None  # noqa: S101 - STRENGTHS is not empty
     del x_train, x_valid
-    tested = [_probabilities(best[1], vectorizer.transform(texts), labels) for texts in _chunks(test.texts)]
+    tested = [_probabilities(best[1], vectorizer.transform(texts), labels, task) for texts in _chunks(test.texts)]
     features = len(vectorizer.vocabulary_)
     return np.concatenate(tested), _limits(train, fitted, features if features == max_features else None)
+
+
+def _fitted(strength: float, features: Any, targets: Floats, task: str) -> Any:
+    """Fit the classifier of a task; `strength` is scikit-learn's `C`, or for ridge regression 10 / alpha."""
+    if task == "continuous":
+        return Ridge(alpha=10 / strength).fit(features, targets[:, 0])
+    model = LogisticRegression(C=strength, max_iter=1000)
+    if task == "multi_label":
+        return OneVsRestClassifier(model).fit(features, targets)
+    return model.fit(features, targets.argmax(axis=1))
 
 
 def _sample(split: Split, seed: int) -> Split:
@@ -121,8 +133,10 @@ def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield texts[begin:]
 
 
-def _probabilities(model: Any, features: Any, labels: int) -> Floats:
+def _probabilities(model: Any, features: Any, labels: int, task: str) -> Floats:
     """Return probabilities (N, K), 0 for labels that are absent from the rows the model was fitted on."""
+    if task == "continuous":
+        return np.asarray(model.predict(features), dtype=np.float32)[:, None]
     found = np.asarray(model.predict_proba(features), dtype=np.float32)
     if found.shape[1] == labels:
         return found

@@ -1,13 +1,14 @@
 """Calibration of probabilities: temperature scaling, calibration error, log loss, Brier score.
 
-A temperature changes the confidence of a single-label model, never its predicted label.
+A temperature changes the confidence of a single-label model, never its predicted label. That of an ordinal model is the
+median of the distribution, which a temperature can move.
 """
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 
-from training.evaluation.decisions import Floats
+from training.evaluation.decisions import Floats, choose, confidence
 
 BINS = 15
 # Bounds of log T in the search: T between 1/20 and 20.
@@ -19,8 +20,11 @@ def fit_temperature(logits: Floats, targets: Floats, task: str) -> float:
 
     Temperature scaling after Guo et al. (2017), "On Calibration of Modern Neural Networks". Minimises
     N * log_loss(logits / T) + (log T)^2 / 2. The second term is a unit Gaussian prior on log T; it keeps T positive
-    when every row is correct, where the log loss alone has its minimum at T = 0.
+    when every row is correct, where the log loss alone has its minimum at T = 0. A continuous task has no
+    probabilities, and its T is 1.
     """
+    if task == "continuous":
+        return 1.0
 
     def penalised_loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -65,13 +69,13 @@ def reliability_bins(targets: Floats, probabilities: Floats, task: str) -> list[
     separately, and is correct when the row has the label.
     """
     if task == "multi_label":
-        confidence, correct = probabilities.ravel(), targets.ravel() == 1
+        sure, correct = probabilities.ravel(), targets.ravel() == 1
     else:
-        confidence = probabilities.max(axis=1)
-        correct = probabilities.argmax(axis=1) == targets.argmax(axis=1)
-    bin_of_row = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        chosen = choose(probabilities, task)
+        sure, correct = confidence(probabilities, chosen, task), (chosen == targets).all(axis=1)
+    bin_of_row = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
     bins = [bin_of_row == number for number in range(BINS)]
-    return [(int(b.sum()), float(confidence[b].mean()), float(correct[b].mean())) for b in bins if b.any()]
+    return [(int(b.sum()), float(sure[b].mean()), float(correct[b].mean())) for b in bins if b.any()]
 
 
 def calibration_error(targets: Floats, probabilities: Floats, task: str) -> float:

@@ -1,6 +1,7 @@
 """Convert logits to probabilities, predicted labels and confidence.
 
-Shared by evaluation and scoring, so it does not import scikit-learn.
+For continuous tasks the arrays named probabilities hold the model's outputs (N, 1), see `TargetScale`. Shared by
+evaluation and scoring, so it does not import scikit-learn.
 """
 
 import numpy as np
@@ -13,18 +14,37 @@ Floats = NDArray[np.float32]
 Choices = NDArray[np.int64]
 
 
+# Outputs of a continuous model that differ by less, in standard deviations of its targets, count as the same.
+SAME_VALUE = 0.1
+
+
 def to_probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
-    """Return probabilities (B, K) for logits (B, K): softmax for single_label (with either loss), else sigmoid."""
+    """Return probabilities (B, K) for logits (B, K): sigmoid for multi_label, else softmax (with either loss).
+
+    For a continuous task return the outputs (B, 1) unchanged; `TargetScale` converts them to values.
+    """
+    if task == "continuous":
+        return logits.float()
     scaled = logits.float() / temperature
-    return scaled.softmax(dim=1) if task == "single_label" else scaled.sigmoid()
+    return scaled.sigmoid() if task == "multi_label" else scaled.softmax(dim=1)
 
 
 def choose(probabilities: Floats, task: str) -> Choices:
-    """Return predicted labels (N, K), 0 or 1: the most probable label, or for multi_label each of at least 0.5."""
+    """Return predicted labels (N, K), 0 or 1: the most probable label, or for multi_label each of at least 0.5.
+
+    For ordinal the median of the distribution: the first level up to which the probabilities add up to at least a half.
+    No other level has a smaller expected absolute error. It is the most probable level wherever that has over 0.5.
+    """
     if task == "multi_label":
         return (probabilities >= 0.5).astype(np.int64)
+    if task == "ordinal":
+        # Half of the actual sum: float32 probabilities may add up to a little less than 1.
+        sums = probabilities.cumsum(axis=1, dtype=np.float64)
+        index = (sums >= sums[:, -1:] / 2).argmax(axis=1)
+    else:
+        index = probabilities.argmax(axis=1)
     chosen = np.zeros(probabilities.shape, dtype=np.int64)
-    chosen[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = 1
+    chosen[np.arange(len(probabilities)), index] = 1
     return chosen
 
 
@@ -38,4 +58,11 @@ def confidence(probabilities: Floats, chosen: Choices, task: str) -> Floats:
     if task == "multi_label":
         decided: Floats = np.where(chosen == 1, probabilities, 1 - probabilities)
         return np.asarray(decided.min(axis=1))
-    return np.asarray(probabilities.max(axis=1))
+    return np.asarray(probabilities[chosen == 1])
+
+
+def agreement(probabilities: Floats, others: Floats, task: str) -> float:
+    """Return the share of rows for which two engines decide alike; `probabilities` and `others` (N, K)."""
+    if task == "continuous":
+        return float((np.abs(probabilities - others) < SAME_VALUE).all(axis=1).mean())
+    return float((choose(probabilities, task) == choose(others, task)).all(axis=1).mean())

@@ -7,27 +7,34 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     confusion_matrix,
+    d2_absolute_error_score,
     f1_score,
     precision_recall_fscore_support,
+    r2_score,
     roc_auc_score,
 )
 
 from training.config import TrainConfig
+from training.data.numbers import TargetScale, level_values
+from training.evaluation.bootstrap import Array
 from training.evaluation.calibration import brier_score, calibration_error, log_loss
 from training.evaluation.decisions import Choices, Floats, choose, to_probabilities
+from training.evaluation.numeric import Measure, figures_of, intervals_of, ordinal_measure, value_measure
 
 # Values by (metric, label). The label is empty for figures of the whole split.
 Figures = dict[tuple[str, str], float]
 
-RESAMPLES = 1_000
-RESAMPLES_AT_ONCE = 50
 
-
-def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figures:
+def metrics(
+    targets: Floats, probabilities: Floats, labels: list[str], task: str, scale: TargetScale | None = None
+) -> Figures:
     """Return accuracy, micro-F1 and macro-F1, and precision, recall, F1 and support of each label.
 
-    `targets` and `probabilities` (N, K). For single labels micro-F1 equals accuracy by definition.
+    `targets` and `probabilities` (N, K). For single labels micro-F1 equals accuracy by definition. An ordinal task also
+    has the figures of `ordinal_measure`, and a continuous task only those of `value_measure`, in the unit of `scale`.
     """
+    if task == "continuous":
+        return _whole(figures_of(_value_measure(targets, probabilities, scale), len(targets)))
     truth, chosen = targets.astype(np.int64), choose(probabilities, task)
     figures = {
         ("accuracy", ""): float(accuracy_score(truth, chosen)),
@@ -37,19 +44,48 @@ def metrics(targets: Floats, probabilities: Floats, labels: list[str], task: str
     per_label = precision_recall_fscore_support(truth, chosen, average=None, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), per_label, strict=True):
         figures |= {(name, label): float(value) for label, value in zip(labels, values, strict=True)}
+    if task == "ordinal":
+        figures |= _whole(figures_of(_ordinal_measure(targets, chosen, labels), len(targets)))
     return figures
 
 
+def epoch_quality(targets: Floats, probabilities: Floats, task: str) -> tuple[float, float]:
+    """Return accuracy and macro-F1 of the validation rows, 0 to 1; `targets` and `probabilities` (N, K).
+
+    For a continuous task R^2 and D^2, both at least 0. D^2 is the share of the absolute error around the median that a
+    model removes, so it is highest where the mean absolute error is lowest.
+    """
+    if task == "continuous":
+        if len(targets) < 2:
+            return 0.0, 0.0
+        scores = r2_score(targets, probabilities), d2_absolute_error_score(targets, probabilities)
+        return max(0.0, float(scores[0])), max(0.0, float(scores[1]))
+    truth, chosen = targets.astype(np.int64), choose(probabilities, task)
+    return float(accuracy_score(truth, chosen)), float(f1_score(truth, chosen, average="macro", zero_division=0))
+
+
 def model_figures(
-    targets: Floats, logits: Floats, temperature: float, labels: list[str], config: TrainConfig
+    targets: Floats,
+    logits: Floats,
+    temperature: float,
+    labels: list[str],
+    config: TrainConfig,
+    scale: TargetScale | None = None,
 ) -> Figures:
-    """Return all figures of a model on its test rows; `targets` and `logits` (N, K).
+    """Return all figures of a model on its test rows; `targets` and `logits` (N, K). `scale` as in `metrics`.
 
     All but `ece_uncalibrated` are computed from the probabilities at `temperature`, as in scoring.
     """
     raw, calibrated = (to_probabilities(torch.from_numpy(logits), config.task, t).numpy() for t in (1.0, temperature))
-    figures = metrics(targets, calibrated, labels, config.task)
-    figures |= intervals(targets, choose(calibrated, config.task), config.seed)
+    figures = metrics(targets, calibrated, labels, config.task, scale)
+    if config.task == "continuous":
+        measure = _value_measure(targets, calibrated, scale)
+        return figures | _whole(intervals_of(measure, len(targets), config.seed))
+    chosen = choose(calibrated, config.task)
+    figures |= intervals(targets, chosen, config.seed)
+    if config.task == "ordinal":
+        measure = _ordinal_measure(targets, chosen, labels)
+        figures |= _whole(intervals_of(measure, len(targets), config.seed))
     figures |= ranking(targets, calibrated, labels)
     figures["log_loss", ""] = log_loss(targets, calibrated, config.task)
     figures["brier", ""] = brier_score(targets, calibrated, config.task)
@@ -63,19 +99,28 @@ def intervals(targets: Floats, chosen: Choices, seed: int) -> Figures:
     truth = targets.astype(np.float64)
     decided = chosen.astype(np.float64)
     exact = (targets == chosen).all(axis=1).astype(np.float64)
-    rows, generator = len(targets), np.random.default_rng(seed)
-    accuracies, f1s = [], []
-    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
-        # How often each row was drawn in each resample: (B, N).
-        drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES_AT_ONCE).astype(np.float64)
+
+    def measure(drawn: Array) -> dict[str, Array]:
         hits, predicted, actual = drawn @ (truth * decided), drawn @ decided, drawn @ truth
-        f1s.append((2 * hits / np.maximum(predicted + actual, 1)).mean(axis=1))
-        accuracies.append(drawn @ exact / rows)
-    figures: Figures = {}
-    for name, values in (("accuracy", accuracies), ("f1_macro", f1s)):
-        low, high = np.percentile(np.concatenate(values), (2.5, 97.5))
-        figures |= {(f"{name}_low", ""): float(low), (f"{name}_high", ""): float(high)}
-    return figures
+        f1 = 2 * hits / np.maximum(predicted + actual, 1)
+        return {"accuracy": drawn @ exact / len(targets), "f1_macro": f1.mean(axis=1)}
+
+    return _whole(intervals_of(measure, len(targets), seed))
+
+
+def _ordinal_measure(targets: Floats, chosen: Choices, labels: list[str]) -> Measure:
+    return ordinal_measure(targets.argmax(axis=1), chosen.argmax(axis=1), level_values(labels))
+
+
+def _value_measure(targets: Floats, outputs: Floats, scale: TargetScale | None) -> Measure:
+    """Measure outputs (N, 1) of a continuous model; without `scale` in standard deviations of the training targets."""
+    values = (scale.values(array) if scale else np.asarray(array, np.float64) for array in (targets, outputs))
+    return value_measure(*(array[:, 0] for array in values))
+
+
+def _whole(figures: dict[str, float]) -> Figures:
+    """Return figures of the whole split."""
+    return {(name, ""): value for name, value in figures.items()}
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -102,9 +147,9 @@ def ranking(targets: Floats, probabilities: Floats, labels: list[str]) -> Figure
     return figures
 
 
-def confusion(targets: Floats, probabilities: Floats, labels: list[str]) -> dict[tuple[str, str], int]:
-    """Return counts by (actual, predicted) for every pair of labels, including zeros. For single labels only."""
-    table = confusion_matrix(targets.argmax(1), probabilities.argmax(1), labels=range(len(labels)))
+def confusion(targets: Floats, probabilities: Floats, labels: list[str], task: str) -> dict[tuple[str, str], int]:
+    """Return counts by (actual, predicted) for every pair of labels, including zeros. For rows of one label only."""
+    table = confusion_matrix(targets.argmax(1), choose(probabilities, task).argmax(1), labels=range(len(labels)))
     return {
         (actual, predicted): int(table[i, j]) for i, actual in enumerate(labels) for j, predicted in enumerate(labels)
     }

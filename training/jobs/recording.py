@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from db import jobs
 from db.models import EpochMetric, TrainingJob
 from training import failpoint
-from training.evaluation.epoch import Epoch
+from training.evaluation.epoch import Epoch, quality_names
 from training.jobs.context import TrainingContext
 from training.jobs.lease import Lease
 from training.loop.checkpoints import Checkpoints, Progress
@@ -23,8 +23,9 @@ def job_checkpoints(context: TrainingContext, job: TrainingJob) -> Checkpoints:
     return Checkpoints(context.jobs_folder / str(job.id), job.fencing_token, context.checkpoint_store)
 
 
-def recording_hooks(lease: Lease, on_step: Callable[[int, int, float | None, float | None], None]) -> Hooks:
+def recording_hooks(lease: Lease, on_step: Callable[[int, int, float | None, float | None], None], task: str) -> Hooks:
     """Return hooks that record steps, with `on_step`, and epochs under the lease, and log epochs."""
+    accuracy = quality_names(task)[0].title()
 
     def on_resume(progress: Progress) -> None:
         if progress.step:
@@ -41,11 +42,12 @@ def recording_hooks(lease: Lease, on_step: Callable[[int, int, float | None, flo
 
     def on_epoch(epoch: Epoch) -> None:
         log.info(
-            "job %d: Epoch: %d, Loss: %.4f, lr: %.3g, Validation Accuracy = %.4f",
+            "job %d: Epoch: %d, Loss: %.4f, lr: %.3g, Validation %s = %.4f",
             lease.job_id,
             epoch.epoch,
             epoch.train_loss,
             epoch.learning_rate,
+            accuracy,
             epoch.valid_accuracy,
         )
         lease.record(

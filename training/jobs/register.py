@@ -11,7 +11,9 @@ from db import jobs, registry
 from db.models import ModelVersion
 from db.session import Database
 from training import failpoint
+from training.data.columns import VALUE
 from training.data.dataset import Split
+from training.data.numbers import TargetScale
 from training.errors import StoreUnavailable
 from training.evaluation.decisions import Floats, choose, confidence, label_text
 from training.evaluation.metrics import confusion
@@ -110,9 +112,10 @@ class _Registration:
 
 
 def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
-    if result.spec.config.task == "multi_label":
+    config = result.spec.config
+    if not config.one_label:
         return []  # a confusion matrix needs one label per row
-    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels)
+    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels, config.task)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
@@ -125,6 +128,8 @@ def _out_of_fold_rows(result: TrainingResult) -> list[dict[str, Any]]:
 
 
 def _prediction_rows(rows: Split, probabilities: Floats, spec: Spec) -> list[dict[str, Any]]:
+    if spec.scale is not None:
+        return _value_rows(rows, spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
     confidences = confidence(probabilities, chosen, spec.config.task)
     return [
@@ -137,4 +142,20 @@ def _prediction_rows(rows: Split, probabilities: Floats, spec: Spec) -> list[dic
             "probabilities": dict(zip(spec.labels, map(float, probabilities[i]), strict=True)),
         }
         for i in range(len(rows))
+    ]
+
+
+def _value_rows(test: Split, scale: TargetScale, outputs: Floats) -> list[dict[str, Any]]:
+    """The rows of a continuous model: `actual` and `predicted` are numbers."""
+    actual, predicted = (scale.values(array)[:, 0] for array in (test.targets, outputs))
+    return [
+        {
+            "row_number": test.row_numbers[i],
+            "text": test.texts[i],
+            "actual": scale.text(actual[i]),
+            "predicted": scale.text(predicted[i]),
+            "probability": 1.0,
+            "probabilities": {VALUE: float(predicted[i])},
+        }
+        for i in range(len(test))
     ]

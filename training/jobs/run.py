@@ -89,7 +89,7 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
             device=prepared.device,
             checkpoints=checkpoints,
             board_folder=context.boards_folder / f"job-{job.id}",
-            hooks=recording_hooks(lease, crossed.on_step),
+            hooks=recording_hooks(lease, crossed.on_step, config.task),
         )
         evaluation = evaluate(prepared, data, lease)
         return register(database, context, lease, prepared, data, history, evaluation, crossed)
@@ -143,7 +143,9 @@ class Prepared:
 
     def fit_inputs(self, rows: Dataset) -> FitInputs:
         ids, pad_id = self.token_ids, self.tokenizer.pad_token_id
-        return FitInputs(rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id)
+        return FitInputs(
+            rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id, rows.scale
+        )
 
 
 def prepare(base: BaseModelFolder, rows: Dataset, config: TrainConfig, device: str) -> Prepared:
@@ -187,7 +189,7 @@ def evaluate(prepared: Prepared, data: JobData, lease: Lease) -> Evaluation:
 
     valid, test = logits("valid", rows.valid), logits("test", rows.test)
     temperature = fit_temperature(valid, rows.valid.targets, config.task)
-    figures = model_figures(rows.test.targets, test, temperature, rows.labels, config)
+    figures = model_figures(rows.test.targets, test, temperature, rows.labels, config, rows.scale)
     if config.baseline:
         baseline_figures, notes = baselines(rows, config.task, config.seed, lease.check)
         figures |= baseline_figures
@@ -213,7 +215,14 @@ def register(
     crossed: CrossValidation,
 ) -> int:
     """Store the artifact and register the model version. Returns its id."""
-    spec = make_spec(data.rows.labels, prepared.config, prepared.base, prepared.tokenizer, evaluation.temperature)
+    spec = make_spec(
+        data.rows.labels,
+        prepared.config,
+        prepared.base,
+        prepared.tokenizer,
+        evaluation.temperature,
+        data.rows.scale,
+    )
     result = TrainingResult(
         lease.job_id,
         lease.token,

@@ -15,10 +15,11 @@ from transformers import get_scheduler
 from training import failpoint
 from training.config import AdaptConfig, TrainConfig
 from training.data.dataset import Split
+from training.data.numbers import TargetScale
 from training.errors import StopRequested
 from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch
-from training.evaluation.metrics import metrics
+from training.evaluation.metrics import epoch_quality
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.predict import loss_function, predict
 from training.model.batching import cut, pad, shuffled_batches
@@ -44,7 +45,10 @@ class Hooks:
 
 @dataclass(frozen=True)
 class FitInputs:
-    """The data and configuration of a run. `train_rows` and `valid_rows` are lists of token ids."""
+    """The data and configuration of a run. `train_rows` and `valid_rows` are lists of token ids.
+
+    `scale` is that of a continuous task. Only TensorBoard uses it.
+    """
 
     train: Split
     valid: Split
@@ -53,6 +57,7 @@ class FitInputs:
     labels: list[str]
     config: TrainConfig
     pad_id: int
+    scale: TargetScale | None = None
 
 
 def fit(
@@ -84,7 +89,7 @@ def fit(
             run.train_epoch(board, started)
             epoch, probabilities = run.validate(started)
             run.save(epoch)
-            board.epoch(progress.step, epoch, inputs.valid, probabilities, inputs.labels, inputs.config.task)
+            board.epoch(progress.step, epoch, inputs.valid, probabilities, inputs.labels, inputs.config, inputs.scale)
             hooks.on_epoch(epoch)
         run.load_best()
         model.eval()
@@ -189,18 +194,18 @@ class _Run:
                 self.device,
                 self.report_step,
             )
-        figures = metrics(inputs.valid.targets, scored.probabilities, inputs.labels, config.task)
+        accuracy, f1_macro = epoch_quality(inputs.valid.targets, scored.probabilities, config.task)
         failpoint.passing("validated")
-        best = max(progress.best_f1_macro, figures["f1_macro", ""])
+        best = max(progress.best_f1_macro, f1_macro)
         epoch = Epoch(
             progress.epoch,
             progress.loss_sum / len(inputs.train_rows),
             progress.learning_rate,
             scored.loss,
-            figures["accuracy", ""],
-            figures["f1_macro", ""],
+            accuracy,
+            f1_macro,
             time.monotonic() - started,
-            as_good(figures["f1_macro", ""], best, len(inputs.valid)),
+            f1_macro >= best if config.task == "continuous" else as_good(f1_macro, best, len(inputs.valid)),
         )
         return epoch, scored.probabilities
 

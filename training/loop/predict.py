@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.evaluation.decisions import Floats, to_probabilities
 from training.model.batching import pad, plan_batches
 from training.model.classifier import Classifier
+
+# A tenth of a row's target goes to each neighbour of its level. With 1 a quarter does, which raised the log loss on
+# three levels of reviews; with 2 it stayed the same, and kappa and the absolute error improved.
+SHARPNESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,11 @@ def loss_function(config: TrainConfig, targets: Floats | None = None, reduction:
     With `class_weights: balanced` every label has the same weight. `targets` (N, K) are those of the training rows.
     Cross-entropy weights a row by N / (K * rows of its label). Binary cross-entropy weights the positive rows of a
     label by the ratio of negative to positive rows.
+
+    The targets of an ordinal task are spread over neighbouring levels, see `OrdinalLoss`.
     """
+    if config.loss == "mse":
+        return nn.MSELoss(reduction=reduction)
     weights = None
     if config.class_weights == "balanced" and targets is not None:
         rows_of_label = targets.sum(axis=0).clip(min=1)
@@ -39,7 +47,33 @@ def loss_function(config: TrainConfig, targets: Floats | None = None, reduction:
         weights = torch.from_numpy(np.asarray(others / rows_of_label, np.float32))
     if config.loss == "bce":
         return nn.BCEWithLogitsLoss(pos_weight=weights, reduction=reduction)
+    if config.task == "ordinal":
+        return OrdinalLoss(weights, reduction)
     return nn.CrossEntropyLoss(weight=weights, reduction=reduction)
+
+
+class OrdinalLoss(nn.Module):
+    """Cross-entropy against targets that are spread over the neighbours of the actual level.
+
+    The soft labels of Diaz and Marathe (2019), "Soft Labels for Ordinal Regression": the target of level j in a row of
+    level i is the softmax over j of -`SHARPNESS` (i - j)^2. A row whose targets are probabilities gets their mixture.
+    `weights` (K,) multiply the terms of the levels.
+    """
+
+    def __init__(self, weights: Tensor | None, reduction: str) -> None:
+        super().__init__()
+        self.cross_entropy = nn.CrossEntropyLoss(weight=weights, reduction=reduction)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits (B, K) and targets (B, K)."""
+        loss: Tensor = self.cross_entropy(logits, targets @ soft_levels(targets.shape[1]).to(targets))
+        return loss
+
+
+def soft_levels(levels: int) -> Tensor:
+    """Return the soft labels (K, K) of each level; every row sums to 1."""
+    steps = torch.arange(levels, dtype=torch.float32)
+    return (-SHARPNESS * (steps[:, None] - steps) ** 2).softmax(dim=1)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 config.json, model.safetensors   encoder and head; with a native head, a plain Hugging Face sequence classifier
 tokenizer_config.json, ...       the tokenizer and the name of its MeCab dictionary
-tweetscore.json                  labels, polarity, cleaner, temperature, and the training configuration
+tweetscore.json                  labels, polarity, cleaner, temperature, scale, and the training configuration
 README.md, *.png                 the model card and its figures
 reference.safetensors            token ids of validation rows, with their float32 logits
 SHA256SUMS                       sha256 of every file above; the sha256 of this file identifies the artifact
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.config import TrainConfig
 from training.data.columns import sentiment_of
+from training.data.numbers import TargetScale, level_polarity
 from training.errors import BadArtifact
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, empty_model, load_encoder_config
@@ -38,13 +39,23 @@ REFERENCE = "reference.safetensors"
 FORMAT_VERSION = 1
 # Validation rows kept to compare engines: enough to detect one changed label in 200.
 REFERENCE_ROWS = 2_000
+# The names of transformers: with them a plain pipeline applies softmax, sigmoid or nothing.
+PROBLEM_TYPES = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "ordinal": "single_label_classification",
+    "continuous": "regression",
+}
 
 POLARITY = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What scoring needs besides the weights. `polarity` maps labels to -1..1, or is None when unknown."""
+    """What scoring needs besides the weights. `polarity` maps labels to -1..1, or is None when unknown.
+
+    `scale` converts the outputs of a continuous model, and is None for any other.
+    """
 
     labels: list[str]
     polarity: dict[str, float] | None
@@ -54,6 +65,7 @@ class Spec:
     mecab_dictionary: str | None
     cleaner_version: str = NEWEST_CLEANER
     temperature: float = 1.0
+    scale: TargetScale | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ def make_spec(
     base: BaseModelFolder,
     tokenizer: PreTrainedTokenizerBase,
     temperature: float = 1.0,
+    scale: TargetScale | None = None,
 ) -> Spec:
     """Return the `Spec` of a model trained with `config` from a base model."""
     return Spec(
@@ -92,16 +105,22 @@ def make_spec(
         mecab_dictionary(tokenizer),
         config.cleaner,
         temperature,
+        scale,
     )
 
 
 def find_polarity(labels: list[str], config: TrainConfig) -> dict[str, float] | None:
-    """Return label -> -1..1, or None when `config` has no polarity and a label is not a known name of a sentiment."""
+    """Return label -> -1..1, or None when `config` has no polarity and a label is not a known name of a sentiment.
+
+    The levels of an ordinal task rise from -1 to 1, unless they are such names. A continuous task has no labels.
+    """
+    if config.task == "continuous":
+        return None
     if config.polarity is not None:
         return {label: config.polarity.get(label, 0.0) for label in labels}
     sentiments = {label: sentiment_of(label) for label in labels}
     if None in sentiments.values():
-        return None
+        return level_polarity(labels) if config.task == "ordinal" else None
     return {label: POLARITY[str(sentiment)] for label, sentiment in sentiments.items()}
 
 
@@ -119,6 +138,8 @@ def save_artifact(
     """
     encoder_config = _hub_config(model, spec)
     written = {"format_version": FORMAT_VERSION, **asdict(spec), "config": spec.config.model_dump(mode="json")}
+    if spec.scale is None:
+        del written["scale"]  # earlier releases refuse it
     with new_sealed_folder(folder) as draft:
         encoder_config.save_pretrained(str(draft))
         tokenizer.save_pretrained(str(draft))
@@ -135,7 +156,7 @@ def _hub_config(model: Classifier, spec: Spec) -> Any:
     encoder_config = model.encoder_config
     encoder_config.id2label = dict(enumerate(spec.labels))
     encoder_config.label2id = {label: index for index, label in enumerate(spec.labels)}
-    encoder_config.problem_type = f"{spec.config.task}_classification"
+    encoder_config.problem_type = PROBLEM_TYPES[spec.config.task]
     if spec.config.pooling == "native":
         encoder_config.architectures = [type(model.network).__name__]
     return encoder_config
@@ -179,7 +200,8 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
         written: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         if written.pop("format_version") != FORMAT_VERSION:
             raise BadArtifact(f"{folder} has an artifact format that this version cannot read; upgrade tweetscore")
-        spec = Spec(**{**written, "config": TrainConfig(**written["config"])})
+        scale = TargetScale(**written["scale"]) if "scale" in written else None
+        spec = Spec(**{**written, "config": TrainConfig(**written["config"]), "scale": scale})
         model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
         model.network.load_state_dict(load_file(str(folder / WEIGHTS)))
         reference = _load_reference(folder / REFERENCE)

@@ -4,25 +4,40 @@ Everything in it comes from the training run, or for an imported classifier from
 unknown, and the card states that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
+from training.data.numbers import number_text
 from training.evaluation.cross_validation import describe
+from training.evaluation.epoch import quality_names
 from training.model.artifact import Spec
 from training.model.base_model import is_hub_name, looks_local
 from training.model.imported import ImportedClassifier
 from training.reporting import plots
-from training.reporting.training_result import TrainingResult
+from training.reporting.training_result import TrainingResult, Values
 
 CARD = "README.md"
 MEASURED = {
+    "quadratic_kappa": "Quadratic weighted kappa", "mean_absolute_error": "Mean absolute error",
+    "root_mean_squared_error": "Root mean squared error", "pearson": "Pearson's r", "spearman": "Spearman's rho",
     "accuracy": "Accuracy", "f1_macro": "F1 macro", "f1_micro": "F1 micro", "roc_auc": "ROC-AUC (mean of labels)",
     "average_precision": "Average precision (mean of labels)", "log_loss": "Log loss", "brier": "Brier score",
     "ece": "Calibration error (ECE), scaled", "ece_uncalibrated": "Calibration error (ECE), before scaling",
 }  # fmt: skip
+
+# Figures for the hub: its name of the metric, the shown name, and ours.
+HEADLINES = {
+    "single_label": (("accuracy", "Accuracy", "accuracy"), ("f1", "F1 macro", "f1_macro")),
+    "continuous": (
+        ("mae", "Mean absolute error", "mean_absolute_error"),
+        ("pearsonr", "Pearson's r", "pearson"),
+        ("spearmanr", "Spearman's rho", "spearman"),
+    ),
+}
 
 # What each cleaner does, see `cleaning.py`.
 CLEANED = {"1": "HTML entities resolved, links and mentions removed, white space collapsed"}
@@ -81,6 +96,13 @@ def _pictures(result: TrainingResult) -> dict[str, tuple[str, Any]]:
     """Return file name -> (caption, figure)."""
     targets, labels, task = result.data.test.targets, result.spec.labels, result.spec.config.task
     raw, calibrated = result.probabilities_at(1.0), result.probabilities
+    if task == "continuous":
+        actual, predicted = result.values(targets), result.values(calibrated)
+        return {
+            "epochs": ("Loss and validation metrics per epoch", plots.epochs(result.history, quality_names(task))),
+            "values": ("Predicted and actual values of the test rows", plots.values(actual, predicted)),
+            "errors": ("Histogram of errors", plots.error_histogram(actual, predicted)),
+        }
     return {
         "epochs": ("Loss and validation metrics per epoch", plots.epochs(result.history)),
         "confusion": ("Confusion matrix of the test rows", plots.confusion(targets, calibrated, labels, task)),
@@ -91,6 +113,7 @@ def _pictures(result: TrainingResult) -> dict[str, tuple[str, Any]]:
 
 def _metadata(result: TrainingResult) -> ModelCardData:
     spec, figures = result.spec, result.figures
+    headline = HEADLINES.get(spec.config.task, HEADLINES["single_label"])
     results = [
         EvalResult(
             task_type="text-classification",
@@ -101,7 +124,8 @@ def _metadata(result: TrainingResult) -> ModelCardData:
             metric_name=name,
             metric_value=round(figures[key, ""], 4),
         )
-        for metric, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "F1 macro", "f1_macro"))
+        for metric, name, key in headline
+        if (key, "") in figures
     ]
     return ModelCardData(
         language="ja",
@@ -109,7 +133,7 @@ def _metadata(result: TrainingResult) -> ModelCardData:
         pipeline_tag="text-classification",
         tags=["sentiment-analysis", "twitter", "tweetscore"],
         base_model=_hub_name(spec),
-        metrics=["accuracy", "f1"],
+        metrics=[metric for metric, _, _ in headline],
         model_name=_name(result),
         eval_results=results,
     )
@@ -131,11 +155,15 @@ def _base(spec: Spec) -> str:
 
 def _summary(result: TrainingResult) -> str:
     config, labels = result.spec.config, result.spec.labels
-    kind = "any number of" if config.task == "multi_label" else "one of"
+    kind = {"multi_label": "any number of", "ordinal": "one of the ordered"}.get(config.task, "one of")
+    task = f"Assigns {kind} {len(labels)} labels to a Japanese tweet: {', '.join(map(_code, labels))}."
+    kept = "the last epoch whose validation macro-F1 is within one standard error of the best"
+    if config.task == "continuous":
+        task = "Assigns a number to a Japanese tweet."
+        kept = "the epoch with the lowest mean absolute error on the validation rows"
     return (
-        f"# {_name(result)}\n\nAssigns {kind} {len(labels)} labels to a Japanese tweet: "
-        f"{', '.join(map(_code, labels))}. {_base(result.spec)} fine-tuned for {len(result.history)} epochs; "
-        "the weights are those of the last epoch whose validation macro-F1 is within one standard error of the best."
+        f"# {_name(result)}\n\n{task} {_base(result.spec)} fine-tuned for {len(result.history)} epochs; the weights "
+        f"are those of {kept}."
     )
 
 
@@ -147,21 +175,32 @@ def _use(spec: Spec) -> str:
         'classifier = pipeline("text-classification", "path/of/this/folder", truncation=True, '
         f'max_length={spec.config.max_length})\nclassifier("最高の一日")\n```\n\n'
         "The logits equal those of tweetscore when the text is cleaned first, with cleaner "
-        f"{spec.cleaner_version}: {CLEANED[spec.cleaner_version]}. For tweetscore's probabilities, divide the logits "
-        f"by the temperature, {spec.temperature:.3f}."
+        f"{spec.cleaner_version}: {CLEANED[spec.cleaner_version]}. {_from_logits(spec)}"
     )
+
+
+def _from_logits(spec: Spec) -> str:
+    if spec.scale is not None:
+        return f"For the value, multiply the logit by {spec.scale.deviation:.6g} and add {spec.scale.mean:.6g}."
+    median = " The predicted level is the median of these probabilities." if spec.config.task == "ordinal" else ""
+    return f"For tweetscore's probabilities, divide the logits by the temperature, {spec.temperature:.3f}.{median}"
 
 
 def _data(result: TrainingResult) -> str:
     sizes = {part: len(getattr(result.data, part)) for part in ("train", "valid", "test")}
+    about = f"## Training data\n\n`{result.dataset_name}`, sha256 `{result.dataset_sha256}`.{_split(result)}\n\n"
+    if result.spec.scale is not None:
+        targets = [result.values(getattr(result.data, part).targets) for part in sizes]
+        measures: dict[str, Callable[[Values], float]] = {
+            "mean": np.mean, "standard deviation": np.std, "lowest": np.min, "highest": np.max,
+        }  # fmt: skip
+        summaries = [(name, *(number_text(of(values)) for values in targets)) for name, of in measures.items()]
+        return about + _table(["", "training", "validation", "test"], [("**rows**", *sizes.values()), *summaries])
     rows = [
         (_code(label), *(int(getattr(result.data, part).targets[:, k].sum()) for part in sizes))
         for k, label in enumerate(result.spec.labels)
     ]
-    return (
-        f"## Training data\n\n`{result.dataset_name}`, sha256 `{result.dataset_sha256}`.{_split(result)}\n\n"
-        + _table(["rows", "training", "validation", "test"], [*rows, ("**all**", *sizes.values())])
-    )
+    return about + _table(["rows", "training", "validation", "test"], [*rows, ("**all**", *sizes.values())])
 
 
 def _split(result: TrainingResult) -> str:
@@ -181,7 +220,7 @@ def _split(result: TrainingResult) -> str:
         if report
         else ""
     )
-    stratified = " and stratified" if config.task == "single_label" else ""
+    stratified = " and stratified" if config.one_label else ""
     return f"{left_out} The split is seeded{stratified}; no text is in two parts."
 
 
@@ -195,44 +234,56 @@ def _results(result: TrainingResult) -> str:
         interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
         others = (_figure(figures.get((f"{baseline}_{metric}", ""))) for baseline in ("tfidf", "majority"))
         rows.append((name, _figure(figures[metric, ""]), interval, *others))
+    parts = ["## Results on the test rows"]
+    if config.one_label:
+        parts.append("With one label per row, micro-F1 equals accuracy by definition.")
+    baselines = ["TF-IDF + logistic regression", "majority"]
+    if config.task == "continuous":
+        baselines = ["TF-IDF + ridge regression", "mean"]
+    parts.append(_table(["", "model", "95 % interval (bootstrap)", *baselines], rows))
+    if config.task != "continuous":
+        parts.append(_of_labels(result))
+    parts += _cross_validation(result)
+    parts += [f"Note: {note}." for note in result.data.report.get("notes", ())]
+    if config.task != "continuous":
+        fitted_on = f"was fitted on the {len(result.data.valid):,} validation rows."
+        parts.append(f"The temperature, {result.spec.temperature:.3f}, {fitted_on}")
+    return "\n\n".join(parts)
+
+
+def _of_labels(result: TrainingResult) -> str:
+    figures = result.figures
     per_label = [
         (_code(label), *(_figure(figures[metric, label]) for metric in ("precision", "recall", "f1")),
          int(figures["support", label]))
         for label in result.spec.labels
     ]  # fmt: skip
-    same = (
-        "With one label per row, micro-F1 equals accuracy by definition.\n\n" if config.task == "single_label" else ""
-    )
-    return (
-        f"## Results on the test rows\n\n{same}"
-        + _table(["", "model", "95 % interval (bootstrap)", "TF-IDF + logistic regression", "majority"], rows)
-        + "\n\n"
-        + _table(["label", "precision", "recall", "F1", "test rows"], per_label)
-        + _cross_validation(result)
-        + "".join(f"\n\nNote: {note}." for note in result.data.report.get("notes", ()))
-        + f"\n\nThe temperature, {result.spec.temperature:.3f}, was fitted on the {len(result.data.valid):,} "
-        "validation rows."
-    )
+    return _table(["label", "precision", "recall", "F1", "test rows"], per_label)
 
 
-def _cross_validation(result: TrainingResult) -> str:
+def _cross_validation(result: TrainingResult) -> list[str]:
     line = describe(result.figures)
     if line is None or result.out_of_fold is None:
-        return ""
-    return (
-        f"\n\n{line} (mean and standard deviation of the folds). It is over all {len(result.out_of_fold.rows):,} "
-        "labelled rows: each was predicted by a model that was not trained on it."
-    )
+        return []
+    return [
+        f"{line} (mean and standard deviation of the folds). It is over all {len(result.out_of_fold.rows):,} labelled "
+        "rows: each was predicted by a model that was not trained on it."
+    ]
 
 
 def _limits(result: TrainingResult) -> str:
-    tested = len(result.data.test)
-    width = result.figures["f1_macro_high", ""] - result.figures["f1_macro_low", ""]
+    figures, tested = result.figures, len(result.data.test)
+    if result.spec.config.task == "continuous":
+        width = figures["mean_absolute_error_high", ""] - figures["mean_absolute_error_low", ""]
+        interval, chosen = f"the mean absolute error is {number_text(width)}", "The epoch was"
+    else:
+        width = 100 * (figures["f1_macro_high", ""] - figures["f1_macro_low", ""])
+        interval, chosen = f"macro-F1 is {width:.1f} points", "The epoch and the temperature were both"
     return (
-        f"## Limits\n\n- Measured on {tested:,} rows of the same dataset: the 95 % interval of macro-F1 is "
-        f"{100 * width:.1f} points wide. Results on tweets of other times and topics can be lower.\n"
+        f"## Limits\n\n- Measured on {tested:,} rows of the same dataset: the 95 % interval of {interval} wide. "
+        "Results on tweets of other times and topics can be worse.\n"
         f"- Texts are truncated after {result.spec.config.max_length} tokens.\n"
-        "- The epoch and the temperature were both chosen on the validation rows.\n"
+        f"- {chosen} chosen on the validation rows.\n"
         "- The labels are the judgement of their annotators. Irony and quotations are often misclassified.\n"
         "- The licence of the training data is unknown; ask its owner before you distribute this model."
     )

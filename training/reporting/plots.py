@@ -9,12 +9,16 @@ import matplotlib_fontja  # noqa: F401 - sets a font with Japanese glyphs
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
+from training.data.numbers import number_text
 from training.evaluation.calibration import reliability_bins
 from training.evaluation.decisions import Floats, choose, confidence, label_text
 from training.evaluation.epoch import Epoch
 
 mpl.use("Agg")
+
+Values = NDArray[np.float64]
 
 ROWS_SHOWN = 8
 TEXT_SHOWN = 40
@@ -26,23 +30,36 @@ DECISIONS = ("true positive", "false negative", "false positive", "true negative
 
 def predictions(texts: Sequence[str], targets: Floats, probabilities: Floats, labels: list[str], task: str) -> Figure:
     """Show the first rows: text, predicted label with its probability, actual label; green if correct, else red."""
-    shown = min(ROWS_SHOWN, len(texts))
-    chosen = choose(probabilities[:shown], task)
-    figure = Figure(figsize=(8, 0.62 * shown + 0.2))
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.98)
-    for i in range(shown):
-        axes = figure.add_subplot(shown, 1, i + 1, xticks=[], yticks=[])
-        axes.set_axis_off()
-        predicted, actual = label_text(chosen[i], labels) or "-", label_text(targets[i], labels) or "-"
+    chosen = choose(probabilities[:ROWS_SHOWN], task)
+    sure = confidence(probabilities[:ROWS_SHOWN], chosen, task)
+    captions = []
+    for of_row, target, probability in zip(chosen, targets, sure, strict=False):
+        predicted, actual = label_text(of_row, labels) or "-", label_text(target, labels) or "-"
         color = "green" if predicted == actual else "red"
-        caption = f"{predicted}, {100 * float(probabilities[i].max()):.1f}%  (label: {actual})"
+        captions.append((f"{predicted}, {100 * float(probability):.1f}%  (label: {actual})", color))
+    return _captioned(texts, captions)
+
+
+def predicted_values(texts: Sequence[str], actual: Values, predicted: Values) -> Figure:
+    """Show the first rows of a continuous task: text, predicted value, actual value."""
+    pairs = zip(predicted[:ROWS_SHOWN], actual, strict=False)
+    return _captioned(texts, [(f"{number_text(said)}  (target: {number_text(true)})", "black") for said, true in pairs])
+
+
+def _captioned(texts: Sequence[str], captions: Sequence[tuple[str, str]]) -> Figure:
+    """Show texts, each above its caption (text, color)."""
+    figure = Figure(figsize=(8, 0.62 * len(captions) + 0.2))
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.98)
+    for i, (caption, color) in enumerate(captions):
+        axes = figure.add_subplot(len(captions), 1, i + 1, xticks=[], yticks=[])
+        axes.set_axis_off()
         axes.text(0, 0.62, drawable(texts[i], TEXT_SHOWN), va="center", fontsize=11)
         axes.text(0, 0.12, drawable(caption, 2 * TEXT_SHOWN), va="center", color=color, fontsize=10)
     return figure
 
 
-def epochs(history: Sequence[Epoch]) -> Figure:
-    """Plot losses, validation accuracy and macro-F1 per epoch, and mark the epoch whose weights are kept."""
+def epochs(history: Sequence[Epoch], names: tuple[str, str] = ("accuracy", "F1 macro")) -> Figure:
+    """Plot losses and the figures of the validation rows, called `names`, per epoch; mark the epoch that is kept."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     numbers = [epoch.epoch for epoch in history]
@@ -50,8 +67,8 @@ def epochs(history: Sequence[Epoch]) -> Figure:
     loss.plot(numbers, [epoch.train_loss for epoch in history], marker="o", label="training")
     loss.plot(numbers, [epoch.valid_loss for epoch in history], marker="o", label="validation")
     loss.set_title("loss")
-    quality.plot(numbers, [epoch.valid_accuracy for epoch in history], marker="o", label="accuracy")
-    quality.plot(numbers, [epoch.valid_f1_macro for epoch in history], marker="o", label="F1 macro")
+    quality.plot(numbers, [epoch.valid_accuracy for epoch in history], marker="o", label=names[0])
+    quality.plot(numbers, [epoch.valid_f1_macro for epoch in history], marker="o", label=names[1])
     quality.set_title("validation rows")
     for axes in (loss, quality):
         axes.axvline(kept, color="gray", linestyle=":", label="kept")
@@ -126,6 +143,31 @@ def confidence_histogram(targets: Floats, probabilities: Floats, task: str) -> F
     axes.legend([f"correct ({int(correct.sum()):,})", f"incorrect ({int((~correct).sum()):,})"], loc="upper left")
     axes.set_xlim(0, 1)
     axes.set_xlabel("confidence")
+    axes.set_ylabel("test rows")
+    return figure
+
+
+def values(actual: Values, predicted: Values) -> Figure:
+    """Plot predicted against actual values."""
+    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    ends = [min(actual.min(), predicted.min()), max(actual.max(), predicted.max())]
+    axes.plot(ends, ends, color="gray", linestyle=":", label="perfect")
+    axes.scatter(actual, predicted, s=12, alpha=0.5)
+    axes.set_xlabel("actual")
+    axes.set_ylabel("predicted")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def error_histogram(actual: Values, predicted: Values) -> Figure:
+    """Plot a histogram of the errors, predicted minus actual."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(predicted - actual, bins=21, color="tab:blue")
+    axes.axvline(0, color="gray", linestyle=":")
+    axes.set_xlabel("predicted minus actual")
     axes.set_ylabel("test rows")
     return figure
 

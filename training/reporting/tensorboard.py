@@ -12,8 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.config import TrainConfig
 from training.data.dataset import Split
+from training.data.numbers import TargetScale
 from training.evaluation.decisions import Floats
-from training.evaluation.epoch import Epoch
+from training.evaluation.epoch import Epoch, quality_names
 from training.model.batching import pad
 from training.model.classifier import Classifier
 from training.reporting import plots
@@ -46,22 +47,41 @@ class TensorBoardWriter:
         self._writer.add_scalar("training loss", loss, step)
         self._writer.add_scalar("learning rate", learning_rate, step)
 
-    def epoch(self, step: int, epoch: Epoch, valid: Split, probabilities: Floats, labels: list[str], task: str) -> None:
+    def epoch(
+        self,
+        step: int,
+        epoch: Epoch,
+        valid: Split,
+        probabilities: Floats,
+        labels: list[str],
+        config: TrainConfig,
+        scale: TargetScale | None = None,
+    ) -> None:
         """Write an epoch's figures, and plots of the predicted `probabilities` (N, K) of the validation rows."""
         if self._writer is None:
             return
+        accuracy, f1_macro = quality_names(config.task)
         figures = {
             "epoch loss": epoch.train_loss,
             "validation loss": epoch.valid_loss,
-            "validation accuracy": epoch.valid_accuracy,
-            "validation f1 macro": epoch.valid_f1_macro,
+            f"validation {accuracy.lower()}": epoch.valid_accuracy,
+            f"validation {f1_macro.lower()}": epoch.valid_f1_macro,
         }
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        drawn = {
-            "predictions vs. actuals": plots.predictions(valid.texts, valid.targets, probabilities, labels, task),
-            "confusion": plots.confusion(valid.targets, probabilities, labels, task),
-        }
+        if scale is None:
+            drawn = {
+                "predictions vs. actuals": plots.predictions(
+                    valid.texts, valid.targets, probabilities, labels, config.task
+                ),
+                "confusion": plots.confusion(valid.targets, probabilities, labels, config.task),
+            }
+        else:
+            actual, predicted = (scale.values(outputs)[:, 0] for outputs in (valid.targets, probabilities))
+            drawn = {
+                "predictions vs. actuals": plots.predicted_values(valid.texts, actual, predicted),
+                "values": plots.values(actual, predicted),
+            }
         for name, figure in drawn.items():
             self._writer.add_figure(name, figure, global_step=step)
 

@@ -13,6 +13,8 @@ from training.evaluation.epoch import Epoch
 from training.evaluation.metrics import Figures
 from training.model.artifact import Spec
 
+Values = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class OutOfFold:
@@ -49,6 +51,11 @@ class TrainingResult:
     def probabilities(self) -> Floats:
         """Probabilities (N, K) of the test rows at the model's temperature, as in scoring."""
         return self.probabilities_at(self.spec.temperature)
+
+    def values(self, outputs: Floats) -> Values:
+        """Return targets or outputs (N, 1) of a continuous task as values (N,)."""
+        assert self.spec.scale is not None  # noqa: S101 - every continuous model has a scale
+        return self.spec.scale.values(outputs)[:, 0]
 
     def probabilities_at(self, temperature: float) -> Floats:
         """Return the probabilities (N, K) of the test rows at a temperature."""

@@ -61,6 +61,7 @@ for command in (adapt.adapt, tune.tune, tweets.push, tweets.score, tweets.rescor
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
+TASK = "single_label, multi_label (labels joined by |), ordinal (ordered levels) or continuous (numbers)."
 
 
 def _print_version(wanted: bool) -> None:
@@ -172,12 +173,12 @@ def train(
         str | None, typer.Option(help="Encoder: a Hub name, a local folder, starter, or adapted:ID.")
     ] = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the Hub repository.")] = None,
-    task: Annotated[str | None, typer.Option(help="single_label, or multi_label (labels joined by |).")] = None,
+    task: Annotated[str | None, typer.Option(help=TASK)] = None,
     labels: Annotated[str | None, typer.Option(help="Allowed labels: a,b or 0=negative,1=positive.")] = None,
     polarity: Annotated[str | None, typer.Option(help="Score of each label from -1 to 1: good=1,bad=-1.")] = None,
     head: Annotated[str | None, typer.Option(help="Classification head: guide or linear.")] = None,
     pooling: Annotated[str | None, typer.Option(help="Vector of a text: pooler, mean or cls.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Loss function: bce or cross_entropy.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Loss function: bce, cross_entropy or mse.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the schedule.")] = None,
     train_batch_size: Annotated[int | None, typer.Option(help="Rows of one training step.")] = None,

@@ -23,6 +23,7 @@ Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the st
 Model = Annotated[int, typer.Argument(help="Model version.")]
 CHAMPION = "champion"  # `db.registry.CHAMPION`, without loading SQLAlchemy
 MOST_WRONG = 20
+LISTED_METRICS = ("f1_macro", "mean_absolute_error")
 
 
 @app.command("list")
@@ -45,7 +46,7 @@ def models_list(
                 {
                     **output.fields(v),
                     "aliases": named[v.id],
-                    "f1_macro": m.get(("f1_macro", "")),
+                    **{name: m.get((name, "")) for name in LISTED_METRICS},
                     "evaluations": [output.evaluation_fields(*pair) for pair in measured[v.id]],
                 }
                 for v, m in rows
@@ -54,11 +55,11 @@ def models_list(
         return
     output.table(
         None,
-        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "created"],
+        ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "MAE", "created"],
         [
             (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id or "imported", v.base_model,
              ", ".join(v.labels), m.get(("accuracy", "")),
-             m.get(("f1_macro", "")) if m else output.NO_TEST_FIGURES, v.created_at)
+             *((m.get((name, "")) for name in LISTED_METRICS) if m else (output.NO_TEST_FIGURES, "")), v.created_at)
             for v, m in rows
         ],
     )  # fmt: skip
@@ -93,6 +94,7 @@ def models_bases(json: Json = False) -> None:
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test metrics and most confident errors."""
     from db import registry
+    from training.data.columns import VALUE
     from worker.connections import model_store, open_sql
     from worker.settings import load_settings
 
@@ -142,7 +144,7 @@ def models_show(model: Model, json: Json = False) -> None:
         )
     if wrong:
         output.table(
-            f"Most confidently wrong ({len(wrong)} test rows)",
+            f"{'Largest errors' if version.labels == [VALUE] else 'Most confidently wrong'} ({len(wrong)} test rows)",
             ["row", "actual", "predicted", "probability", "text"],
             [(row.row_number, row.actual, row.predicted, row.probability, row.text) for row in wrong],
         )
@@ -152,6 +154,7 @@ def models_show(model: Model, json: Json = False) -> None:
 def models_compare(one: Model, other: Model, json: Json = False) -> None:
     """Compare the test metrics of two models, with a significance test."""
     from db import registry
+    from training.data.columns import VALUE
     from training.evaluation.metrics import mcnemar
     from worker.connections import open_sql
     from worker.settings import load_settings
@@ -183,7 +186,12 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
             output.line(f"model {model} has {output.NO_TEST_FIGURES}")
     if same := _same_file(*measured):
         output.table("Evaluated on the same file", ["file", "rows", f"model {one}", f"model {other}"], same)
-    if shared:
+    if shared and versions[0].labels == versions[1].labels == [VALUE]:
+        output.console.print(
+            f"of {shared} test rows in common, model {one} is closer to {only_one} targets, and model {other} to "
+            f"{only_other}: exact sign test, p = {p_value:.3g}"
+        )
+    elif shared:
         output.console.print(
             f"of {shared} test rows in common, only model {one} predicts {only_one} correctly, and only model {other} "
             f"{only_other}: exact McNemar test, p = {p_value:.3g}"

@@ -29,9 +29,13 @@ errors = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
-MODEL_METRICS = (
-    ("roc_auc", "ROC-AUC"), ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"),
-    ("ece", "ECE"), ("ece_uncalibrated", "ECE before scaling"),
+MAX_LABELS_SHOWN = 30
+TEST_METRICS = (
+    ("quadratic_kappa", "Quadratic kappa"), ("mean_absolute_error", "Mean absolute error"),
+    ("root_mean_squared_error", "Root mean squared error"), ("pearson", "Pearson"), ("spearman", "Spearman"),
+    ("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro"), ("roc_auc", "ROC-AUC"),
+    ("average_precision", "Average precision"), ("log_loss", "Log loss"), ("brier", "Brier"), ("ece", "ECE"),
+    ("ece_uncalibrated", "ECE before scaling"),
 )  # fmt: skip
 # Shown for a model that no job has measured.
 NO_TEST_FIGURES = "no test figures"
@@ -118,7 +122,7 @@ def findings(found: dict[str, Any]) -> None:
         [
             ("columns", ", ".join(found["columns"]) or "none"),
             ("rows", f"{found['rows']:,}, and {found['bad_lines']:,} lines that cannot be read"),
-            ("labels", ", ".join(f"{label} {count:,}" for label, count in found["labels"].items()) or "none"),
+            ("labels", _labels_found(found["labels"])),
             ("duplicates", f"{found['duplicates']:,} texts, {found['repeated_ids']:,} ids"),
             ("under two labels", f"{found['conflicting']:,}"),
             (
@@ -154,6 +158,12 @@ def suspects(found: "Suspects", limit: int) -> None:
     )  # fmt: skip
 
 
+def _labels_found(labels: dict[str, int]) -> str:
+    counts = [f"{label} {count:,}" for label, count in labels.items()]
+    more = len(counts) - MAX_LABELS_SHOWN
+    return ", ".join(counts[:MAX_LABELS_SHOWN]) + (f" and {more:,} more" if more > 0 else "") or "none"
+
+
 def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
     """Show a job until it ends: a bar and its epochs on a terminal, otherwise one line per epoch. Returns the ended
     job.
@@ -181,10 +191,11 @@ def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda
                 text=pace(job),
             )
             if console.is_terminal:
-                live.update(Group(progress, *([epochs_shown(done)] if done else [])), refresh=True)
+                shown_epochs = [epochs_shown(done, task_of(job))] if done else []
+                live.update(Group(progress, *shown_epochs), refresh=True)
             else:
                 for epoch in done[printed:]:
-                    console.print(f"job {job_id}: {epoch_line(epoch)}")
+                    console.print(f"job {job_id}: {epoch_line(epoch, task_of(job))}")
                 printed = len(done)
             if job.state in FINISHED_STATES:
                 # The summary shows the epochs. Without a terminal `Live` prints its last content without a newline.
@@ -208,18 +219,30 @@ def pace(job: "TrainingJob") -> str:
     return ", ".join(parts)
 
 
-def epoch_line(epoch: "EpochMetric") -> str:
+def task_of(job: "TrainingJob") -> str:
+    task: str = job.config.get("task", "single_label")
+    return task
+
+
+def epoch_line(epoch: "EpochMetric", task: str) -> str:
+    from training.evaluation.epoch import quality_names
+
     return (
         f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
-        f"Validation Accuracy = {epoch.valid_accuracy:.4f}"
+        f"Validation {quality_names(task)[0].title()} = {epoch.valid_accuracy:.4f}"
     )
 
 
-def epochs_shown(epochs: "Sequence[EpochMetric]") -> Table:
+def epochs_shown(epochs: "Sequence[EpochMetric]", task: str) -> Table:
+    from training.evaluation.epoch import quality_names
+
+    title = "kept: the last whose validation result does not differ significantly from the best"
+    if task == "continuous":
+        title = "kept: the one with the lowest mean absolute error on the validation rows"
     kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
     return as_table(
-        "Epochs (kept: the last whose validation result does not differ significantly from the best)",
-        ["epoch", "training loss", "lr", "validation loss", "accuracy", "F1 macro", "seconds", ""],
+        f"Epochs ({title})",
+        ["epoch", "training loss", "lr", "validation loss", *quality_names(task), "seconds", ""],
         [
             (
                 str(e.epoch), f"{e.train_loss:.4f}", f"{e.learning_rate:.2e}", f"{e.valid_loss:.4f}",
@@ -248,11 +271,14 @@ def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
 
 def test_table(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> None:
     """Print a model's test metrics and those of the baselines. For single labels micro-F1 equals accuracy."""
+    from training.data.columns import VALUE
     from training.evaluation.cross_validation import describe
 
+    continuous = version.labels == [VALUE]
     table(
-        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + logistic regression, and the majority label",
-        ["metric", "model", "TF-IDF", "majority", ""],
+        f"Test rows: model {version.id} ({version.base_model}), TF-IDF + "
+        + ("ridge regression, and the mean" if continuous else "logistic regression, and the majority label"),
+        ["metric", "model", "TF-IDF", "mean" if continuous else "majority", ""],
         _test_rows(version, figures),
     )
     if crossed := describe(figures):
@@ -270,19 +296,20 @@ def evaluation_table(version: "ModelVersion", evaluation: "Evaluation", figures:
 
 def _test_rows(version: "ModelVersion", figures: dict[tuple[str, str], float]) -> list[tuple[str, ...]]:
     """Return metric, value, the values of TF-IDF and of the majority label, and a note."""
+    from training.data.columns import VALUE
+
     rows: list[tuple[str, ...]] = []
 
     def add(name: str, metric: str, label: str = "", note: str = "") -> None:
         values = (figures.get((f"{of}{metric}", label)) for of in ("", "tfidf_", "majority_"))
         rows.append((name, *map(_figure, values), note))
 
-    for metric, name in (("accuracy", "Accuracy"), ("f1_micro", "F1 micro"), ("f1_macro", "F1 macro")):
+    for metric, name in TEST_METRICS:
         low, high = figures.get((f"{metric}_low", "")), figures.get((f"{metric}_high", ""))
-        add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
-    for metric, name in MODEL_METRICS:
         if (metric, "") in figures:
-            add(name, metric)
-    for label in version.labels:
+            add(name, metric, note="" if low is None or high is None else f"95 %: {low:.3f} to {high:.3f}")
+    continuous = version.labels == [VALUE]
+    for label in () if continuous else version.labels:
         support = figures.get(("support", label))
         for metric in ("precision", "recall", "f1"):
             rows_of_label = f"{support:.0f} rows" if support is not None and metric == "precision" else ""
@@ -349,7 +376,7 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
         figures = registry.metrics(session, version.id) if version else {}
         base = registry.base_model_of_job(session, job.id)
     if done:
-        console.print(epochs_shown(done))
+        console.print(epochs_shown(done, task_of(job)))
     if version:
         test_table(version, figures)
     if base:

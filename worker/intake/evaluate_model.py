@@ -54,7 +54,7 @@ def evaluate_model(
     with model_store(settings).fetched(version.artifact_url, version.sha256) as folder:
         artifact = load_artifact(folder, version.sha256)
     spec = artifact.spec
-    read = evaluation_rows(rows, spec.labels, spec.config, labels)
+    read = evaluation_rows(rows, spec.labels, spec.config, labels, spec.scale)
     figures = _figures(artifact, read, settings.device, progress)
     evaluation = Evaluation(model_version_id=version_id, dataset=name, dataset_sha256=sha256, rows=len(read.rows))
     with database.begin() as session:
@@ -89,7 +89,7 @@ def _figures(artifact: Artifact, read: EvaluationRows, device: str, progress: Ca
         chosen,
         progress,
     ).logits
-    return model_figures(rows.targets, logits, spec.temperature, spec.labels, config)
+    return model_figures(rows.targets, logits, spec.temperature, spec.labels, config, spec.scale)
 
 
 def _notes(report: dict[str, Any], trained_on_it: bool) -> list[str]:

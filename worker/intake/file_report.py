@@ -11,6 +11,7 @@ import pandas as pd
 from db.errors import listed
 from training.config import make_config
 from training.data.columns import ID_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS
+from training.data.numbers import number_of
 from training.data.splits import MIN_ROWS_OF_LABEL, USUAL_FOLDS, rows_needed
 from training.data.table_file import open_table
 from training.model.base_model import resolve_base_model
@@ -144,6 +145,11 @@ def _advice_on_labels(labels: dict[str, int]) -> Iterator[str]:
     enough = rows_needed(make_config())
     rare = [label for label, count in labels.items() if count < MIN_ROWS_OF_LABEL]
     few = [label for label, count in labels.items() if MIN_ROWS_OF_LABEL <= count < enough]
+    if len(labels) > 2 and all(number_of(label) is not None for label in labels):
+        yield (
+            "the labels are numbers: if they are levels, `train --task ordinal` learns their order, and "
+            "`train --task continuous` predicts a number"
+        )
     if rare:
         yield f"labels with fewer than {MIN_ROWS_OF_LABEL} rows cannot be split; add rows: {listed(rare[:MAX_SHOWN])}"
     if few:

@@ -13,7 +13,8 @@ from db.models import ModelVersion, OutOfFoldPrediction, TrainingJob
 from db.session import Database
 from training.config import TrainConfig
 from training.data.columns import MULTI_LABEL_SEPARATOR
-from training.data.dataset import Rows, names_of_row, read_rows
+from training.data.dataset import Rows, read_rows
+from training.data.targets import labels_of_row
 from training.errors import BadDataset
 from training.evaluation.decisions import Floats, choose, label_text
 from training.evaluation.label_errors import label_probabilities, rank_label_errors, require_cleanlab
@@ -129,7 +130,7 @@ def _from_model(settings: Settings, version: ModelVersion, rows: Rows, progress:
     with open_model(version, serving_from(settings)) as model:
         spec = model.current().spec
         config = _with_labels(spec.config, spec.labels)
-        names = [names_of_row(rows.labels[i], rows.row_numbers[i], config) for i in kept]
+        names = [labels_of_row(rows.labels[i], rows.row_numbers[i], config) for i in kept]
         for start in range(0, len(kept), settings.window_tweets):
             window = kept[start : start + settings.window_tweets]
             serving = model.current()

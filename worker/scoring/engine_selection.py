@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from training.errors import BadArtifact
-from training.evaluation.decisions import Floats, choose, to_probabilities
+from training.evaluation.decisions import Floats, agreement, to_probabilities
 from training.model.artifact import Artifact, Reference, Spec
 from training.model.batching import pad_arrays, plan_batches
 from worker.engine_names import FLOAT32_TORCH
@@ -207,18 +207,19 @@ def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference, pad_
     """The trial with its agreement on the validation rows and the verdict."""
     expected = _probabilities(reference.logits, spec)
     found = _probabilities(_logits(engine, reference.rows, VERIFY_BUDGET, pad_id), spec)
-    agreement = float((choose(found, spec.config.task) == choose(expected, spec.config.task)).all(axis=1).mean())
+    agreed = agreement(found, expected, spec.config.task)
     difference = float(np.abs(found - expected).mean())
-    agrees = agreement >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE  # False for NaN
+    agrees = agreed >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE  # False for NaN
     if trial.engine == FLOAT32_TORCH:
         verdict = "serves: no faster engine agrees"
     elif agrees:
         verdict = "serves: the first that agrees"
     else:
         verdict = f"does not serve, it needs at least {MIN_AGREEMENT:.1%} and at most {MAX_MEAN_DIFFERENCE}"
-    verdict += f"; {agreement:.2%} of {len(expected)} validation labels as float32, probabilities {difference:.4f} off"
+    labels, numbers = ("values", "outputs") if spec.config.task == "continuous" else ("labels", "probabilities")
+    verdict += f"; {agreed:.2%} of {len(expected)} validation {labels} as float32, {numbers} {difference:.4f} off"
     serves = agrees or trial.engine == FLOAT32_TORCH
-    return replace(trial, verdict=verdict, serves=serves, agreement=agreement, mean_difference=difference)
+    return replace(trial, verdict=verdict, serves=serves, agreement=agreed, mean_difference=difference)
 
 
 def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, pad_id: int) -> int:

@@ -19,6 +19,8 @@ import torch
 from structlog.contextvars import bound_contextvars
 
 from db.models import ModelVersion, utc_now
+from training.data.columns import VALUE
+from training.data.numbers import TargetScale
 from training.errors import BadArtifact
 from training.evaluation.decisions import Floats, choose, confidence, label_text, to_probabilities
 from training.model.artifact import Artifact, Spec, load_artifact
@@ -86,7 +88,8 @@ class ScoringModel:
     def forward(self, rows: Sequence[Sequence[int]]) -> Scores:
         """Token ids -> probabilities, in batches of like length. Equal rows, mostly retweets, are scored once.
 
-        Raises `BadArtifact` for NaN, and `DeviceFull` when a single row does not fit.
+        A continuous model gives its outputs (N, 1) instead. Raises `BadArtifact` for NaN, and `DeviceFull` when a
+        single row does not fit.
         """
         keys = list(map(tuple, rows))
         distinct = list(dict.fromkeys(keys))
@@ -128,6 +131,8 @@ class ScoringModel:
 
 def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
     """Probabilities (N, K) -> the columns of a prediction; `score_signed` is the mean polarity, None without any."""
+    if spec.scale is not None:
+        return _describe_values(spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
     sure = confidence(probabilities, chosen, spec.config.task)
     rows = []
@@ -146,6 +151,14 @@ def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _describe_values(scale: TargetScale, outputs: Floats) -> list[dict[str, Any]]:
+    """Outputs (N, 1) of a continuous model -> the columns of a prediction: the only label is `value`."""
+    return [
+        {"label": VALUE, "probability": 1.0, "score_signed": scale.signed(value), "probabilities": {VALUE: value}}
+        for value in scale.values(outputs)[:, 0].tolist()
+    ]
 
 
 def prediction_rows(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> list[dict[str, Any]]:

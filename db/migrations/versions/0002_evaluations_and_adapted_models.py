@@ -147,7 +147,7 @@ COMMENTS = (
     ("COLUMN v_model_leaderboard.quadratic_kappa", "Quadratic weighted kappa, -1 to 1. Ordinal labels only."),
     (
         "COLUMN v_model_leaderboard.mean_absolute_error",
-        "Mean absolute error: of ordinal labels in steps, of continuous targets in their unit.",
+        "Mean absolute error: of ordinal labels in their numbers, or else in steps; of continuous targets.",
     ),
     (
         "VIEW v_model_evaluations",
@@ -164,6 +164,39 @@ COMMENTS = (
     (
         "COLUMN v_model_evaluations.ece",
         "Expected calibration error over 15 bins after temperature scaling, 0 to 1.",
+    ),
+)
+
+# The new comments of columns that 0001 has described, and the comments before. The columns of a view have their own.
+LABEL_BEFORE = "The predicted label. A multi-label model joins all labels of probability 0.5 or more with |."
+PROBABILITIES_BEFORE = "JSON object: the calibrated probability of every label, 0 to 1."
+VIEWS_WITH_LABEL = (
+    *("v_predictions_current", "v_low_confidence", "v_sentiment_hourly", "v_sentiment_daily_jst"),
+    "v_topic_sentiment",
+)
+CHANGED_COMMENTS = (
+    *(
+        (f"COLUMN {table}.label", LABEL_BEFORE, f"{LABEL_BEFORE} The label of a continuous model is value.")
+        for table in ("predictions", *VIEWS_WITH_LABEL)
+    ),
+    *(
+        (
+            f"COLUMN {table}.probabilities",
+            PROBABILITIES_BEFORE,
+            f"{PROBABILITIES_BEFORE} Of a continuous model: the number that it predicts, named value.",
+        )
+        for table in ("predictions", "v_low_confidence")
+    ),
+    (
+        "COLUMN epoch_metrics.valid_accuracy",
+        "Accuracy on the validation rows, 0 to 1.",
+        "Accuracy on the validation rows, 0 to 1. Of a continuous task: R2, at least 0.",
+    ),
+    (
+        "COLUMN epoch_metrics.valid_f1_macro",
+        "Macro-F1 on the validation rows, 0 to 1.",
+        "Macro-F1 on the validation rows, 0 to 1. Of a continuous task: D2, the share of the absolute error around the "
+        "median that the model removes, at least 0.",
     ),
 )
 
@@ -192,7 +225,7 @@ def upgrade() -> None:
         op.execute(f"CREATE {'OR REPLACE ' if on_postgresql else ''}VIEW {name} AS {body}")
     op.execute(f"CREATE VIEW v_model_evaluations AS {EVALUATIONS}")
     if on_postgresql:
-        for target, text in COMMENTS:
+        for target, text in (*COMMENTS, *((target, now) for target, _, now in CHANGED_COMMENTS)):
             op.execute(f"COMMENT ON {target} IS {quoted(text)}")
 
 
@@ -204,3 +237,6 @@ def downgrade() -> None:
     for table in ("base_models", "evaluation_metrics", "evaluations", "out_of_fold_predictions"):
         op.drop_table(table)
     op.drop_column("training_jobs", "kind")
+    if op.get_bind().dialect.name == "postgresql":
+        for target, before, _ in CHANGED_COMMENTS:
+            op.execute(f"COMMENT ON {target} IS {quoted(before)}")

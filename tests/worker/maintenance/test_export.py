@@ -156,6 +156,16 @@ def test_the_report_on_a_file_has_counts_lengths_and_advice(tmp_path: Path) -> N
         word in advice for advice in found["advice"])] == []  # fmt: skip
 
 
+def test_labels_that_are_numbers_are_offered_to_the_tasks_that_order_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("label,text\n" + "".join(f"{i % 3 - 1},文{i}\n" for i in range(30)), encoding="utf-8")
+    (advice,) = check_file(str(path), "starter", 50)["advice"]
+    assert "--task ordinal" in advice
+    assert "--task continuous" in advice
+    path.write_text("label,text\n" + "".join(f"{i % 2},文{i}\n" for i in range(30)), encoding="utf-8")
+    assert check_file(str(path), "starter", 50)["advice"] == []  # two labels have no order to learn
+
+
 def test_labels_and_ids_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label\nNA,良い,NA\nnan,悪い,nan\nNA,null,None\n01,NA,nan\n,良い,\n", encoding="utf-8")
