@@ -35,6 +35,8 @@ from training.text.tokenizer import TextEncoder, load_tokenizer
 
 log = logging.getLogger(__name__)
 
+# The row number of training rows that are not from the dataset.
+ADDED = 0
 # Takes (step, total steps, loss, samples per second).
 OnStep = Callable[[int, int, float | None, float | None], None]
 
@@ -108,17 +110,17 @@ class _Folds:
         self._context, self._lease, self._base, self._config = context, lease, base, config
         self._checkpoints = checkpoints
         self._labels = rows.labels
-        self._rows = _in_order_of_the_file([rows.train, rows.valid, rows.test])
+        self._rows, self._added = _labelled(rows), _added(rows.train)
         self.splits = fold_splits(self._rows.targets, config)
         tokenizer = load_tokenizer(base.folder)
+        encode = TextEncoder(tokenizer)
         self._pad_id: int = tokenizer.pad_token_id
-        self._token_ids = TextEncoder(tokenizer)(self._rows.texts, config.max_length)
-        kept = set(rows.train.row_numbers)
-        trained = [
-            *(split["train"] for split in self.splits),
-            np.flatnonzero([n in kept for n in self._rows.row_numbers]),
-        ]
-        self.steps = _Steps(lease, [count_steps([len(self._token_ids[i]) for i in part], config) for part in trained])
+        self._token_ids = encode(self._rows.texts, config.max_length)
+        self._added_ids = encode(self._added.texts, config.max_length)
+        in_training = set(rows.train.row_numbers)
+        kept = np.flatnonzero([number in in_training for number in self._rows.row_numbers])
+        trained = [self._ids(index, added=True) for index in (*(split["train"] for split in self.splits), kept)]
+        self.steps = _Steps(lease, [count_steps(list(map(len, ids)), config) for ids in trained])
 
     def result(self, number: int, saved: dict[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
         """Return the held-out `rows` (N,), their `logits` (N, K) and the `temperature` of fold `number`, from 1.
@@ -141,8 +143,8 @@ class _Folds:
     def _fit(self, number: int, split: Positions, checkpoints: Checkpoints) -> dict[str, NDArray[Any]]:
         device = pick_device(self._context.device)
         model = build_model(self._base, len(self._labels), self._config)
-        parts = {part: self._take(index) for part, index in split.items()}
-        ids = {part: [self._token_ids[i] for i in index] for part, index in split.items()}
+        parts = {part: self._take(index, added=part == "train") for part, index in split.items()}
+        ids = {part: self._ids(index, added=part == "train") for part, index in split.items()}
         inputs = FitInputs(
             parts["train"], parts["valid"], ids["train"], ids["valid"], self._labels, model.config, self._pad_id
         )
@@ -188,15 +190,36 @@ class _Folds:
         """Return the figures of the held-out rows of a fold."""
         return metrics(self._rows.targets[rows], predicted.probabilities[rows], self._labels, self._config.task)
 
-    def _take(self, index: NDArray[np.intp]) -> Split:
-        rows = self._rows
-        return Split([rows.texts[i] for i in index], rows.targets[index], [rows.row_numbers[i] for i in index])
+    def _take(self, index: NDArray[np.intp], added: bool) -> Split:
+        """Return rows by position; with `added` followed by the rows that are only trained on."""
+        rows, more = self._rows, self._added
+        taken = Split([rows.texts[i] for i in index], rows.targets[index], [rows.row_numbers[i] for i in index])
+        if not added or not len(more):
+            return taken
+        weights = [
+            np.ones(len(split), np.float32) if split.weights is None else split.weights for split in (taken, more)
+        ]
+        targets = np.concatenate([taken.targets, more.targets])
+        numbers = taken.row_numbers + more.row_numbers
+        return Split(taken.texts + more.texts, targets, numbers, np.concatenate(weights))
+
+    def _ids(self, index: NDArray[np.intp], added: bool) -> list[list[int]]:
+        """Return the token ids of the rows of `_take`."""
+        return [self._token_ids[i] for i in index] + (self._added_ids if added else [])
 
 
-def _in_order_of_the_file(parts: list[Split]) -> Split:
-    """Return the rows of all parts by row number."""
-    numbers = np.concatenate([part.row_numbers for part in parts])
+def _labelled(data: Dataset) -> Split:
+    """Return the dataset's rows of all parts in the order of the file."""
+    parts = (data.train, data.valid, data.test)
+    numbers = [number for part in parts for number in part.row_numbers]
     texts = [text for part in parts for text in part.texts]
-    order = np.argsort(numbers)
+    order = [i for i in np.argsort(numbers) if numbers[i] != ADDED]
     targets = np.concatenate([part.targets for part in parts])[order]
-    return Split([texts[i] for i in order], targets, numbers[order].tolist())
+    return Split([texts[i] for i in order], targets, [numbers[i] for i in order])
+
+
+def _added(train: Split) -> Split:
+    """Return the training rows that are not from the dataset. They are trained on in every fold and never held out."""
+    index = [i for i, number in enumerate(train.row_numbers) if number == ADDED]
+    weights = None if train.weights is None else train.weights[index]
+    return Split([train.texts[i] for i in index], train.targets[index], [ADDED] * len(index), weights)
