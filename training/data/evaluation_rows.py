@@ -42,8 +42,8 @@ def evaluation_rows(
     """Clean the rows and leave out blank texts, copies, and texts with different labels.
 
     `labels` are the model's, in the order of its outputs, and `config` is the one it was trained with. `names` maps
-    labels of the file to labels of the model. `scale` is that of a continuous model, whose targets are numbers. Raises `BadDataset` for a label that the model does not have, and when
-    no row is left.
+    labels of the file to labels of the model. `scale` is that of a continuous model, whose targets are numbers. Raises
+    `BadDataset` for a label that the model does not have, and when no row is left.
     """
     mapped = config
     if scale is None:
