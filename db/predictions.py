@@ -37,6 +37,23 @@ def present(session: Session, tweet_ids: Sequence[str]) -> set[str]:
     return set(session.scalars(query.with_for_update(read=True, key_share=True)))
 
 
+def newest_texts(
+    session: Session, language: str, until: datetime, before: tuple[datetime, str] | None, limit: int
+) -> list[tuple[datetime, str, str]]:
+    """(time of arrival, id, text) of tweets in `language` or without one that arrived by `until`, the newest first.
+
+    `before` is the time and id of the last tweet of the page before.
+    """
+    conditions = [or_(Tweet.lang == language, Tweet.lang.is_(None)), Tweet.received_at <= until]
+    if before is not None:
+        at, id_ = before
+        # Instead of a comparison of pairs: both databases then use the index on the time.
+        conditions += [Tweet.received_at <= at, or_(Tweet.received_at < at, Tweet.tweet_id < id_)]
+    query = select(Tweet.received_at, Tweet.tweet_id, Tweet.text).where(*conditions)
+    order = (Tweet.received_at.desc(), Tweet.tweet_id.desc())
+    return [(at, id_, text) for at, id_, text in session.execute(query.order_by(*order).limit(limit))]
+
+
 def unscored_count(session: Session, model_version_id: int, since: datetime | None, until: datetime) -> int:
     query = select(func.count()).select_from(Tweet).where(*_unscored(model_version_id, since, until))
     return session.scalar(query) or 0

@@ -149,6 +149,12 @@ def wrongest(session: Session, version_id: int, limit: int = 20) -> list[TestPre
     return list(session.scalars(select(TestPrediction).where(*wrong).order_by(*order).limit(limit)))
 
 
+def tested_rows(session: Session, version_id: int) -> set[int]:
+    """The row numbers of a version's test rows in its dataset."""
+    query = select(TestPrediction.row_number).where(TestPrediction.model_version_id == version_id)
+    return set(session.scalars(query))
+
+
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
     """Counts of texts that both versions were tested on with the same label: (all, only `one` correct, only `other`).
 

@@ -58,10 +58,56 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     baseline: bool = True
 
+    # Stored tweets and a teacher. Like `split`, these are omitted in the stored JSON at their defaults.
+    unlabelled: int = Field(
+        0,
+        ge=0,
+        le=200_000,
+        description="stored tweets to train on besides the labelled rows",
+        exclude_if=lambda n: n == 0,
+    )
+    unlabelled_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="weight of a stored tweet in the loss; without a teacher also the most that all of them together "
+        "count, as a multiple of the labelled rows",
+        exclude_if=lambda weight: weight == 1,
+    )
+    pseudo_threshold: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="least probability of a predicted label that is trained on, without a teacher",
+        exclude_if=lambda probability: probability == 0.8,
+    )
+    teacher: int | None = Field(
+        None, ge=1, lt=2**31, description="model version to learn from", exclude_if=lambda model: model is None
+    )
+    teacher_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the teacher in the loss of a labelled row; the label has the rest",
+        exclude_if=lambda share: share == 0.5,
+    )
+    soft_temperature: float = Field(
+        2.0,
+        gt=0,
+        le=100,
+        description="divisor of the logits of teacher and student in the loss",
+        exclude_if=lambda temperature: temperature == 2,
+    )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.task == "multi_label" and self.loss != "bce":
             raise ValueError(f"loss {self.loss!r} cannot train a multi-label task; use loss 'bce'")
+        if self.unlabelled and self.teacher is None and self.task != "single_label":
+            raise ValueError(
+                f"unlabelled is {self.unlabelled}, but without a teacher only a single_label task can use stored "
+                "tweets; leave it out, or name a teacher"
+            )
         if self.labels is not None and len(set(self.labels.values())) < 2:
             raise ValueError(f"labels name {shown(sorted(set(self.labels.values())))}; a classifier needs at least two")
         for label, value in (self.polarity or {}).items():

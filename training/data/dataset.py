@@ -57,12 +57,14 @@ class Split:
     """Cleaned texts, `targets` (N, K) float32, the row numbers in the file, and the rows' weights (N,) in the loss.
 
     Targets of labelled rows are zeros and ones; others may be probabilities. Without `weights` every row counts as 1.
+    `keys` are those of the texts before cleaning, see `same_text_key`; stored tweets have none.
     """
 
     texts: list[str]
     targets: NDArray[np.float32]
     row_numbers: list[int]
     weights: NDArray[np.float32] | None = None
+    keys: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -124,6 +126,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
             [clean(rows.texts[i], config.cleaner) for i in kept.index[index]],
             targets[index],
             kept["row_number"].iloc[index].tolist(),
+            keys=kept["key"].iloc[index].tolist(),
         )
         for part, index in positions.items()
     }

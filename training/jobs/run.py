@@ -30,9 +30,13 @@ from training.jobs.context import TrainingContext
 from training.jobs.ending import run_to_end
 from training.jobs.inputs import fetched_base_model, fetched_dataset
 from training.jobs.lease import Lease
-from training.jobs.recording import job_checkpoints, recording_hooks
+from training.jobs.recording import job_checkpoints
 from training.jobs.register import register_model
+from training.jobs.unlabelled.distillation import add_soft_labelled
+from training.jobs.unlabelled.rows import Setup, TrainingRows, labelled_only
+from training.jobs.unlabelled.self_training import add_pseudo_labelled
 from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
+from training.loop.checkpoints import Checkpoints
 from training.loop.fit import FitInputs, fit
 from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec
@@ -79,15 +83,18 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
         prepared = prepare(base, data.rows, config, context.device)
         lease.check()
         checkpoints = stack.enter_context(job_checkpoints(context, job))
+        rows = training_rows(database, context, job, lease, data, prepared, checkpoints)
         history = fit(
             prepared.model,
-            prepared.fit_inputs(data.rows),
+            rows.inputs,
             device=prepared.device,
-            checkpoints=checkpoints,
+            checkpoints=rows.checkpoints,
             board_folder=context.boards_folder / f"job-{job.id}",
-            hooks=recording_hooks(lease),
+            hooks=rows.hooks,
         )
+        history = rows.settle(history)
         evaluation = evaluate(prepared, data, lease)
+        rows.compare(evaluation.test_logits)
         return register(database, context, lease, prepared, data, history, evaluation)
 
 
@@ -166,6 +173,41 @@ def prepare(base: BaseModelFolder, rows: Dataset, config: TrainConfig, device: s
     return Prepared(base, tokenizer, token_ids, build_model(base, len(rows.labels), config), chosen)
 
 
+# --- rows
+
+
+def training_rows(
+    database: Database,
+    context: TrainingContext,
+    job: TrainingJob,
+    lease: Lease,
+    data: JobData,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+) -> TrainingRows:
+    """The labelled rows, and what the configuration adds to them: a teacher's probabilities, and stored tweets."""
+    config, rows = prepared.config, data.rows
+    setup = Setup(
+        database,
+        context,
+        job,
+        lease,
+        checkpoints,
+        rows,
+        data.sha256,
+        partial(data.record_report, lease),
+        prepared.model,
+        partial(build_model, prepared.base, len(rows.labels), config),
+        prepared.device,
+        prepared.tokenizer,
+        prepared.fit_inputs(rows),
+        prepared.token_ids["test"],
+    )
+    if config.teacher is not None:
+        return add_soft_labelled(setup)
+    return add_pseudo_labelled(setup) if config.unlabelled else labelled_only(setup)
+
+
 # --- evaluate
 
 
@@ -201,7 +243,7 @@ def evaluate(prepared: Prepared, data: JobData, lease: Lease) -> Evaluation:
         baseline_figures, notes = baselines(rows, config.task, config.seed, lease.check)
         figures |= baseline_figures
         if notes:
-            rows.report["notes"] = notes
+            rows.report["notes"] = [*rows.report.get("notes", ()), *notes]
             data.record_report(lease)
     failpoint.passing("evaluated")
     lease.check()

@@ -86,6 +86,11 @@ class Checkpoints:
         if self._mirror is not None:
             self._mirror.clear()
 
+    def fetch(self) -> None:
+        """Download what another machine stored in the folder, if its checkpoints are newer than those here."""
+        if self._mirror is not None:
+            self._mirror.fetch()
+
     def save(self, state: RunState) -> Path:
         """Write a checkpoint and return its folder. Raises `CannotSave`; earlier checkpoints then remain."""
         device = state.device
@@ -120,8 +125,7 @@ class Checkpoints:
 
         Returns False, with `state` unchanged, when there is none.
         """
-        if self._mirror is not None:
-            self._mirror.fetch()
+        self.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from training.model.base_model import STARTER, looks_local
 from training.reporting import plots
+from training.reporting.distillation import COLUMNS, comparison
 from training.reporting.training_result import TrainingResult
 
 CARD = "README.md"
@@ -36,7 +37,7 @@ def write_card(folder: Path, result: TrainingResult) -> None:
     images = "\n\n".join(f"![{caption}]({name}.png)" for name, (caption, _) in pictures.items())
     parts = [
         f"---\n{_metadata(result).to_yaml()}\n---", _summary(result), _use(result), _data(result),
-        _results(result), images, _limits(result), _hyper_parameters(result),
+        _results(result), *_teacher(result), images, _limits(result), _hyper_parameters(result),
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -174,6 +175,11 @@ def _results(result: TrainingResult) -> str:
         + f"\n\nThe temperature, {result.spec.temperature:.3f}, was fitted on the {len(result.data.valid):,} "
         "validation rows."
     )
+
+
+def _teacher(result: TrainingResult) -> list[str]:
+    compared = comparison(result.data.report)
+    return [f"## Teacher\n\n{compared[0]}.\n\n{_table(COLUMNS, compared[1])}"] if compared else []
 
 
 def _limits(result: TrainingResult) -> str:

@@ -8,17 +8,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, models, output, tweets
-from worker.cli.jobs import follow_job, report_job
+from worker.cli import data, db, dead_letters, distil, jobs, models, output, tweets
 from worker.cli.output import Json
+from worker.cli.submitted import owned_broker, submitted
 from worker.errors import ServerFailed
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "jobs", "models", "data", "tensorboard"),
+    "Train": ("train", "distil", "jobs", "models", "data", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "dashboard"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -59,7 +57,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
-for command in (tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+for command in (distil.distil, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
@@ -126,7 +124,7 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with (
-        _owned_broker(settings, output.line, lambda: bool(signals)) as url,
+        owned_broker(settings, output.line, lambda: bool(signals)) as url,
         supervise(settings, [] if signals else roles, output.line) as running,
     ):
         started.append(running)
@@ -184,6 +182,7 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="Cut each text to this many tokens.")] = None,
     split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
+    unlabelled: Annotated[int | None, typer.Option(help="Also learn from up to this many stored tweets.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
     ] = None,
@@ -194,37 +193,21 @@ def train(
 
     With --wait, a worker is started for it unless `tweetscore up` runs.
     """
-    from worker.app import TRAINING, make_app, nudge
     from worker.cli.options import label_map, numbers, pairs
     from worker.connections import open_sql
     from worker.intake.submit_job import submit_training
-    from worker.process.supervisor import supervise
     from worker.settings import load_settings
-    from worker.stream import embedded_valkey
 
     settings = load_settings()
     options: dict[str, Any] = {
         "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
         "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
-        "max_length": max_length, "split": split, "seed": seed,
+        "max_length": max_length, "split": split, "seed": seed, "unlabelled": unlabelled,
         "labels": label_map(labels), "polarity": numbers("polarity", polarity),
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
     database = open_sql(settings)
-    job = submit_training(settings, database, dataset, preset, **options)
-    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
-    if not wait:
-        nudged = not no_server and nudge(make_app(settings), TRAINING)
-        hint = "" if nudged else "; it waits for a worker: `tweetscore up`"
-        output.as_json(output.fields(job)) if json else output.console.print(f"job {job.id} queued{hint}")
-        return
-    if no_server:
-        with _owned_broker(settings, output.aside), supervise(settings, ["train"], output.aside) as running:
-            job = follow_job(database, job.id, json, running.watch)
-    else:
-        nudge(make_app(settings), TRAINING)
-        job = follow_job(database, job.id, json, lambda: None)
-    report_job(database, job, json)
+    submitted(settings, database, submit_training(settings, database, dataset, preset, **options), wait, json)
 
 
 @app.command()
@@ -335,23 +318,6 @@ def doctor(json: Json = False) -> None:
         output.table(None, ["", "check", "finding"], [("ok" if c.ok else "FAIL", c.name, c.finding) for c in checks])
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _owned_broker(
-    settings: "Settings", notify: Callable[[str], None], give_up: Callable[[], bool] = lambda: False
-) -> Iterator[str]:
-    if settings.redis_url:
-        yield public_url(settings.redis_url)
-        return
-    from worker.connections import prepare_home
-    from worker.stream import embedded_valkey
-
-    prepare_home(settings)
-    with embedded_valkey.owned(
-        settings.home, settings.server_memory_mb, settings.server_sync, notify, give_up
-    ) as server:
-        yield server.url
 
 
 def _database_name(settings: "Settings") -> str:

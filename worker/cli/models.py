@@ -50,7 +50,7 @@ def models_list(
 @app.command("show")
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test metrics and most confident errors."""
-    from db import registry
+    from db import jobs, registry
     from worker.connections import model_store, open_sql
     from worker.settings import load_settings
 
@@ -60,6 +60,8 @@ def models_show(model: Model, json: Json = False) -> None:
         cells = registry.confusion(session, model)
         wrong = registry.wrongest(session, model, MOST_WRONG)
         assignments = [row for row in registry.history(session) if row.model_version_id == model]
+        job = jobs.find(session, version.job_id) if version.job_id is not None else None
+    report = (job and job.data_report) or {}
     engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
@@ -67,6 +69,7 @@ def models_show(model: Model, json: Json = False) -> None:
             "confusion": [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())],
             "engines": [asdict(choice) for choice in engines],
             "wrong": [output.fields(row) for row in wrong],
+            "distillation": report.get("distillation"),
             "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in assignments],
         }
         output.as_json({**output.fields(version), **written})
@@ -86,6 +89,7 @@ def models_show(model: Model, json: Json = False) -> None:
             "no engine was tried on this machine yet; until a worker does, the model scores on torch-float32"
         )
     output.test_table(version, figures)
+    output.teacher_table(report)
     if cells:
         output.table(
             "Confusion on the test rows",

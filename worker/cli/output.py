@@ -179,7 +179,8 @@ def pace(job: "TrainingJob") -> str:
     parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
     if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
         parts.append(f"{job.samples_per_second:.0f} samples/s")
-        left = job.config["epochs"] * job.data_report["sizes"]["train"] * (1 - job.step / job.total_steps)
+        rows = job.data_report.get("row_passes") or job.config["epochs"] * job.data_report["sizes"]["train"]
+        left = rows * (1 - job.step / job.total_steps)
         parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
     return ", ".join(parts)
 
@@ -282,6 +283,15 @@ def job_summary(database: "Database", job: "TrainingJob") -> None:
         console.print(epochs_shown(done))
     if version:
         test_table(version, figures)
+        teacher_table(job.data_report or {})
+
+
+def teacher_table(report: dict[str, Any]) -> None:
+    """Print the comparison of teacher and student in a job's report, if it has one."""
+    from training.reporting.distillation import COLUMNS, comparison
+
+    if compared := comparison(report):
+        table(compared[0], COLUMNS, compared[1])
 
 
 def fields(row: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from training.data.dataset import read_rows, split_rows
 from training.data.table_file import download
 from training.errors import BadDataset, ModelUnavailable
 from training.jobs.inputs import save_base_model, save_dataset
+from training.jobs.unlabelled.teacher import find_teacher
 from training.model.base_model import check_dictionary, check_hub_name, looks_local
 from training.store.paths import file_sha256, is_file, is_folder, real_path
 from training.store.store import is_remote
@@ -41,7 +42,10 @@ def submit_training(
     """
     with _local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
-        split_rows(read_rows(path), config)  # raises for a dataset that cannot be split, before a worker loads a model
+        rows = split_rows(read_rows(path), config)  # raises if it cannot be split, before a worker loads a model
+        if config.teacher is not None:
+            with database.read() as session:
+                find_teacher(session, config.teacher, rows.labels)
         config = config.model_copy(update={"base_model": prepare_base_model(settings, config.base_model)})
         dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
