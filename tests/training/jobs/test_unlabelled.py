@@ -38,7 +38,7 @@ from worker.cli import output
 from worker.connections import training_context
 from worker.settings import Settings
 
-EASY = {"epochs": 3, "learning_rate": 5e-3, "pooling": "mean", "baseline": False, "train_batch_size": 8}
+EASY = {"epochs": 4, "learning_rate": 3e-3, "pooling": "mean", "baseline": False, "train_batch_size": 8}
 
 
 @pytest.fixture
@@ -128,13 +128,13 @@ def test_self_training_adds_certain_tweets_in_the_shares_of_the_labels_and_none_
     assert min(used.values()) > 10
     assert max(used.values()) <= 0.75 * sum(used.values())  # 1.5 times the half
     assert 0 < found["weight"] <= min(48, sum(used.values()))
-    assert found["kept"] == "with_tweets", report
+    assert found["kept"] == "with_tweets", report["notes"]
     assert report["sizes"] == {"train": 48, "valid": 6, "test": 6}
     screen = shown(sqlite, job, monkeypatch)
     assert "500 stored tweets were asked for; there are 91" in screen
     assert f"of 91 stored tweets, {found['certain']} have a predicted label of 0.6 or more" in screen
     with sqlite.read() as session:
-        assert [metric.epoch for metric in jobs.epochs(session, job_id)] == [1, 2, 3]
+        assert [metric.epoch for metric in jobs.epochs(session, job_id)] == [1, 2, 3, 4]
     card = Path(version_of(sqlite, job_id).artifact_url.removeprefix("file://")) / "README.md"
     assert "the second model was also trained on" in card.read_text(encoding="utf-8")
     assert left_in(context.jobs_folder) == []
@@ -152,7 +152,7 @@ def test_without_stored_tweets_a_job_trains_as_without_the_option_and_says_so(
     assert same_weights(version_of(sqlite, plain.id), version_of(sqlite, job.id))
 
 
-@pytest.mark.parametrize("case", ["nothing is certain", "the second is worse"])
+@pytest.mark.parametrize("case", [pytest.param("nothing is certain", marks=pytest.mark.slow), "the second is worse"])
 def test_the_first_model_is_registered_with_its_epochs_when_tweets_do_not_help(
     case: str,
     sqlite: Database,
@@ -189,6 +189,7 @@ def failing(database: Database, context: TrainingContext, job_id: int, point: st
         jobs.retry(session, job_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["first model", "labels", "second model", "evaluation"])
 def test_a_job_that_failed_in_any_stage_resumes_there_and_ends_with_the_same_model(
     stage: str,
@@ -202,20 +203,20 @@ def test_a_job_that_failed_in_any_stage_resumes_there_and_ends_with_the_same_mod
     store_tweets(sqlite, easy_tweets(60))
     options = {**EASY, "base_model": str(tiny_encoder), "unlabelled": 60, "pseudo_threshold": 0.6}
     whole = run(sqlite, context, submit(sqlite, labelled_csv, **options))
-    first, passes = 18, 38  # three epochs of 48 rows, five passes of 60 tweets, 8 rows a step
+    first, passes = 24, 38  # four epochs of 48 rows, five passes of 60 tweets, 8 rows a step
     second = whole.step - first - passes
     assert second > first
-    # Where it fails, and how many steps are left from the newest checkpoint.
-    point, left = {
-        "first model": ("stepped=fail@9", first - 6 + second),
-        "labels": ("labelled=fail@2", second),
-        "second model": (f"stepped=fail@{first + second // 3 + 2}", second - second // 3),
-        "evaluation": ("evaluated=fail", 0),
+    # Where it fails, how many steps are left from the newest checkpoint, and how many of four chunks of tweets.
+    point, left, chunks = {
+        "first model": ("stepped=fail@9", first - 6 + second, 4),
+        "labels": ("labelled=fail@2", second, 2),
+        "second model": (f"stepped=fail@{first + second // 4 + 2}", second - second // 4, 0),
+        "evaluation": ("evaluated=fail", 0, 0),
     }[stage]
     job_id = submit(sqlite, labelled_csv, **options)
     failing(sqlite, context, job_id, point)
     store_tweets(sqlite, [f"新しい話{i}" for i in range(30)], prefix="later", received_at=utc_now())  # changes nothing
-    failpoint.arm(f"stepped=fail@{left + 1}, labelled=fail@{4 if stage in ('labels', 'first model') else 1}")
+    failpoint.arm(f"stepped=fail@{left + 1}, labelled=fail@{chunks + 1}")
     try:
         job = run(sqlite, context, job_id)
     finally:
@@ -224,6 +225,7 @@ def test_a_job_that_failed_in_any_stage_resumes_there_and_ends_with_the_same_mod
     assert (job.data_report or {})["unlabelled"] == (whole.data_report or {})["unlabelled"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_shuts_down_while_tweets_are_predicted_gives_the_job_back(
     sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,14 +252,11 @@ def test_a_worker_that_shuts_down_while_tweets_are_predicted_gives_the_job_back(
 # --- distillation
 
 
-TEACHER = {**EASY, "epochs": 4}
-
-
 @pytest.fixture
 def teacher(sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path) -> int:
     """A model version that a job trained well."""
     sha256 = file_sha256(labelled_csv)
-    job = run(sqlite, context, submit(sqlite, labelled_csv, sha256, base_model=str(tiny_encoder), **TEACHER))
+    job = run(sqlite, context, submit(sqlite, labelled_csv, sha256, base_model=str(tiny_encoder), **EASY))
     return version_of(sqlite, job.id).id
 
 
@@ -365,6 +364,7 @@ def test_a_student_whose_job_failed_is_not_labelled_again_and_ends_the_same(
     assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
 
 
+@pytest.mark.slow
 def test_damaged_labels_are_computed_again(
     sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, teacher: int
 ) -> None:
@@ -378,7 +378,7 @@ def test_damaged_labels_are_computed_again(
     assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
 
 
-@pytest.mark.parametrize("changed", [{"seed": 5}, {}])
+@pytest.mark.parametrize("changed", [{"seed": 5}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_teacher_that_may_know_the_test_rows_is_said_to_be_too_good(
     changed: dict[str, Any],
     sqlite: Database,
@@ -415,6 +415,7 @@ def test_a_teacher_with_other_labels_or_another_task_is_refused(
         assert reason in (job.error or "")
 
 
+@pytest.mark.slow
 def test_an_untrained_teacher_without_a_job_can_teach(
     sqlite: Database,
     context: TrainingContext,

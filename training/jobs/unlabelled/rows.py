@@ -56,9 +56,10 @@ class Setup:
         return self.inputs.config
 
     def note(self, sentence: str) -> None:
-        """Add a sentence to the job's report, which `jobs show` and the model card print."""
+        """Add a sentence to the job's report, which `jobs show` and the model card print, and store the report."""
         log.info("job %d: %s", self.job.id, sentence)
         self.rows.report["notes"] = [*self.rows.report.get("notes", ()), sentence]
+        self.record_report()
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of cleaned texts."""

@@ -43,10 +43,6 @@ def add_pseudo_labelled(setup: Setup) -> TrainingRows:
     weights = row_weights(probabilities[chosen], len(setup.rows.train), setup.config.unlabelled_weight)
     _report(setup, probabilities, chosen, weights)
     if not len(chosen):
-        setup.note(
-            f"no label of {setup.config.pseudo_threshold:g} or more fits the shares of the labelled rows; the model "
-            "was trained without stored tweets"
-        )
         done = first.steps(history) + first.passes_steps
         hooks = first.recorded_hooks(lambda: setup.lease.step(done, done, None))
         # `fit` finds the first model's checkpoints complete and loads it.
@@ -122,7 +118,6 @@ class _FirstModel:
             f"validation macro-F1 was {before:.4f} with the labelled rows alone and {after:.4f} with stored tweets; "
             f"{'the second model was kept' if keep else 'the first model was kept, since the second is worse'}"
         )
-        self._setup.record_report()
         if keep:
             return second
         return self.fit(self._setup.model, self.recorded_hooks(self._setup.lease.check))
@@ -150,22 +145,20 @@ def _kept(history: list[Epoch]) -> Epoch:
 
 
 def _report(setup: Setup, probabilities: Floats, chosen: NDArray[np.intp], weights: Floats) -> None:
+    """Describe the predictions of the tweets and those that were chosen in the job's report."""
+    threshold, report = setup.config.pseudo_threshold, setup.rows.report
     used = np.bincount(probabilities[chosen].argmax(axis=1), minlength=probabilities.shape[1])
-    certain = int((probabilities.max(axis=1) >= setup.config.pseudo_threshold).sum())
     by_label = dict(zip(setup.rows.labels, map(int, used), strict=True))
-    setup.rows.report["unlabelled"] |= {
-        "certain": certain,
-        "used": by_label,
-        "weight": round(float(weights.sum()), 3),
-    }
-    rows = len(setup.rows.train)
-    epochs = setup.config.epochs
-    setup.rows.report["row_passes"] = epochs * (2 * rows + len(chosen)) + PASSES * len(probabilities)
-    if len(chosen):
-        listed = ", ".join(f"{label} {count:,}" for label, count in by_label.items())
-        setup.note(
-            f"of {len(probabilities):,} stored tweets, {certain:,} have a predicted label of "
-            f"{setup.config.pseudo_threshold:g} or more; the second model was also trained on {len(chosen):,} of them "
-            f"({listed}), which count as {weights.sum():.0f} labelled rows"
-        )
-    setup.record_report()
+    certain, total = int((probabilities.max(axis=1) >= threshold).sum()), float(weights.sum())
+    report["unlabelled"] |= {"certain": certain, "used": by_label, "weight": total}
+    passes = setup.config.epochs * (2 * len(setup.rows.train) + len(chosen))
+    report["row_passes"] = passes + PASSES * len(probabilities)
+    found = f"of {len(probabilities):,} stored tweets, {certain:,} have a predicted label of {threshold:g} or more"
+    if not len(chosen):
+        setup.note(f"{found}, too few to choose some of each label; the model was trained without stored tweets")
+        return
+    listed = ", ".join(f"{label} {count:,}" for label, count in by_label.items())
+    setup.note(
+        f"{found}; the second model was also trained on {len(chosen):,} of them ({listed}), which count as {total:.0f} "
+        "labelled rows"
+    )
