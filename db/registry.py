@@ -211,6 +211,12 @@ def out_of_fold(session: Session, version_id: int) -> list[OutOfFoldPrediction]:
     return list(session.scalars(query.order_by(OutOfFoldPrediction.row_number)))
 
 
+def tested_rows(session: Session, version_id: int) -> set[int]:
+    """The row numbers of a version's test rows in its dataset."""
+    query = select(TestPrediction.row_number).where(TestPrediction.model_version_id == version_id)
+    return set(session.scalars(query))
+
+
 def paired(session: Session, one: int, other: int) -> tuple[int, int, int]:
     """Counts of texts that both versions were tested on with the same label: (all, only `one` correct, only `other`).
 

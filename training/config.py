@@ -100,9 +100,55 @@ class TrainConfig(BaseModel):
             return {"levels": list(dict.fromkeys(labels.values())), **given}
         return given
 
+    # Stored tweets and a teacher. Like `split`, these are omitted in the stored JSON at their defaults.
+    unlabelled: int = Field(
+        0,
+        ge=0,
+        le=200_000,
+        description="stored tweets to train on besides the labelled rows",
+        exclude_if=lambda n: n == 0,
+    )
+    unlabelled_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="weight of a stored tweet in the loss; without a teacher also the most that all of them together "
+        "count, as a multiple of the labelled rows",
+        exclude_if=lambda weight: weight == 1,
+    )
+    pseudo_threshold: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="least probability of a predicted label that is trained on, without a teacher",
+        exclude_if=lambda probability: probability == 0.8,
+    )
+    teacher: int | None = Field(
+        None, ge=1, lt=2**31, description="model version to learn from", exclude_if=lambda model: model is None
+    )
+    teacher_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the teacher in the loss of a labelled row; the label has the rest",
+        exclude_if=lambda share: share == 0.5,
+    )
+    soft_temperature: float = Field(
+        2.0,
+        gt=0,
+        le=100,
+        description="divisor of the logits of teacher and student in the loss",
+        exclude_if=lambda temperature: temperature == 2,
+    )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_task()
+        if self.unlabelled and self.teacher is None and self.task != "single_label":
+            raise ValueError(
+                f"unlabelled is {self.unlabelled}, but without a teacher only a single_label task can use stored "
+                "tweets; leave it out, or name a teacher"
+            )
         if self.folds is not None and self.split == "guide":
             raise ValueError(
                 "folds cannot be used with split 'guide', which keeps copies of a text; leave out one of them"

@@ -52,6 +52,7 @@ OTHER_POINTS = {
     "counted": "a suspect record's attempt is counted, it is scored alone next",
     "folded": "the predictions of a fold are saved, its checkpoints still exist",
     "device": "a batch is about to run on the device",
+    "labelled": "the labels that a model gave to a chunk of rows are stored beside the checkpoints",
     "starting": "a worker process begins to start",
     "taken": "a training worker took a Celery message from its queue, nothing is stored",
     "accepted": "the message's request is in the database, Celery has not received the message",

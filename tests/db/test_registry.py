@@ -26,6 +26,7 @@ from db.models import EpochMetric, ModelVersion, Prediction, TrainingJob, Tweet,
 from db.session import Database, open_database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from worker.cli import output
+from worker.cli.training import job_output
 from worker.connections import model_store, open_sql
 from worker.errors import StreamError
 from worker.scoring import backfill
@@ -333,9 +334,9 @@ def running_job(**fields: Any) -> TrainingJob:
 
 
 def test_the_pace_of_a_job_is_loss_rate_and_time_left_as_far_as_they_are_known() -> None:
-    assert output.pace(running_job()) == "loss 0.500, 30 samples/s, 0:01:40 left"
-    assert output.pace(running_job(samples_per_second=None)) == "loss 0.500"
-    assert output.pace(running_job(state="queued", loss=None)) == ""
+    assert job_output.pace(running_job()) == "loss 0.500, 30 samples/s, 0:01:40 left"
+    assert job_output.pace(running_job(samples_per_second=None)) == "loss 0.500"
+    assert job_output.pace(running_job(state="queued", loss=None)) == ""
 
 
 def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_left(
@@ -364,7 +365,7 @@ def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_lef
                 job.state, job.step = "succeeded", 400
 
     other = open_database(database_url)
-    assert output.follow(other, job_id, watch).state == "succeeded"
+    assert job_output.follow(other, job_id, watch).state == "succeeded"
     other.close()
     written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for wanted in ("running", "75%", "30 samples/s, 0:00:33 left", "0.4375", "100%"):

@@ -65,13 +65,15 @@ class Split:
     """Cleaned texts, `targets` (N, K) float32, the row numbers in the file, and the rows' weights (N,) in the loss.
 
     Targets of labelled rows are zeros and ones; others may be probabilities. Those of a continuous task are (N, 1), in
-    the units of the model's outputs, see `TargetScale`. Without `weights` every row counts as 1.
+    the units of the model's outputs, see `TargetScale`. Without `weights` every row counts as 1. `keys` are those of
+    the texts before cleaning, see `same_text_key`; rows that are not in the file have none.
     """
 
     texts: list[str]
     targets: NDArray[np.float32]
     row_numbers: list[int]
     weights: NDArray[np.float32] | None = None
+    keys: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -139,6 +141,7 @@ def split_rows(rows: Rows, config: TrainConfig) -> Dataset:
             [clean(rows.texts[i], config.cleaner) for i in kept.index[index]],
             targets[index].astype(np.float32),
             kept["row_number"].iloc[index].tolist(),
+            keys=kept["key"].iloc[index].tolist(),
         )
         for part, index in positions.items()
     }

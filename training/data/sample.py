@@ -1,6 +1,6 @@
 """The sample tweets that come with tweetscore, and how they help to train on few labels of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,28 +20,29 @@ OWN_ROWS_AT_MOST = 2_000
 
 def with_sample(data: Dataset, config: TrainConfig) -> Dataset:
     """Add the sample's rows to the training rows where they help (see `sample_rows`); else return `data` as it is."""
-    texts = [text for part in (data.train, data.valid, data.test) for text in part.texts]
-    rows = sample_rows(data.labels, texts, len(data.train), config)
+    keys = [key for part in (data.train, data.valid, data.test) for key in part.keys]
+    rows = sample_rows(data.labels, keys, len(data.train), config)
     if rows is None:
         return data
     return replace(data, train=joined(data.train, rows), report={**data.report, "sample_rows": len(rows)})
 
 
 def sample_rows(
-    labels: Sequence[str], own_texts: Sequence[str], training_rows: int, config: TrainConfig
+    labels: Sequence[str], own_keys: Collection[str], training_rows: int, config: TrainConfig
 ) -> Split | None:
     """Return the sample's rows for a dataset, or None where they do not help.
 
     They help when `add_sample` is set, every label names a sentiment, positive and negative among them, and the dataset
-    has at most `OWN_ROWS_AT_MOST` training rows. A text that is among `own_texts` is left out. The rows have no number
-    in the file, so theirs is 0, and they count `sample_weight` times as much in the loss as the dataset's.
+    has at most `OWN_ROWS_AT_MOST` training rows. A text whose key (`same_text_key`) is among `own_keys` is left out.
+    The rows have no number in the file, so theirs is 0, and they count `sample_weight` times as much in the loss as the
+    rows of the dataset.
     """
     column = {sentiment_of(label): index for index, label in enumerate(labels)}
     fits = config.task == "single_label" and None not in column and {"positive", "negative"} <= set(column)
     if not config.add_sample or not fits or len(column) < len(labels) or training_rows > OWN_ROWS_AT_MOST:
         return None
     rows = read_rows(LABELLED)
-    known = {same_text_key(text) for text in own_texts}
+    known = set(own_keys)
     chosen = [
         i
         for i, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True))
@@ -65,6 +66,7 @@ def joined(first: Split, second: Split) -> Split:
         np.concatenate([first.targets, second.targets]),
         first.row_numbers + second.row_numbers,
         weights,
+        first.keys + second.keys,
     )
 
 

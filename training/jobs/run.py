@@ -20,6 +20,7 @@ from db.session import Database
 from training import failpoint
 from training.config import TrainConfig, make_config
 from training.data.dataset import Dataset, Split, read_rows, split_rows
+from training.data.sample import with_sample
 from training.evaluation.baselines import baselines
 from training.evaluation.calibration import fit_temperature
 from training.evaluation.decisions import Floats
@@ -35,8 +36,12 @@ from training.jobs.inputs import fetched_dataset
 from training.jobs.lease import Lease
 from training.jobs.recording import job_checkpoints, recording_hooks
 from training.jobs.register import register_model
+from training.jobs.unlabelled.distillation import add_soft_labelled
+from training.jobs.unlabelled.rows import Setup, TrainingRows, labelled_only
+from training.jobs.unlabelled.self_training import add_pseudo_labelled
 from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
-from training.loop.fit import FitInputs, fit
+from training.loop.checkpoints import Checkpoints
+from training.loop.fit import FitInputs, Hooks, fit
 from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec
 from training.model.base_model import BaseModelFolder
@@ -78,20 +83,25 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
     config = make_config("guide", **job.config)
     with ExitStack() as stack:
         data = read_data(context, job, config, lease)
+        config = config.for_rows(len(data.rows.train))
         base = stack.enter_context(fetch_base_model(database, context, config.base_model, config.base_revision, lease))
         checkpoints = stack.enter_context(job_checkpoints(context, job))
         crossed = cross_validate(context, lease, base, data.rows, config, checkpoints)
         prepared = prepare(base, data.rows, config, context.device)
         lease.check()
+        hooks = recording_hooks(lease, crossed.on_step, config.task)
+        rows = training_rows(database, context, job, lease, data, prepared, checkpoints, hooks)
         history = fit(
             prepared.model,
-            prepared.fit_inputs(data.rows),
+            rows.inputs,
             device=prepared.device,
-            checkpoints=checkpoints,
+            checkpoints=rows.checkpoints,
             board_folder=context.boards_folder / f"job-{job.id}",
-            hooks=recording_hooks(lease, crossed.on_step, config.task),
+            hooks=rows.hooks,
         )
+        history = rows.settle(history)
         evaluation = evaluate(prepared, data, lease)
+        rows.compare(evaluation.test_logits)
         return register(database, context, lease, prepared, data, history, evaluation, crossed)
 
 
@@ -116,7 +126,9 @@ class JobData:
 
 def read_data(context: TrainingContext, job: TrainingJob, config: TrainConfig, lease: Lease) -> JobData:
     with fetched_dataset(job.dataset, job.dataset_sha256, context.input_store, context.read_roots) as path:
-        data = JobData(split_rows(read_rows(path), config), path.name, file_sha256(path))
+        rows = with_sample(split_rows(read_rows(path), config), config)
+        rows.report["epochs"] = config.for_rows(len(rows.train)).epochs
+        data = JobData(rows, path.name, file_sha256(path))
     data.record_report(lease)
     failpoint.passing("split")
     lease.check()
@@ -157,6 +169,43 @@ def prepare(base: BaseModelFolder, rows: Dataset, config: TrainConfig, device: s
     }
     chosen = pick_device(device)
     return Prepared(base, tokenizer, token_ids, build_model(base, len(rows.labels), config), chosen)
+
+
+# --- rows
+
+
+def training_rows(
+    database: Database,
+    context: TrainingContext,
+    job: TrainingJob,
+    lease: Lease,
+    data: JobData,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    hooks: Hooks,
+) -> TrainingRows:
+    """The labelled rows, and what the configuration adds to them: a teacher's probabilities, and stored tweets."""
+    config, rows = prepared.config, data.rows
+    setup = Setup(
+        database,
+        context,
+        job,
+        lease,
+        checkpoints,
+        hooks,
+        rows,
+        data.sha256,
+        partial(data.record_report, lease),
+        prepared.model,
+        partial(build_model, prepared.base, len(rows.labels), config),
+        prepared.device,
+        prepared.tokenizer,
+        prepared.fit_inputs(rows),
+        prepared.token_ids["test"],
+    )
+    if config.teacher is not None:
+        return add_soft_labelled(setup)
+    return add_pseudo_labelled(setup) if config.unlabelled else labelled_only(setup)
 
 
 # --- evaluate

@@ -34,6 +34,11 @@ class StoredText:
     digest: int
 
 
+def digest_of(key: str) -> int:
+    """Return the digest of a text by its `same_text_key`."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest())
+
+
 class StoredTexts:
     """Iterates over the distinct texts of Japanese tweets, or tweets without a language, that arrived by `until`.
 
@@ -54,7 +59,7 @@ class StoredTexts:
         for text in self._newest():
             self.read += 1
             key = same_text_key(text)
-            digest = int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest())
+            digest = digest_of(key)
             if not key or digest in seen:
                 self.duplicates += 1
                 continue

@@ -112,8 +112,7 @@ class Checkpoints:
 
     def results(self) -> dict[int, dict[str, NDArray[Any]]]:
         """Return the saved results by the number of their part; damaged ones are left out."""
-        if self._mirror is not None:
-            self._mirror.fetch()
+        self.fetch()
         found = {}
         for place in sorted(self.folder.glob("result-*")):
             try:
@@ -123,6 +122,11 @@ class Checkpoints:
                 continue
             found[int(place.name.split("-")[1])] = load_arrays(str(place / ARRAYS))
         return found
+
+    def fetch(self) -> None:
+        """Download what another machine stored in the folder, if its checkpoints are newer than those here."""
+        if self._mirror is not None:
+            self._mirror.fetch()
 
     def save(self, state: RunState) -> Path:
         """Write a checkpoint and return its folder. Raises `CannotSave`; earlier checkpoints then remain."""
@@ -159,8 +163,7 @@ class Checkpoints:
 
         Returns False, with `state` unchanged, when there is none.
         """
-        if self._mirror is not None:
-            self._mirror.fetch()
+        self.fetch()
         for place in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(place)

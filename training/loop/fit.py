@@ -22,6 +22,7 @@ from training.evaluation.epoch import Epoch
 from training.evaluation.metrics import epoch_quality
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.predict import loss_function, predict
+from training.loop.soft_targets import SoftTargets
 from training.model.batching import cut, pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
 from training.reporting.tensorboard import TensorBoardWriter
@@ -47,7 +48,8 @@ class Hooks:
 class FitInputs:
     """The data and configuration of a run. `train_rows` and `valid_rows` are lists of token ids.
 
-    `scale` is that of a continuous task. Only TensorBoard uses it.
+    `scale` is that of a continuous task. Only TensorBoard uses it. `soft` has a teacher's probabilities of the training
+    rows.
     """
 
     train: Split
@@ -58,6 +60,12 @@ class FitInputs:
     config: TrainConfig
     pad_id: int
     scale: TargetScale | None = None
+    soft: SoftTargets | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        # The grouping of rows depends only on their lengths, so every epoch has as many steps as the first.
+        return len(_steps([len(row) for row in self.train_rows], self.config, epoch=0))
 
 
 def fit(
@@ -113,8 +121,7 @@ class _Run:
         self.checkpoints, self.hooks = checkpoints, hooks
         self.lengths = [len(row) for row in inputs.train_rows]
         self.targets = torch.from_numpy(inputs.train.targets)
-        # The grouping of rows depends only on their lengths, so every epoch has as many steps as the first.
-        steps_per_epoch = len(_steps(self.lengths, self.config, epoch=0))
+        steps_per_epoch = inputs.steps_per_epoch
         self.total_steps = steps_per_epoch * self.config.epochs
         self.model = model
         optimizer = build_optimizer(model, self.config)
@@ -124,7 +131,7 @@ class _Run:
         hooks.on_resume(self.progress)
         weights = inputs.train.weights
         self.weights = None if weights is None else torch.from_numpy(weights)
-        reduction = "mean" if weights is None else "none"
+        reduction = "mean" if weights is None and inputs.soft is None else "none"
         self.loss_of = loss_function(self.config, inputs.train.targets, reduction).to(device)
         # The weights stay float32; bfloat16 is used for computation where the hardware supports it.
         half = half_precision(device, self.config.precision)
@@ -175,10 +182,12 @@ class _Run:
     def _loss(self, logits: torch.Tensor, index: list[int]) -> torch.Tensor:
         """Return the mean loss of the rows in `index`, each multiplied by its weight. `logits` (B, K)."""
         loss: torch.Tensor = self.loss_of(logits, self.targets[index].to(self.device))
+        if self.inputs.soft is not None:
+            loss = self.inputs.soft.mix(loss, logits, index, self.loss_of)
         if self.weights is not None:
             of_row = loss.reshape(len(index), -1).mean(1)
-            loss = (of_row * self.weights[index].to(self.device)).mean()
-        return loss
+            loss = of_row * self.weights[index].to(self.device)
+        return loss.mean()
 
     def validate(self, started: float) -> tuple[Epoch, Floats]:
         """Return the epoch's figures and the probabilities (N, K) of the validation rows."""

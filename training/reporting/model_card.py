@@ -18,6 +18,7 @@ from training.model.artifact import Spec
 from training.model.base_model import is_hub_name, looks_local
 from training.model.imported import ImportedClassifier
 from training.reporting import plots
+from training.reporting.distillation import COLUMNS, comparison
 from training.reporting.training_result import TrainingResult, Values
 
 CARD = "README.md"
@@ -55,7 +56,7 @@ def write_card(folder: Path, result: TrainingResult) -> None:
     images = "\n\n".join(f"![{caption}]({name}.png)" for name, (caption, _) in pictures.items())
     parts = [
         f"---\n{_metadata(result).to_yaml()}\n---", _summary(result), _use(result.spec), _data(result),
-        _results(result), images, _limits(result), _hyper_parameters(result),
+        _results(result), *_teacher(result), images, _limits(result), _hyper_parameters(result),
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -269,6 +270,11 @@ def _cross_validation(result: TrainingResult) -> list[str]:
         f"{line} (mean and standard deviation of the folds). It is over all {len(result.out_of_fold.rows):,} labelled "
         "rows: each was predicted by a model that was not trained on it."
     ]
+
+
+def _teacher(result: TrainingResult) -> list[str]:
+    compared = comparison(result.data.report)
+    return [f"## Teacher\n\n{compared[0]}.\n\n{_table(COLUMNS, compared[1])}"] if compared else []
 
 
 def _limits(result: TrainingResult) -> str:

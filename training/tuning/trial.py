@@ -81,7 +81,7 @@ def prepare_trials(
     rows, positions = inner_splits(train, valid, config.seed, count or splits_needed(len(valid)))
     encode = TextEncoder(tokenizer)
     ids = encode(rows.texts, config.max_length)
-    added = sample_rows(labels, rows.texts, len(train), config)
+    added = sample_rows(labels, rows.keys, len(train), config)
     added_ids = [] if added is None else encode(added.texts, config.max_length)
     splits = [
         InnerSplit(

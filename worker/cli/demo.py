@@ -10,6 +10,7 @@ from training.data.dataset import PART_NAMES
 from training.data.sample import LABELLED, UNLABELLED
 from worker.app import SCORING, TRAINING, make_app, nudge
 from worker.cli import output
+from worker.cli.training import job_output
 from worker.connections import broker, model_store, open_sql, open_stream, wait_for_broker
 from worker.errors import StreamAway
 from worker.intake.publish_file import publish_file
@@ -68,12 +69,12 @@ def run_demo(settings: Settings) -> None:
 def _train(settings: Settings, database: Database, supervisor: Supervisor) -> int:
     job = submit_training(settings, database, LABELLED, "fast")
     nudge(make_app(settings), TRAINING)
-    job = output.follow(database, job.id, supervisor.watch)
+    job = job_output.follow(database, job.id, supervisor.watch)
     with database.read() as session:
         version = registry.of_job(session, job.id)
         metrics = registry.metrics(session, version.id) if version else {}
     if version is None:
-        output.job_summary(database, job)
+        job_output.job_summary(database, job)
         raise TweetscoreError(f"the demo's job {job.state}; the log of its worker is in {settings.logs}")
     sizes = job.data_report["sizes"] if job.data_report else {}
     rows = ", ".join(f"{sizes.get(part, 0):,} {name} rows" for part, name in PART_NAMES.items())

@@ -7,6 +7,7 @@ import typer
 
 from worker.cli import output
 from worker.cli.output import Json
+from worker.cli.training import job_output
 
 if TYPE_CHECKING:
     from db.models import TrainingJob
@@ -98,7 +99,7 @@ def follow_job(database: Any, job_id: int, json: bool, watch: Any) -> "TrainingJ
     if json:
         output.console.quiet = True
     try:
-        return output.follow(database, job_id, watch)
+        return job_output.follow(database, job_id, watch)
     finally:
         output.console.quiet = False
 
@@ -122,7 +123,7 @@ def report_job(database: Any, job: "TrainingJob", json: bool) -> None:
             }
         )
     else:
-        output.job_summary(database, job)
+        job_output.job_summary(database, job)
         if version:
             output.console.print(f"next: tweetscore models promote {version.id}")
         if base:

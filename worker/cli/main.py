@@ -14,9 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import adapt, data, db, dead_letters, jobs, models, output, tune, tweets
+from worker.cli import data, db, dead_letters, jobs, models, output, tweets
 from worker.cli.output import Json
-from worker.cli.submitted import owned_broker, submitted
+from worker.cli.training import adapt, distil, tune
+from worker.cli.training.submitted import owned_broker, submitted
 from worker.errors import ServerFailed
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "tune", "adapt", "jobs", "models", "data", "tensorboard"),
+    "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "dashboard"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -57,7 +58,8 @@ app.add_typer(models.app, name="models")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
-for command in (adapt.adapt, tune.tune, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+TRAINING_COMMANDS = (adapt.adapt, distil.distil, tune.tune)
+for command in (*TRAINING_COMMANDS, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
@@ -186,6 +188,7 @@ def train(
     split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
     folds: Annotated[int | None, typer.Option(help="First cross-validate with so many folds: 2 to 20.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
+    unlabelled: Annotated[int | None, typer.Option(help="Also learn from up to this many stored tweets.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
     ] = None,
@@ -205,7 +208,7 @@ def train(
     options: dict[str, Any] = {
         "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
         "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
-        "max_length": max_length, "split": split, "folds": folds, "seed": seed,
+        "max_length": max_length, "split": split, "folds": folds, "seed": seed, "unlabelled": unlabelled,
         "labels": label_map(labels), "polarity": numbers("polarity", polarity),
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])

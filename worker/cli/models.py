@@ -8,10 +8,11 @@ import typer
 
 from worker.cli import imports, output
 from worker.cli.output import Json
+from worker.cli.training import job_output
 from worker.scoring.engine_choice import fallback_folder, saved_choices
 
 if TYPE_CHECKING:
-    from db.models import Evaluation
+    from db.models import Evaluation, TestPrediction
 
     Evaluations = list[tuple[Evaluation, dict[tuple[str, str], float]]]
 
@@ -87,14 +88,13 @@ def models_bases(json: Json = False) -> None:
     if json:
         output.as_json([{"name": f"adapted:{row.id}", **output.fields(row)} for row in rows])
     else:
-        output.base_table(rows)
+        job_output.base_table(rows)
 
 
 @app.command("show")
 def models_show(model: Model, json: Json = False) -> None:
     """Show one model: its artifact, engine, test metrics and most confident errors."""
-    from db import registry
-    from training.data.columns import VALUE
+    from db import jobs, registry
     from worker.connections import model_store, open_sql
     from worker.settings import load_settings
 
@@ -104,6 +104,8 @@ def models_show(model: Model, json: Json = False) -> None:
         cells = registry.confusion(session, model)
         wrong, measured = registry.wrongest(session, model, MOST_WRONG), registry.evaluations(session, model)
         assignments = [row for row in registry.history(session) if row.model_version_id == model]
+        job = jobs.find(session, version.job_id) if version.job_id is not None else None
+    report = (job and job.data_report) or {}
     engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
         written = {
@@ -112,6 +114,7 @@ def models_show(model: Model, json: Json = False) -> None:
             "confusion": [{"actual": a, "predicted": p, "count": n} for (a, p), n in sorted(cells.items())],
             "engines": [asdict(choice) for choice in engines],
             "wrong": [output.fields(row) for row in wrong],
+            "distillation": report.get("distillation"),
             "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in assignments],
         }
         output.as_json({**output.fields(version), **written})
@@ -136,15 +139,23 @@ def models_show(model: Model, json: Json = False) -> None:
         output.line(f"{output.NO_TEST_FIGURES}: no job measured this model{remedy}")
     for evaluation, found in measured:
         output.evaluation_table(version, evaluation, found)
+    job_output.teacher_table(report)
+    _print_test_rows(version.labels, cells, wrong)
+
+
+def _print_test_rows(labels: list[str], cells: dict[tuple[str, str], int], wrong: "list[TestPrediction]") -> None:
+    """Print the confusion matrix, if the test rows have one, and the worst predictions."""
+    from training.data.columns import VALUE
+
     if cells:
         output.table(
             "Confusion on the test rows",
-            ["actual \\ predicted", *version.labels],
-            [(actual, *(cells[actual, predicted] for predicted in version.labels)) for actual in version.labels],
+            ["actual \\ predicted", *labels],
+            [(actual, *(cells[actual, predicted] for predicted in labels)) for actual in labels],
         )
     if wrong:
         output.table(
-            f"{'Largest errors' if version.labels == [VALUE] else 'Most confidently wrong'} ({len(wrong)} test rows)",
+            f"{'Largest errors' if labels == [VALUE] else 'Most confidently wrong'} ({len(wrong)} test rows)",
             ["row", "actual", "predicted", "probability", "text"],
             [(row.row_number, row.actual, row.predicted, row.probability, row.text) for row in wrong],
         )

@@ -4,12 +4,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
-from math import exp
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +17,7 @@ from worker.scoring.engine_choice import Choice
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
-    from db.models import BaseModel, EpochMetric, Evaluation, ModelVersion, TrainingJob
-    from db.session import Database
+    from db.models import Evaluation, ModelVersion
     from worker.maintenance.label_suspects import Suspects
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -27,7 +25,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
 MAX_LABELS_SHOWN = 30
 TEST_METRICS = (
@@ -41,7 +38,6 @@ TEST_METRICS = (
 NO_TEST_FIGURES = "no test figures"
 # Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
-COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
 def line(text: str) -> None:
@@ -164,95 +160,6 @@ def _labels_found(labels: dict[str, int]) -> str:
     return ", ".join(counts[:MAX_LABELS_SHOWN]) + (f" and {more:,} more" if more > 0 else "") or "none"
 
 
-def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda: None) -> "TrainingJob":
-    """Show a job until it ends: a bar and its epochs on a terminal, otherwise one line per epoch. Returns the ended
-    job.
-
-    Reads only SQL, so it works on any machine. `watch` is called on every poll.
-    """
-    from rich.live import Live
-    from rich.progress import TextColumn
-
-    from db import jobs
-    from db.models import FINISHED_STATES
-
-    printed = 0
-    progress = bar(TextColumn("{task.fields[text]}"))
-    shown = progress.add_task(f"job {job_id} queued", total=None, text="")
-    with Live(progress, console=console, auto_refresh=False) as live:
-        while True:
-            with database.read() as session:
-                job, done = jobs.get(session, job_id), jobs.epochs(session, job_id)
-            progress.update(
-                shown,
-                description=f"job {job_id} {job.state}",
-                total=job.total_steps,
-                completed=job.step,
-                text=pace(job),
-            )
-            if console.is_terminal:
-                shown_epochs = [epochs_shown(done, task_of(job))] if done else []
-                live.update(Group(progress, *shown_epochs), refresh=True)
-            else:
-                for epoch in done[printed:]:
-                    console.print(f"job {job_id}: {epoch_line(epoch, task_of(job))}")
-                printed = len(done)
-            if job.state in FINISHED_STATES:
-                # The summary shows the epochs. Without a terminal `Live` prints its last content without a newline.
-                live.update(progress if console.is_terminal else Group(), refresh=True)
-                return job
-            watch()
-            time.sleep(POLL_SECONDS)
-
-
-def pace(job: "TrainingJob") -> str:
-    """Return loss, samples per second and time left, as far as they are known."""
-    parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
-    if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
-        parts.append(f"{job.samples_per_second:.0f} samples/s")
-        sizes, folds = job.data_report["sizes"], job.config.get("folds")
-        rows = sizes["train"]
-        if folds:  # each row is used in all folds but one, there too for training or for validation
-            rows += (folds - 1) * sum(sizes.values()) * sizes["train"] / (sizes["train"] + sizes["valid"])
-        left = job.config["epochs"] * rows * (1 - job.step / job.total_steps)
-        parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
-    return ", ".join(parts)
-
-
-def task_of(job: "TrainingJob") -> str:
-    task: str = job.config.get("task", "single_label")
-    return task
-
-
-def epoch_line(epoch: "EpochMetric", task: str) -> str:
-    from training.evaluation.epoch import quality_names
-
-    return (
-        f"Epoch: {epoch.epoch}, Loss: {epoch.train_loss:.4f}, lr: {epoch.learning_rate:.3g}, "
-        f"Validation {quality_names(task)[0].title()} = {epoch.valid_accuracy:.4f}"
-    )
-
-
-def epochs_shown(epochs: "Sequence[EpochMetric]", task: str) -> Table:
-    from training.evaluation.epoch import quality_names
-
-    title = "kept: the last whose validation result does not differ significantly from the best"
-    if task == "continuous":
-        title = "kept: the one with the lowest mean absolute error on the validation rows"
-    kept = next((epoch for epoch in reversed(epochs) if epoch.kept), None)
-    return as_table(
-        f"Epochs ({title})",
-        ["epoch", "training loss", "lr", "validation loss", *quality_names(task), "seconds", ""],
-        [
-            (
-                str(e.epoch), f"{e.train_loss:.4f}", f"{e.learning_rate:.2e}", f"{e.valid_loss:.4f}",
-                f"{e.valid_accuracy:.4f}", f"{e.valid_f1_macro:.4f}", f"{e.seconds:.1f}", "kept" if e is kept else "",
-            )
-            for e in epochs
-        ],
-    )  # fmt: skip
-
-
 def engine_table(choice: Choice) -> None:
     """Print the engines that were tried for a model on one machine; the selected one comes first."""
     table(
@@ -328,90 +235,6 @@ def macro_f1(figures: dict[tuple[str, str], float]) -> str:
 def evaluation_fields(evaluation: "Evaluation", figures: dict[tuple[str, str], float]) -> dict[str, Any]:
     """Return an evaluation with its metrics for `--json`."""
     return {**fields(evaluation), "metrics": metric_rows(figures)}
-
-
-def queued(job: "TrainingJob", hint: str) -> None:
-    console.print(f"job {job.id} queued{hint}")
-    _notes(job.data_report or {})
-
-
-def _notes(report: dict[str, Any]) -> None:
-    for note in report.get("notes", ()):
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def job_summary(database: "Database", job: "TrainingJob") -> None:
-    """Print a job's epochs and metrics, or why it failed."""
-    from db import jobs, registry
-
-    state = f"[{COLORS.get(job.state, 'white')}]{job.state}[/]"
-    progress = f", {pace(job)}" if job.state == "running" and pace(job) else ""
-    kind = "" if job.kind == "train" else f" ({job.kind})"
-    console.print(
-        f"job {job.id}{kind} {state}, start {job.attempts}, step {job.step} of {job.total_steps or '?'}{progress}"
-    )
-    if job.data_report and job.kind == "adapt":
-        adapt_data(job.data_report)
-    elif job.data_report:
-        report = job.data_report
-        sizes, encoding = report["sizes"], report.get("encoding", "UTF-8")
-        read_as = "" if encoding == "UTF-8" else f", read as {encoding}"
-        guide = report.get("split") == "guide"
-        console.print(
-            f"data{read_as}: {report['rows']} rows of {report['read']} ({report['duplicates']} duplicates, "
-            f"{report['blank']} blank, {report['conflicting']} texts under two labels"
-            f"{', kept as in the guide' if guide else ' left out'}); training {sizes['train']}, validation "
-            f"{sizes['valid']}, test {sizes['test']}"
-        )
-        if guide and report["also_in_training"]["test"]:
-            console.print(
-                f"{report['also_in_training']['test']} test rows have a text that is also in the training rows: "
-                "the test metrics are too optimistic"
-            )
-        _notes(report)
-    if job.error:
-        console.print(job.error, style="red", markup=False)
-    with database.read() as session:
-        done, version = jobs.epochs(session, job.id), registry.of_job(session, job.id)
-        figures = registry.metrics(session, version.id) if version else {}
-        base = registry.base_model_of_job(session, job.id)
-    if done:
-        console.print(epochs_shown(done, task_of(job)))
-    if version:
-        test_table(version, figures)
-    if base:
-        base_table([base])
-
-
-def adapt_data(report: dict[str, Any]) -> None:
-    """Print which tweets a job read to adapt a base model."""
-    sizes = report["sizes"]
-    console.print(
-        f"tweets: {report['rows']} different texts of {report['read']} read, {report['duplicates']} copies or blank "
-        f"left out; training {sizes['train']}, held out {sizes['valid']}"
-    )
-    if report["new_head"]:
-        console.print(
-            "the base model has no head for hidden words, so a new one is trained too: the loss before says nothing "
-            "about the base model"
-        )
-
-
-def base_table(rows: "Sequence[BaseModel]") -> None:
-    """Print adapted base models. The perplexity is the exponential of the loss."""
-
-    def change(before: float, after: float) -> str:
-        return f"{before:.4g} to {after:.4g}"
-
-    table(
-        "Adapted base models, with loss and perplexity of hidden words in held-out tweets before and after",
-        ["name", "job", "base model", "tweets", "loss", "perplexity", "created"],
-        [
-            (f"adapted:{row.id}", row.job_id, row.base_model, row.tweets, change(row.loss_before, row.loss_after),
-             change(exp(row.loss_before), exp(row.loss_after)), row.created_at)
-            for row in rows
-        ],
-    )  # fmt: skip
 
 
 def fields(row: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from training.data.table_file import download
 from training.errors import BadDataset, ModelUnavailable
 from training.jobs.inputs import save_base_model, save_dataset
 from training.jobs.stored_tweets import FEWEST_TEXTS, LANGUAGE, require_texts
+from training.jobs.unlabelled.teacher import find_teacher
 from training.model.base_model import adapted_id, check_dictionary, check_hub_name, looks_local
 from training.store.paths import file_sha256, is_file, is_folder, real_path
 from training.store.store import is_remote
@@ -45,8 +46,10 @@ def submit_training(
     """
     with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
-        # Raises for a dataset that cannot be split, before a worker loads a model.
-        report = split_rows(read_rows(path), config).report
+        rows = split_rows(read_rows(path), config)  # raises if it cannot be split, before a worker loads a model
+        if config.teacher is not None:
+            with database.read() as session:
+                find_teacher(session, config.teacher, rows.labels)
         config = config.model_copy(update={"base_model": usable_base_model(settings, database, config.base_model)})
         dataset, sha256 = save_dataset(input_store(settings), path), file_sha256(path)
         with database.begin() as session:
@@ -56,7 +59,7 @@ def submit_training(
                 dataset=dataset,
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
-                data_report=report,
+                data_report=rows.report,
             )
 
 

@@ -23,7 +23,7 @@ from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadDataset
 from training.jobs.run import run_next_job
 from training.model.artifact import load_artifact
-from worker.cli import output
+from worker.cli.training import job_output
 from worker.connections import training_context
 from worker.intake.request_queue import TRAIN, Request
 from worker.intake.submit_job import accept_request, submit_training
@@ -232,7 +232,7 @@ def test_a_model_of_the_guides_split_is_trained_measured_and_described(
     assert "The split is the guide's: all 124 rows, sampled by pandas with seed 200" in card
     assert f"{leaked['test']:,} test rows have a text that is also a training row" in card
     assert "no text is in two parts" not in card
-    output.job_summary(sqlite, job)
+    job_output.job_summary(sqlite, job)
     said = " ".join(capsys.readouterr().out.split())
     assert "kept as in the guide" in said
     assert f"{leaked['test']} test rows have a text that is also in the training rows" in said

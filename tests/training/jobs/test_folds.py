@@ -26,7 +26,7 @@ from training.model.base_model import BaseModelFolder
 from training.store.cache import Cache
 from training.store.paths import file_sha256
 from training.store.store import Store
-from worker.cli import output
+from worker.cli.training import job_output
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_an_interrupted_job_repeats_no_fold_and_gives_the_same_figures_and_the_m
     assert losses[0] == losses[1] == losses[2]
     # Where people see it.
     line = f"2-fold cross-validation: macro-F1 {figures['cv_f1_macro_mean', '']:.2f} ± "
-    output.job_summary(sqlite, job)
+    job_output.job_summary(sqlite, job)
     assert line in capsys.readouterr().out
     assert line in card_of(sqlite, torn)
     assert "all 60 labelled rows" in card_of(sqlite, torn)
@@ -240,6 +240,6 @@ def test_four_rows_of_a_label_are_trained_measured_and_warned_about(
     assert (job.state, job.error) == ("succeeded", None)
     [note, *_] = job.data_report["notes"]
     assert note.startswith("few rows: negative 4 (1 in the test part), positive 4 (1 in the test part); ")
-    output.job_summary(sqlite, job)
+    job_output.job_summary(sqlite, job)
     assert f"note: {note}" in capsys.readouterr().out
     assert f"Note: {note}." in card_of(sqlite, job_id)

@@ -27,6 +27,7 @@ from training.model.batching import pad
 from training.store.paths import file_sha256
 from training.text.tokenizer import encode
 from worker.cli import output
+from worker.cli.training import job_output
 
 
 @on_postgresql
@@ -81,7 +82,7 @@ def test_a_baseline_that_fails_costs_a_note_that_people_see_and_not_the_model(
     job = job_of(sqlite, job_id)
     note = "the tfidf baseline failed (MemoryError); its figures are missing"
     assert (job.state, job.data_report["notes"]) == ("succeeded", [note])
-    output.job_summary(sqlite, job)
+    job_output.job_summary(sqlite, job)
     assert f"note: {note}" in screen.getvalue()
     [artifact] = context.model_store.folder.iterdir()
     assert f"Note: {note}." in (artifact / "README.md").read_text(encoding="utf-8")

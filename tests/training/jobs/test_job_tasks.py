@@ -23,6 +23,7 @@ from training.jobs.run import run_next_job
 from training.model.artifact import load_artifact
 from training.reporting.model_card import CARD
 from worker.cli import output
+from worker.cli.training import job_output
 from worker.scoring.scoring_model import Serving, load_model
 
 NAMED = {"m": "mid", "h": "high", "xx": "low"}  # not the order in which JSONB stores the keys
@@ -125,7 +126,7 @@ def test_a_continuous_job_predicts_numbers_in_the_unit_of_its_targets(
     assert count(sqlite, ConfusionCell) == 0
     kept = [epoch for epoch in epochs if epoch.kept][-1]
     assert kept.valid_f1_macro == max(epoch.valid_f1_macro for epoch in epochs)
-    output.job_summary(sqlite, job_of(sqlite, job_id))
+    job_output.job_summary(sqlite, job_of(sqlite, job_id))
     assert all(name in screen.getvalue() for name in ("R2", "D2", "Spearman", "ridge regression, and the mean"))
     assert "accuracy" not in screen.getvalue().lower()
 

@@ -8,7 +8,7 @@ import typer
 
 from worker.cli import output
 from worker.cli.output import Json
-from worker.cli.submitted import nudge_worker
+from worker.cli.training.submitted import nudge_worker
 
 if TYPE_CHECKING:
     from training.tuning.study import TrialResult

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.output import Json
-from worker.cli.submitted import submitted
+from worker.cli.training.submitted import submitted
 
 
 def adapt(

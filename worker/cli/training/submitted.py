@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from db.errors import public_url
 from worker.cli import output
 from worker.cli.jobs import follow_job, report_job
+from worker.cli.training import job_output
 
 if TYPE_CHECKING:
     from db.models import TrainingJob
@@ -22,7 +23,7 @@ def submitted(settings: "Settings", database: "Database", job: "TrainingJob", wa
 
     if not wait:
         hint = nudge_worker(settings)
-        output.as_json(output.fields(job)) if json else output.queued(job, hint)
+        output.as_json(output.fields(job)) if json else job_output.queued(job, hint)
         return
     no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
     if no_server:

@@ -1,0 +1,485 @@
+"""Jobs that also learn from stored tweets: by their own predicted labels, or as a teacher says."""
+
+import io
+import json
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+from sqlalchemy import select
+from transformers import BertConfig, BertModel
+
+from db import jobs, predictions, registry
+from db.models import ModelVersion, TestPrediction, TrainingJob, utc_now
+from db.session import Database
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
+from tests.support.rows import tweet_row
+from tests.support.training_jobs import NEVER, count, job_of, left_in, submit
+from training import failpoint
+from training.jobs import run as run_module
+from training.jobs.context import TrainingContext
+from training.jobs.run import run_next_job
+from training.jobs.unlabelled import labels
+from training.loop.fit import FitInputs, fit
+from training.model.artifact import load_artifact
+from training.model.base_model import STARTER_FOLDER
+from training.model.batching import pad
+from training.store.paths import file_sha256
+from training.text.cleaning import clean
+from training.text.tokenizer import encode, load_tokenizer
+from worker.cli import output
+from worker.cli.training import job_output
+from worker.connections import training_context
+from worker.settings import Settings
+
+EASY = {"epochs": 4, "learning_rate": 3e-3, "pooling": "mean", "baseline": False, "train_batch_size": 8}
+
+
+@pytest.fixture
+def smaller_encoder(tmp_path: Path) -> Path:
+    """Half as wide as the tiny one, with one layer."""
+    folder = tmp_path / "smaller"
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def store_tweets(database: Database, texts: list[str], prefix: str = "", **values: Any) -> None:
+    rows = [
+        tweet_row(
+            f"{prefix}{i}",
+            text=text,
+            **{"lang": "ja", "received_at": utc_now() - timedelta(hours=1, seconds=i), **values},
+        )
+        for i, text in enumerate(texts)
+    ]
+    with database.begin() as session:
+        predictions.add_tweets(session, rows)
+
+
+def easy_tweets(count: int) -> list[str]:
+    """Two of three are positive."""
+    return [f"今日はとても{'悲しい' if i % 3 == 0 else '嬉しい'}日だったなあ{i}" for i in range(count)]
+
+
+def run(database: Database, context: TrainingContext, job_id: int) -> TrainingJob:
+    assert run_next_job(database, context, "here", NEVER) == job_id
+    job = job_of(database, job_id)
+    assert (job.state, job.error) == ("succeeded", None)
+    assert job.step == job.total_steps
+    return job
+
+
+def version_of(database: Database, job_id: int) -> ModelVersion:
+    with database.read() as session:
+        version = registry.of_job(session, job_id)
+    assert version is not None
+    return version
+
+
+def weights_of(version: ModelVersion) -> dict[str, Any]:
+    return load_file(version.artifact_url.removeprefix("file://") + "/model.safetensors")
+
+
+def same_weights(one: ModelVersion, other: ModelVersion) -> bool:
+    a, b = weights_of(one), weights_of(other)
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def shown(database: Database, job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> str:
+    screen = io.StringIO()
+    monkeypatch.setattr(output, "console", Console(file=screen, width=250))
+    job_output.job_summary(database, job)
+    return screen.getvalue()
+
+
+# --- self-training
+
+
+def test_self_training_adds_certain_tweets_in_the_shares_of_the_labels_and_none_of_the_held_out_texts(
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A labelled text with a mention and a link, and as a retweet, is still the same text.
+    labelled = [line.split(",")[1] for line in labelled_csv.read_text(encoding="utf-8").splitlines()[1:]]
+    store_tweets(
+        sqlite, [*easy_tweets(90), *(f"RT @who: {text} https://t.co/a" for text in labelled), "別の話", "別の話 @you"]
+    )
+    job_id = submit(sqlite, labelled_csv, base_model=str(tiny_encoder), **EASY, unlabelled=500, pseudo_threshold=0.6)
+    job = run(sqlite, context, job_id)
+    report = job.data_report or {}
+    found = report["unlabelled"]
+    assert (found["asked"], found["found"]) == (500, 91)
+    used = found["used"]
+    assert min(used.values()) > 10
+    assert max(used.values()) <= 0.75 * sum(used.values())  # 1.5 times the half
+    assert 0 < found["weight"] <= min(48, sum(used.values()))
+    assert found["kept"] == "with_tweets", report["notes"]
+    assert report["sizes"] == {"train": 48, "valid": 6, "test": 6}
+    screen = shown(sqlite, job, monkeypatch)
+    assert "500 stored tweets were asked for; there are 91" in screen
+    assert f"of 91 stored tweets, {found['certain']} have a predicted label of 0.6 or more" in screen
+    with sqlite.read() as session:
+        assert [metric.epoch for metric in jobs.epochs(session, job_id)] == [1, 2, 3, 4]
+    card = Path(version_of(sqlite, job_id).artifact_url.removeprefix("file://")) / "README.md"
+    assert "the second model was also trained on" in card.read_text(encoding="utf-8")
+    assert left_in(context.jobs_folder) == []
+
+
+def test_without_stored_tweets_a_job_trains_as_without_the_option_and_says_so(
+    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path
+) -> None:
+    store_tweets(sqlite, ["hello world", "good morning"], lang="en")
+    plain = run(sqlite, context, submit(sqlite, labelled_csv, base_model=str(tiny_encoder), **EASY))
+    job = run(sqlite, context, submit(sqlite, labelled_csv, base_model=str(tiny_encoder), **EASY, unlabelled=10))
+    assert (job.data_report or {})["notes"] == [
+        "no stored tweet can be trained on besides the labelled rows; the model was trained without"
+    ]
+    assert same_weights(version_of(sqlite, plain.id), version_of(sqlite, job.id))
+
+
+@pytest.mark.parametrize("case", [pytest.param("nothing is certain", marks=pytest.mark.slow), "the second is worse"])
+def test_the_first_model_is_registered_with_its_epochs_when_tweets_do_not_help(
+    case: str,
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = run(sqlite, context, submit(sqlite, labelled_csv, base_model=str(tiny_encoder), **EASY))
+    threshold = 0.999999
+    if case == "the second is worse":
+        threshold = 0.6
+        monkeypatch.setattr("training.jobs.unlabelled.self_training.as_good", lambda f1, best, rows: False)
+    store_tweets(sqlite, easy_tweets(40))
+    options = {**EASY, "unlabelled": 40, "pseudo_threshold": threshold}
+    job = run(sqlite, context, submit(sqlite, labelled_csv, base_model=str(tiny_encoder), **options))
+    assert same_weights(version_of(sqlite, plain.id), version_of(sqlite, job.id))
+    with sqlite.read() as session:
+        one, other = ([epoch.train_loss for epoch in jobs.epochs(session, id_)] for id_ in (plain.id, job.id))
+    assert one == other
+    note = (job.data_report or {})["notes"][-1]
+    assert ("the first model was kept" if case == "the second is worse" else "trained without stored tweets") in note
+
+
+def failing(database: Database, context: TrainingContext, job_id: int, point: str) -> None:
+    """Run a job that fails at this point, and queue it again."""
+    failpoint.arm(point)
+    try:
+        run_next_job(database, context, "here", NEVER)
+    finally:
+        failpoint.arm("")
+    assert job_of(database, job_id).state == "failed"
+    with database.begin() as session:
+        jobs.retry(session, job_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["first model", "labels", "second model", "evaluation"])
+def test_a_job_that_failed_in_any_stage_resumes_there_and_ends_with_the_same_model(
+    stage: str,
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(labels, "CHUNK_ROWS", 16)
+    store_tweets(sqlite, easy_tweets(60))
+    options = {**EASY, "base_model": str(tiny_encoder), "unlabelled": 60, "pseudo_threshold": 0.6}
+    whole = run(sqlite, context, submit(sqlite, labelled_csv, **options))
+    first, passes = 24, 38  # four epochs of 48 rows, five passes of 60 tweets, 8 rows a step
+    second = whole.step - first - passes
+    assert second > first
+    # Where it fails, how many steps are left from the newest checkpoint, and how many of four chunks of tweets.
+    point, left, chunks = {
+        "first model": ("stepped=fail@9", first - 6 + second, 4),
+        "labels": ("labelled=fail@2", second, 2),
+        "second model": (f"stepped=fail@{first + second // 4 + 2}", second - second // 4, 0),
+        "evaluation": ("evaluated=fail", 0, 0),
+    }[stage]
+    job_id = submit(sqlite, labelled_csv, **options)
+    failing(sqlite, context, job_id, point)
+    store_tweets(sqlite, [f"新しい話{i}" for i in range(30)], prefix="later", received_at=utc_now())  # changes nothing
+    failpoint.arm(f"stepped=fail@{left + 1}, labelled=fail@{chunks + 1}")
+    try:
+        job = run(sqlite, context, job_id)
+    finally:
+        failpoint.arm("")
+    assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
+    assert (job.data_report or {})["unlabelled"] == (whole.data_report or {})["unlabelled"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_shuts_down_while_tweets_are_predicted_gives_the_job_back(
+    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "CHUNK_ROWS", 16)
+    store_tweets(sqlite, easy_tweets(60))
+    job_id = submit(sqlite, labelled_csv, **EASY, base_model=str(tiny_encoder), unlabelled=60, pseudo_threshold=0.6)
+    stopping = threading.Event()
+    failpoint.arm("labelled=pause:3@1")
+    try:
+        thread = threading.Thread(target=run_next_job, args=(sqlite, context, "here", stopping), daemon=True)
+        thread.start()
+        wait_until(lambda: list((context.jobs_folder / str(job_id)).glob("labels-*")))
+        stopping.set()
+        thread.join(PATIENCE_SECONDS)
+    finally:
+        failpoint.arm("")
+    job = job_of(sqlite, job_id)
+    assert (job.state, job.attempts) == ("queued", 0)
+    assert job.total_steps is not None
+    assert job.step < job.total_steps
+    run(sqlite, context, job_id)
+
+
+# --- distillation
+
+
+@pytest.fixture
+def teacher(sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path) -> int:
+    """A model version that a job trained well."""
+    sha256 = file_sha256(labelled_csv)
+    job = run(sqlite, context, submit(sqlite, labelled_csv, sha256, base_model=str(tiny_encoder), **EASY))
+    return version_of(sqlite, job.id).id
+
+
+def test_a_student_learns_from_its_teacher_and_both_are_compared(
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    smaller_encoder: Path,
+    teacher: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store_tweets(sqlite, easy_tweets(40))
+    options = {**EASY, "base_model": str(smaller_encoder), "teacher": teacher, "unlabelled": 40}
+    job = run(sqlite, context, submit(sqlite, labelled_csv, file_sha256(labelled_csv), **options))
+    report = job.data_report or {}
+    assert report["unlabelled"] == {"asked": 40, "found": 40}
+    assert "notes" not in report
+    found = report["distillation"]
+    version = version_of(sqlite, job.id)
+    with sqlite.read() as session:
+        figures = {
+            name: registry.metrics(session, id_) for name, id_ in (("teacher", teacher), ("student", version.id))
+        }
+    for name, measured in figures.items():
+        assert found[name]["accuracy"] == pytest.approx(measured["accuracy", ""])
+        assert found[name]["f1_macro"] == pytest.approx(measured["f1_macro", ""])
+        assert found[name]["tweets_per_second"] > 0
+    assert (found["teacher_model"], found["test_rows"], found["same_test_rows"]) == (teacher, 6, True)
+    artifact = load_artifact(Path(version.artifact_url.removeprefix("file://")))
+    assert found["student"]["parameters"] == sum(p.numel() for p in artifact.model.parameters())
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    weights = (artifact.folder / "model.safetensors").stat().st_size
+    assert found["student"]["bytes"] == pytest.approx(weights, rel=0.02)
+    with sqlite.read() as session:
+        predicted = [
+            dict(session.execute(select(TestPrediction.row_number, TestPrediction.predicted).where(
+                TestPrediction.model_version_id == id_)).tuples().all())
+            for id_ in (teacher, version.id)
+        ]  # fmt: skip
+    agreement = np.mean([predicted[0][row] == predicted[1][row] for row in predicted[0]])
+    assert found["agreement"] == pytest.approx(agreement)
+    for text in (shown(sqlite, job, monkeypatch), (artifact.folder / "README.md").read_text(encoding="utf-8")):
+        assert f"Teacher (model {teacher}) and student on 6 test rows; they agree on {agreement:.1%}" in text
+        assert "Tweets per second (cpu)" in text
+
+
+def test_the_targets_are_the_teachers_probabilities_in_the_order_of_the_datasets_labels(
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    tiny_encoder: Path,
+    teacher: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dataset's labels are in the other order, and its cleaner is another one than the teacher's."""
+    store_tweets(sqlite, easy_tweets(20))
+    given: list[FitInputs] = []
+    monkeypatch.setattr(
+        run_module, "fit", lambda model, inputs, **rest: given.append(inputs) or fit(model, inputs, **rest)
+    )
+    options = {
+        **EASY, "base_model": str(tiny_encoder), "teacher": teacher, "unlabelled": 20, "cleaner": "1",
+        "labels": {"positive": "positive", "negative": "negative"}, "soft_temperature": 3.0, "teacher_share": 0.25,
+        "unlabelled_weight": 0.5,
+    }  # fmt: skip
+    run(sqlite, context, submit(sqlite, labelled_csv, **options))
+    [inputs] = given
+    soft = inputs.soft
+    assert soft is not None
+    assert inputs.labels == ["positive", "negative"]
+    assert (len(inputs.train), len(inputs.train_rows), soft.temperature) == (68, 68, 3.0)
+    assert list(soft.shares) == [0.25] * 48 + [1.0] * 20
+    assert list(inputs.train.weights) == [1.0] * 48 + [0.5] * 20
+    with sqlite.read() as session:
+        version = registry.get(session, teacher)
+    artifact = load_artifact(Path(version.artifact_url.removeprefix("file://")))
+    assert artifact.spec.labels == ["negative", "positive"]
+    for i in (0, 47, 48, 67):
+        ids, mask = pad(encode(artifact.tokenizer, [clean(inputs.train.texts[i], "2")], 200), 0)
+        with torch.inference_mode():
+            expected = (artifact.model(ids, mask)[0] / 3.0).softmax(0).numpy()[::-1]
+        assert soft.probabilities[i] == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_student_whose_job_failed_is_not_labelled_again_and_ends_the_same(
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    smaller_encoder: Path,
+    teacher: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(labels, "CHUNK_ROWS", 16)
+    store_tweets(sqlite, easy_tweets(40))
+    options = {**EASY, "base_model": str(smaller_encoder), "teacher": teacher, "unlabelled": 40}
+    whole = run(sqlite, context, submit(sqlite, labelled_csv, **options))
+    job_id = submit(sqlite, labelled_csv, **options)
+    failing(sqlite, context, job_id, "labelled=fail@3")
+    failing(sqlite, context, job_id, "stepped=fail@15, labelled=fail@5")  # six chunks, three of them stored
+    failpoint.arm("labelled=fail")
+    try:
+        job = run(sqlite, context, job_id)
+    finally:
+        failpoint.arm("")
+    assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
+
+
+@pytest.mark.slow
+def test_damaged_labels_are_computed_again(
+    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, teacher: int
+) -> None:
+    options = {**EASY, "base_model": str(tiny_encoder), "teacher": teacher}
+    whole = run(sqlite, context, submit(sqlite, labelled_csv, **options))
+    job_id = submit(sqlite, labelled_csv, **options)
+    failing(sqlite, context, job_id, "evaluated=fail")
+    [stored] = (context.jobs_folder / str(job_id)).glob("labels-*/labels.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    job = run(sqlite, context, job_id)
+    assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
+
+
+@pytest.mark.parametrize("changed", [{"seed": 5}, pytest.param({}, marks=pytest.mark.slow)])
+def test_a_teacher_that_may_know_the_test_rows_is_said_to_be_too_good(
+    changed: dict[str, Any],
+    sqlite: Database,
+    context: TrainingContext,
+    labelled_csv: Path,
+    tiny_encoder: Path,
+    teacher: int,
+) -> None:
+    if not changed:  # the same rows in another file
+        labelled_csv.write_text(labelled_csv.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    options = {**EASY, "base_model": str(tiny_encoder), "teacher": teacher, **changed}
+    job = run(sqlite, context, submit(sqlite, labelled_csv, **options))
+    report = job.data_report or {}
+    assert report["distillation"]["same_test_rows"] is False
+    assert "may have been trained on some of them" in report["notes"][0]
+
+
+def test_a_teacher_with_other_labels_or_another_task_is_refused(
+    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, teacher: int
+) -> None:
+    renamed = {"positive": "good", "negative": "bad"}
+    cases = {
+        "the labels negative, positive, but the dataset has good, bad": {"labels": renamed},
+        "there is no model 77": {"teacher": 77},
+        "was trained for the task single_label, and this job is for multi_label": {"task": "multi_label"},
+    }
+    for reason, options in cases.items():
+        job_id = submit(
+            sqlite, labelled_csv, **{**EASY, "base_model": str(tiny_encoder), "teacher": teacher, **options}
+        )
+        run_next_job(sqlite, context, "here", NEVER)
+        job = job_of(sqlite, job_id)
+        assert job.state == "failed"
+        assert reason in (job.error or "")
+
+
+@pytest.mark.slow
+def test_an_untrained_teacher_without_a_job_can_teach(
+    sqlite: Database,
+    context: TrainingContext,
+    tmp_path: Path,
+    tiny_encoder: Path,
+    promote: Callable[..., int],
+) -> None:
+    version_id = promote(sqlite, context.model_store.folder)
+    path = tmp_path / "three.csv"
+    rows = [f"{LABELS[i % 3]},今日のこと{i}" for i in range(60)]
+    path.write_text("label,text\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    job = run(sqlite, context, submit(sqlite, path, **EASY, base_model=str(tiny_encoder), teacher=version_id))
+    assert (job.data_report or {})["distillation"]["same_test_rows"] is False
+
+
+# --- the command
+
+
+def test_distil_takes_dataset_and_split_from_the_teachers_job(
+    tweetscore: Callable[..., Any], settings: Settings, home_database: Database, labelled_csv: Path, tiny_encoder: Path
+) -> None:
+    arguments = ["--base-model", str(tiny_encoder), "--epochs", "1", "--seed", "7", "--set", "baseline=false"]
+    arguments += ["--labels", "negative=bad,positive=good", "--set", "train_size=0.7"]
+    assert tweetscore("train", str(labelled_csv), *arguments).returncode == 0
+    assert run_next_job(home_database, training_context(settings), "here", NEVER) == 1
+    labelled_csv.unlink()
+    store_tweets(home_database, easy_tweets(30))
+    student = ["--student", str(tiny_encoder), "--epochs", "2", "--tweets", "20", "--temperature", "4"]
+    queued = tweetscore("distil", "--teacher", "1", *student, "--set", "baseline=false", "--json")
+    assert queued.returncode == 0, queued.stderr
+    config = json.loads(queued.stdout)["config"]
+    expected = {"teacher": 1, "unlabelled": 20, "soft_temperature": 4, "seed": 7, "train_size": 0.7, "epochs": 2}
+    assert expected.items() <= config.items()
+    assert run_next_job(home_database, training_context(settings), "here", NEVER) == 2
+    told = json.loads(tweetscore("jobs", "show", "2", "--json").stdout)
+    assert told["data_report"]["distillation"]["same_test_rows"] is True
+    assert "Teacher (model 1) and student on" in tweetscore("models", "show", "2").stdout
+    shown = json.loads(tweetscore("models", "show", "2", "--json").stdout)
+    assert shown["distillation"] == told["data_report"]["distillation"]
+
+
+def test_distil_refuses_before_it_queues_a_job(
+    tweetscore: Callable[..., Any],
+    home_database: Database,
+    settings: Settings,
+    labelled_csv: Path,
+    promote: Callable[..., int],
+) -> None:
+    version_id = promote(home_database, settings.home / "models")
+    cases = {
+        ("9",): "there is no model 9",
+        (str(version_id),): f"model {version_id} was not trained by a job; name labelled rows with --dataset",
+        (str(version_id), "--dataset", str(labelled_csv)): "but the dataset has negative, positive",
+    }
+    for arguments, reason in cases.items():
+        refused = tweetscore("distil", "--teacher", *arguments, "--student", "starter")
+        assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
+    assert count(home_database, TrainingJob) == 0
+
+
+def test_stored_tweets_are_refused_for_several_labels_a_row_without_a_teacher(
+    tweetscore: Callable[..., Any], labelled_csv: Path
+) -> None:
+    refused = tweetscore("train", str(labelled_csv), "--task", "multi_label", "--unlabelled", "10")
+    assert refused.returncode == 2
+    assert "without a teacher only a single_label task can use stored tweets" in refused.stderr

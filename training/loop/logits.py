@@ -1,0 +1,44 @@
+"""Logits of many rows, without targets: of a teacher, or the passes with dropout that tell how certain a model is."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.evaluation.decisions import Floats
+from training.loop.fit import TOKENS_AT_ONCE
+from training.model.batching import pad, plan_batches
+from training.model.classifier import Classifier, half_precision
+
+
+@torch.inference_mode()
+def logits_of(
+    model: Classifier,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    *,
+    precision: str = "float32",
+    dropout: bool = False,
+    between_batches: Callable[[], None] = lambda: None,
+) -> Floats:
+    """Return logits (N, K) float32 of rows of token ids, in their order. `between_batches` may raise to stop.
+
+    With `dropout` the dropout layers are active, so that each call gives other logits; normalisation layers stay as in
+    scoring.
+    """
+    model.to(device).eval()
+    for layer in model.modules():
+        if dropout and isinstance(layer, nn.Dropout):
+            layer.train()
+    budget = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
+    found: dict[int, Floats] = {}
+    for index in plan_batches([len(row) for row in rows], token_budget=budget):
+        ids, mask = pad([rows[i] for i in index], pad_id)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, precision)):
+            logits = model(ids.to(device), mask.to(device))
+        found |= dict(zip(index, logits.float().cpu().numpy(), strict=True))
+        between_batches()
+    model.eval()
+    return np.stack([found[i] for i in range(len(rows))])
