@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
         None,
         ge=1,
         exclude_if=lambda passes: passes is None,
-        description="train for as many epochs as give about this many rows, from 2 to `epochs`",
+        description="train for as many epochs as give about this many rows, at least 1 and at most `epochs`",
     )
     add_sample: bool = Field(
         False,
@@ -192,7 +192,7 @@ class TrainConfig(BaseModel):
         """Return the configuration with the number of epochs that suits this many training rows."""
         if self.row_passes is None:
             return self
-        epochs = min(self.epochs, max(2, round(self.row_passes / rows)))
+        epochs = min(self.epochs, max(1, round(self.row_passes / rows)))
         return self.model_copy(update={"epochs": epochs, "row_passes": None})
 
 
@@ -235,7 +235,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head": "linear",
         "loss": "cross_entropy",
         "dropout": 0.1,
-        "epochs": 4,
+        "epochs": 10,
+        "row_passes": 15_000,
+        "add_sample": True,
         "train_batch_size": 16,
         "valid_batch_size": 64,
         "test_batch_size": 64,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.config import TrainConfig
-from training.data.columns import sentiment_of
+from training.data.columns import SENTIMENTS, sentiment_of
 from training.data.dataset import Dataset, Split, read_rows
 from training.text.cleaning import clean, same_text_key
 
@@ -32,22 +32,18 @@ def sample_rows(
 ) -> Split | None:
     """Return the sample's rows for a dataset, or None where they do not help.
 
-    They help when `add_sample` is set, every label names a sentiment, positive and negative among them, and the dataset
+    They help when `add_sample` is set, the labels are positive, neutral and negative by a usual name, and the dataset
     has at most `OWN_ROWS_AT_MOST` training rows. A text whose key (`same_text_key`) is among `own_keys` is left out.
     The rows have no number in the file, so theirs is 0, and they count `sample_weight` times as much in the loss as the
     rows of the dataset.
     """
     column = {sentiment_of(label): index for index, label in enumerate(labels)}
-    fits = config.task == "single_label" and None not in column and {"positive", "negative"} <= set(column)
-    if not config.add_sample or not fits or len(column) < len(labels) or training_rows > OWN_ROWS_AT_MOST:
+    fits = config.task == "single_label" and len(labels) == len(column) and set(column) == set(SENTIMENTS)
+    if not config.add_sample or not fits or training_rows > OWN_ROWS_AT_MOST:
         return None
     rows = read_rows(LABELLED)
     known = set(own_keys)
-    chosen = [
-        i
-        for i, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True))
-        if label in column and same_text_key(text) not in known
-    ]
+    chosen = [i for i, text in enumerate(rows.texts) if same_text_key(text) not in known]
     if not chosen:
         return None
     targets = np.zeros((len(chosen), len(labels)), np.float32)

@@ -69,7 +69,8 @@ print(*sys.modules)"""
         "worker.cli.imports", "worker.cli.jobs", "worker.cli.models", "worker.cli.tweets",
         "worker.cli.output", "worker.cli.training",
         "worker.cli.training.adapt", "worker.cli.training.distil",
-        "worker.cli.training.job_output", "worker.cli.training.submitted", "worker.cli.training.tune", "worker.errors", "worker.scoring",
+        "worker.cli.training.job_output", "worker.cli.training.submitted", "worker.cli.training.tune",
+        "worker.errors", "worker.scoring",
         "worker.scoring.engine_choice",
     }  # fmt: skip
 
