@@ -65,8 +65,8 @@ print(*sys.modules)"""
     assert not loaded & (COMMAND | {"rich.progress"})
     assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
         "db.errors", "worker.cli", "worker.cli.main", "worker.cli.data", "worker.cli.db", "worker.cli.dead_letters",
-        "worker.cli.jobs", "worker.cli.models", "worker.cli.tweets", "worker.cli.output", "worker.errors",
-        "worker.scoring", "worker.scoring.engine_choice",
+        "worker.cli.distil", "worker.cli.jobs", "worker.cli.models", "worker.cli.submitted", "worker.cli.tweets",
+        "worker.cli.output", "worker.errors", "worker.scoring", "worker.scoring.engine_choice",
     }  # fmt: skip
 
 
