@@ -175,6 +175,8 @@ class TrainConfig(BaseModel):
             return
         if self.folds is not None:
             raise ValueError("folds need labels, and a continuous task has numbers; leave out folds")
+        if self.teacher is not None:
+            raise ValueError("a teacher gives probabilities of labels, and a continuous task has none; leave it out")
         if self.labels is not None or self.class_weights is not None:
             raise ValueError("a continuous task has numbers instead of labels; leave out labels and class_weights")
         if self.polarity is not None and not _is_line(self.polarity):

@@ -16,8 +16,25 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from training.config import make_config
 from training.jobs.context import TrainingContext
 from training.jobs.run import run_next_job
+from training.store.cache import Cache
+from training.store.store import Store
 
 NEVER = threading.Event()
+
+
+def context_in(folder: Path, tiny_encoder: Path) -> TrainingContext:
+    cache = Cache(folder / "cache", 1_000_000_000)
+    return TrainingContext(
+        model_store=Store(folder / "models", cache),
+        input_store=Store(folder, cache),
+        jobs_folder=folder / "jobs",
+        checkpoint_store=None,
+        boards_folder=folder / "boards",
+        read_roots=(folder, tiny_encoder.parent),
+        device="cpu",
+        lease_seconds=30,
+        max_attempts=3,
+    )
 
 
 def submit(database: Database, dataset: Path, sha256: str | None = None, **settings: Any) -> int:

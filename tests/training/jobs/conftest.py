@@ -5,25 +5,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.training_jobs import context_in
 from training.jobs.context import TrainingContext
-from training.store.cache import Cache
-from training.store.store import Store
 
 
 @pytest.fixture
 def context(tmp_path: Path, tiny_encoder: Path) -> TrainingContext:
-    cache = Cache(tmp_path / "cache", 1_000_000_000)
-    return TrainingContext(
-        model_store=Store(tmp_path / "models", cache),
-        input_store=Store(tmp_path, cache),
-        jobs_folder=tmp_path / "jobs",
-        checkpoint_store=None,
-        boards_folder=tmp_path / "boards",
-        read_roots=(tmp_path, tiny_encoder.parent),
-        device="cpu",
-        lease_seconds=30,
-        max_attempts=3,
-    )
+    return context_in(tmp_path, tiny_encoder)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,10 +19,10 @@ from transformers import BertConfig, BertModel
 
 from db import jobs, predictions, registry
 from db.models import ModelVersion, TestPrediction, TrainingJob, utc_now
-from db.session import Database
-from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
+from db.session import Database, open_database
+from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until, write_labelled
 from tests.support.rows import tweet_row
-from tests.support.training_jobs import NEVER, count, job_of, left_in, submit
+from tests.support.training_jobs import NEVER, context_in, count, job_of, left_in, submit
 from training import failpoint
 from training.jobs import run as run_module
 from training.jobs.context import TrainingContext
@@ -153,7 +154,8 @@ def test_without_stored_tweets_a_job_trains_as_without_the_option_and_says_so(
     assert same_weights(version_of(sqlite, plain.id), version_of(sqlite, job.id))
 
 
-@pytest.mark.parametrize("case", [pytest.param("nothing is certain", marks=pytest.mark.slow), "the second is worse"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["nothing is certain", "the second is worse"])
 def test_the_first_model_is_registered_with_its_epochs_when_tweets_do_not_help(
     case: str,
     sqlite: Database,
@@ -253,12 +255,27 @@ def test_a_worker_that_shuts_down_while_tweets_are_predicted_gives_the_job_back(
 # --- distillation
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path, tiny_encoder: Path) -> Path:
+    """A folder with a database and a store of models, in which a job trained a model well."""
+    folder = tmp_path_factory.mktemp("taught")
+    database = open_database(f"sqlite:///{shutil.copyfile(migrated_file, folder / 'taught.db')}")
+    dataset = write_labelled(folder / "labelled.csv")
+    context = context_in(folder, tiny_encoder)
+    run(database, context, submit(database, dataset, file_sha256(dataset), base_model=str(tiny_encoder), **EASY))
+    database.close()
+    return folder
+
+
 @pytest.fixture
-def teacher(sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path) -> int:
-    """A model version that a job trained well."""
-    sha256 = file_sha256(labelled_csv)
-    job = run(sqlite, context, submit(sqlite, labelled_csv, sha256, base_model=str(tiny_encoder), **EASY))
-    return version_of(sqlite, job.id).id
+def teacher(sqlite: Database, context: TrainingContext, tmp_path: Path, taught: Path) -> int:
+    """The version of that model, in this test's database and store."""
+    shutil.copyfile(taught / "taught.db", tmp_path / "only.db")  # no connection has opened the file yet
+    shutil.copytree(taught / "models", context.model_store.folder)
+    with sqlite.begin() as session:
+        [version] = registry.versions(session)
+        version.artifact_url = context.model_store.url_of(version.artifact_url.rpartition("/")[2])
+        return version.id
 
 
 def test_a_student_learns_from_its_teacher_and_both_are_compared(
@@ -292,12 +309,14 @@ def test_a_student_learns_from_its_teacher_and_both_are_compared(
     weights = (artifact.folder / "model.safetensors").stat().st_size
     assert found["student"]["bytes"] == pytest.approx(weights, rel=0.02)
     with sqlite.read() as session:
-        predicted = [
-            dict(session.execute(select(TestPrediction.row_number, TestPrediction.predicted).where(
-                TestPrediction.model_version_id == id_)).tuples().all())
+        tested = [
+            {
+                row.row_number: row.predicted
+                for row in session.scalars(select(TestPrediction).filter_by(model_version_id=id_))
+            }
             for id_ in (teacher, version.id)
-        ]  # fmt: skip
-    agreement = np.mean([predicted[0][row] == predicted[1][row] for row in predicted[0]])
+        ]
+    agreement = np.mean([tested[0][row] == tested[1][row] for row in tested[0]])
     assert found["agreement"] == pytest.approx(agreement)
     for text in (shown(sqlite, job, monkeypatch), (artifact.folder / "README.md").read_text(encoding="utf-8")):
         assert f"Teacher (model {teacher}) and student on 6 test rows; they agree on {agreement:.1%}" in text
