@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, inspect, or_, select, text
+from sqlalchemy import ColumnElement, Row, delete, func, inspect, or_, select, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
@@ -107,6 +107,14 @@ def dead_after(session: Session, after: str, last: str, limit: int) -> list[Dead
 
 def drop_dead(session: Session, record_ids: Sequence[str]) -> None:
     session.execute(delete(DeadLetter).where(DeadLetter.record_id.in_(record_ids)))
+
+
+def least_certain(session: Session, model_version_id: int, limit: int) -> Sequence[Row[Any]]:
+    """(tweet_id, text, label, probability, probabilities) of a model's predictions by rising probability."""
+    columns = (Tweet.tweet_id, Tweet.text, Prediction.label, Prediction.probability, Prediction.probabilities)
+    query = select(*columns).join(Tweet, Tweet.tweet_id == Prediction.tweet_id)
+    query = query.where(Prediction.model_version_id == model_version_id)
+    return session.execute(query.order_by(Prediction.probability, Prediction.label).limit(limit)).all()
 
 
 def prediction_count(session: Session, model_version_id: int | None = None) -> int:

@@ -64,6 +64,27 @@ def check(
         output.findings(found)
 
 
+@app.command()
+def pick(
+    file: Annotated[str, typer.Argument(help="CSV file to write, with an empty column for the labels.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of tweets.")] = 100,
+    json: Json = False,
+) -> None:
+    """Write the stored tweets that are worth labelling next to a file.
+
+    These are tweets that the champion is unsure of and that differ from each other.
+    """
+    from worker.connections import open_sql
+    from worker.maintenance.pick import pick as pick_tweets
+    from worker.settings import load_settings
+
+    written = pick_tweets(open_sql(load_settings()), file, count)
+    if json:
+        output.as_json({"file": file, "tweets": written})
+    else:
+        output.line(f"{written:,} tweets are in {file}; fill in the column label, then `tweetscore train {file}`")
+
+
 def _with_same_tokenizer(settings: "Settings", name: str) -> str:
     """Return the base model that an adapted one was made from, which has the same tokenizer; other names unchanged."""
     from db import registry
