@@ -53,7 +53,7 @@ class Lease:
         self._unwritten: list[Callable[[Session], object]] = []
         self._writing = threading.Lock()
         self._wrote_at = 0.0
-        self._total_steps = 0
+        self._step = self._total_steps = 0
         self._rate: float | None = None
         self._thread = threading.Thread(target=self._beat, name=f"lease-{job_id}", daemon=True)
 
@@ -83,10 +83,10 @@ class Lease:
         is the mean over the step's rows.
         """
         now = time.monotonic()
-        due = (step == total_steps and loss is not None) or total_steps != self._total_steps
+        due = (step == total_steps and step != self._step) or total_steps != self._total_steps
         self._rate = samples_per_second or self._rate
         if due or (now - self._wrote_at >= PROGRESS_SECONDS and not self.away.is_set()):
-            self._wrote_at, self._total_steps = now, total_steps
+            self._wrote_at, self._step, self._total_steps = now, step, total_steps
             self.record(partial(self._note, step, total_steps, loss, self._rate))
         self.check()
 

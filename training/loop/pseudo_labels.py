@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from training.evaluation.decisions import Floats
 
 # A label may have this many times its share of the labelled rows among the chosen ones.
-MOST_SHARE = 1.5
+MOST_SHARE = 1.25
 
 
 def choose_rows(probabilities: Floats, threshold: float, shares: Floats) -> NDArray[np.intp]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from training.jobs.context import TrainingContext
 from training.jobs.run import run_next_job
 from training.jobs.unlabelled import labels
 from training.loop.fit import FitInputs, fit
+from training.loop.pseudo_labels import MOST_SHARE
 from training.model.artifact import load_artifact
 from training.model.base_model import STARTER_FOLDER
 from training.model.batching import pad
+from training.store.cache import Cache
 from training.store.paths import file_sha256
+from training.store.store import RemoteStore, Store
 from training.text.cleaning import clean
 from training.text.tokenizer import encode, load_tokenizer
 from worker.cli import output
@@ -128,7 +132,7 @@ def test_self_training_adds_certain_tweets_in_the_shares_of_the_labels_and_none_
     assert (found["asked"], found["found"]) == (500, 91)
     used = found["used"]
     assert min(used.values()) > 10
-    assert max(used.values()) <= 0.75 * sum(used.values())  # 1.5 times the half
+    assert max(used.values()) <= MOST_SHARE / 2 * sum(used.values())
     assert 0 < found["weight"] <= min(48, sum(used.values()))
     assert found["kept"] == "with_tweets", report["notes"]
     assert report["sizes"] == {"train": 48, "valid": 6, "test": 6}
@@ -382,6 +386,22 @@ def test_a_student_whose_job_failed_is_not_labelled_again_and_ends_the_same(
     finally:
         failpoint.arm("")
     assert same_weights(version_of(sqlite, whole.id), version_of(sqlite, job.id))
+
+
+@pytest.mark.slow
+def test_another_machine_uses_the_labels_that_were_mirrored_with_the_checkpoints(
+    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, tmp_path: Path, teacher: int
+) -> None:
+    store = Store(f"memory://{tmp_path.name}", Cache(tmp_path / "far", 1_000_000_000))
+    machines = [replace(context, jobs_folder=tmp_path / name, checkpoint_store=store) for name in ("one", "other")]
+    job_id = submit(sqlite, labelled_csv, **EASY, base_model=str(tiny_encoder), teacher=teacher)
+    failing(sqlite, machines[0], job_id, "evaluated=fail")
+    failpoint.arm("labelled=fail, stepped=fail")
+    try:
+        run(sqlite, machines[1], job_id)
+    finally:
+        failpoint.arm("")
+    assert RemoteStore(store.url_of(str(job_id))).names() == []
 
 
 @pytest.mark.slow
