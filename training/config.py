@@ -243,7 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_batch_size": 16,
         "valid_batch_size": 64,
         "test_batch_size": 64,
-        "learning_rate": 1e-4,
+        "learning_rate": 1.5e-4,
         "schedule": "linear",
         "warmup_ratio": 0.1,
         "max_grad_norm": 1.0,

@@ -344,7 +344,7 @@ def test_a_job_is_followed_from_its_rows_alone_with_bar_epochs_rate_and_time_lef
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(output, "console", Console(file=screen, force_terminal=True, width=120))
-    monkeypatch.setattr(output, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(job_output, "POLL_SECONDS", 0.02)
     with database.begin() as session:
         session.add(running_job(lease_expires_at=utc_now() + timedelta(minutes=5)))
         session.flush()
