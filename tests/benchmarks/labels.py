@@ -72,7 +72,7 @@ class Tweets:
         return Split([clean(text) for text in self.texts], self.targets, list(range(len(self))))
 
 
-def pool_and_test(path: Path = LABELLED) -> tuple[Tweets, Tweets]:
+def pool_and_test(path: Path) -> tuple[Tweets, Tweets]:
     """The tweets that own labels are drawn from, and those that are only measured on."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
@@ -88,9 +88,9 @@ def sample_tweets() -> Tweets:
 class Bench:
     """The ways to a model; each returns logits or scores (N, K) of the test tweets from own labels and a seed."""
 
-    def __init__(self, encoder: BaseModelFolder, options: dict[str, Any]) -> None:
+    def __init__(self, encoder: BaseModelFolder, options: dict[str, Any], labelled: Path = LABELLED) -> None:
         self.encoder, self.options = encoder, options
-        self.pool, self.test = pool_and_test()
+        self.pool, self.test = pool_and_test(labelled)
         self.sample = sample_tweets()
         self._without_labels: dict[int, tuple[Floats, Floats]] = {}
 

@@ -24,7 +24,9 @@ def with_sample(data: Dataset, config: TrainConfig) -> Dataset:
     rows = sample_rows(data.labels, keys, len(data.train), config)
     if rows is None:
         return data
-    return replace(data, train=joined(data.train, rows), report={**data.report, "sample_rows": len(rows)})
+    note = f"{len(rows):,} tweets of tweetscore's sample were added to the training rows (`add_sample`)"
+    report = {**data.report, "sample_rows": len(rows), "notes": [*data.report.get("notes", ()), note]}
+    return replace(data, train=joined(data.train, rows), report=report)
 
 
 def sample_rows(
