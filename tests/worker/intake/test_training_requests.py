@@ -116,6 +116,7 @@ def test_a_result_goes_from_started_over_progress_to_success_with_figures_and_ex
     assert 0 < place.raw.ttl(f"celery-task-meta-{asked.id}") <= 7 * 86_400
 
 
+@pytest.mark.slow
 def test_a_request_to_adapt_a_base_model_returns_its_name_for_later_jobs(place: SimpleNamespace) -> None:
     store_tweets(place.database)
     asked = place.client.send_task(ADAPT, kwargs={"epochs": 1, "max_length": 32}, queue=TRAINING)
