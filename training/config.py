@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
         None,
         ge=1,
         exclude_if=lambda passes: passes is None,
-        description="train for as many epochs as give about this many rows, at least 1 and at most `epochs`",
+        description="train for as many epochs as give about this many rows, at least 2 and at most `epochs`",
     )
     add_sample: bool = Field(
         False,
@@ -194,7 +194,7 @@ class TrainConfig(BaseModel):
         """Return the configuration with the number of epochs that suits this many training rows."""
         if self.row_passes is None:
             return self
-        epochs = min(self.epochs, max(1, round(self.row_passes / rows)))
+        epochs = min(self.epochs, max(2, round(self.row_passes / rows)))
         return self.model_copy(update={"epochs": epochs, "row_passes": None})
 
 
@@ -240,6 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 10,
         "row_passes": 15_000,
         "add_sample": True,
+        "sample_weight": 0.2,
         "train_batch_size": 16,
         "valid_batch_size": 64,
         "test_batch_size": 64,

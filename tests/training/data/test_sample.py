@@ -68,7 +68,7 @@ def test_a_text_of_the_dataset_is_not_added_again() -> None:
 
 def test_epochs_follow_the_number_of_rows_unless_they_are_given() -> None:
     config = make_config("fast", row_passes=10_000)
-    assert [config.for_rows(rows).epochs for rows in (100, 2_500, 100_000)] == [config.epochs, 4, 1]
+    assert [config.for_rows(rows).epochs for rows in (100, 2_500, 100_000)] == [config.epochs, 4, 2]
     assert make_config("fast", epochs=3).for_rows(50).epochs == 3
     assert make_config("guide").for_rows(50).epochs == 20
 
