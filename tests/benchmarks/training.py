@@ -157,6 +157,7 @@ class Quality:
         for seed in self.size.seeds:
             config = self._config(seed)
             fitted, _ = self._cut(train, config)
+            config = config.for_rows(len(fitted))
             _, logits = trainers.hugging_face(STARTER_FOLDER, fitted, self._all(test, labels), config, labels)
             theirs.append(trainers.macro_f1(self._all(test, labels).targets, logits, labels))
             say(f"  Trainer, seed {seed}: macro-F1 {theirs[-1]:.4f}")
@@ -192,6 +193,7 @@ class Quality:
     def _fine_tuned(self, train: Rows, test_rows: Rows, seed: int) -> dict[str, float]:
         config = self._config(seed)
         fitted, valid = self._cut(train, config)
+        config = config.for_rows(len(fitted))
         labels = sorted(set(train.labels))
         test = self._all(test_rows, labels)
         tokenizer = load_tokenizer(STARTER_FOLDER)
