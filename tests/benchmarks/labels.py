@@ -245,6 +245,7 @@ def draw(points: Sequence[Point], path: Path, encoder: str) -> None:
             marker="o", capsize=3, label=WAYS[way],
         )  # fmt: skip
     axes.set(xlabel="own labels", ylabel="macro-F1 on 448 real tweets", title=f"Encoder: {encoder}")
+    axes.set_ylim(0.4, 0.8)  # the same in every picture, so that pictures can be compared
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(str(path), dpi=120)
