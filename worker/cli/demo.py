@@ -26,7 +26,7 @@ from worker.stream.stream import Stream
 
 SCORING_SECONDS = 120.0
 # As many rows as two cores train on in most of the demo's minute.
-DEMO_ROWS = 6_000
+DEMO_ROWS = 4_000
 # A mixture of topics and labels, the same in every run.
 SOME_TWEETS = (
     "SELECT label, probability, text FROM v_predictions_current"
@@ -35,7 +35,7 @@ SOME_TWEETS = (
 # Printed with their results, so each fits on one line of a terminal with 100 columns.
 QUERIES = (
     "SELECT label, count(*) AS tweets, avg(score_signed) AS score FROM v_predictions_current GROUP BY 1",
-    "SELECT topic, tweets, share FROM v_topic_sentiment WHERE label = 'positive' ORDER BY 3 DESC LIMIT 4",
+    "SELECT topic, tweets, share FROM v_topic_sentiment WHERE label = 'positive' ORDER BY 2 DESC LIMIT 4",
 )
 
 
