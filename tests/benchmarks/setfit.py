@@ -21,11 +21,10 @@ asked = json.load(sys.stdin)
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, models
 from setfit import SetFitModel, Trainer, TrainingArguments
+from sklearn.linear_model import LogisticRegression
 
 word = models.Transformer(asked["folder"])
 body = SentenceTransformer(modules=[word, models.Pooling(word.get_word_embedding_dimension())], device="cpu")
-from setfit.modeling import SetFitHead
-from sklearn.linear_model import LogisticRegression
 model = SetFitModel(model_body=body, model_head=LogisticRegression(max_iter=1000), labels=asked["labels"])
 data = Dataset.from_dict({"text": asked["texts"], "label": asked["targets"]})
 arguments = TrainingArguments(
