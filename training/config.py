@@ -41,7 +41,14 @@ class TrainConfig(BaseModel):
     # `auto`: for a linear head the architecture's own classifier (`native`), else its pooler, else the masked mean.
     pooling: Literal["auto", "native", "pooler", "mean", "cls"] = "auto"
     loss: Literal["bce", "cross_entropy", "mse"] = "bce"
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, lt=1, description="before the classifier")
+    encoder_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: share is None,
+        description="within the encoder; None keeps that of the base model",
+    )
     max_length: int = Field(200, ge=8, le=8192, description="tokens, including special tokens")
 
     # `guide` reproduces the guide's split: not stratified, duplicates kept. The default is omitted in the stored JSON,
@@ -64,10 +71,7 @@ class TrainConfig(BaseModel):
     add_sample: bool = Field(
         False,
         exclude_if=lambda added: not added,
-        description="train on the sample tweets, too, if there are few rows and the labels name sentiments",
-    )
-    sample_weight: float = Field(
-        1.0, gt=0, le=100, exclude_if=lambda weight: weight == 1, description="weight of a sample tweet in the loss"
+        description="learn the sample tweets first, if there are few rows and the labels name sentiments",
     )
     train_batch_size: int = Field(16, ge=2, le=4096)
     valid_batch_size: int = Field(8, ge=1, le=4096)
@@ -237,14 +241,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head": "linear",
         "loss": "cross_entropy",
         "dropout": 0.1,
-        "epochs": 10,
+        "encoder_dropout": 0.0,
+        "epochs": 6,
         "row_passes": 15_000,
         "add_sample": True,
-        "sample_weight": 0.2,
-        "train_batch_size": 16,
+        "train_batch_size": 32,
         "valid_batch_size": 64,
         "test_batch_size": 64,
-        "learning_rate": 1.5e-4,
+        "learning_rate": 2e-4,
         "schedule": "linear",
         "warmup_ratio": 0.1,
         "max_grad_norm": 1.0,

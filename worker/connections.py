@@ -123,6 +123,7 @@ def training_context(settings: Settings, device: str | None = None) -> TrainingC
     """`device` is the one that a worker has claimed; by default that of the settings, unclaimed."""
     checkpoints, inputs = _store(settings, settings.checkpoint_store, "jobs"), input_store(settings)
     return TrainingContext(
+        cache=_cache(settings),
         model_store=model_store(settings),
         input_store=inputs,
         # The trainer writes to a local folder, which is mirrored to a remote store.
@@ -137,5 +138,8 @@ def training_context(settings: Settings, device: str | None = None) -> TrainingC
 
 
 def _store(settings: Settings, location: str | None, default_folder: str) -> Store:
-    cache = Cache(settings.home / "cache", settings.cache_mb * 1024 * 1024)
-    return Store(location or settings.home / default_folder, cache)
+    return Store(location or settings.home / default_folder, _cache(settings))
+
+
+def _cache(settings: Settings) -> Cache:
+    return Cache(settings.home / "cache", settings.cache_mb * 1024 * 1024)

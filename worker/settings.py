@@ -82,7 +82,10 @@ class Settings(BaseSettings):
         "unset: `jobs` in the home",
     )
     cache_mb: int = Field(
-        20_000, ge=1, le=100_000_000, description="maximum size in MiB of the local cache of files from these URLs"
+        20_000,
+        ge=1,
+        le=100_000_000,
+        description="maximum size in MiB of the cache of files from these URLs, and of models that learned the sample",
     )
     read_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="additional folders that jobs may read datasets and base models from, separated by `:`"

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from tests.support.paths import ROOT
 from training.config import TrainConfig, make_config
 from training.data import sample
 from training.data.dataset import Dataset, Rows, Split, read_rows, split_rows
-from training.data.sample import with_sample
 from training.evaluation.calibration import calibration_error, fit_temperature
 from training.evaluation.decisions import Floats, to_probabilities
 from training.evaluation.metrics import metrics
@@ -37,7 +37,10 @@ from training.jobs.run import Prepared, prepare
 from training.loop.checkpoints import Checkpoints
 from training.loop.fit import Hooks, fit
 from training.loop.predict import predict
+from training.loop.sample_base import sample_trained
 from training.model.base_model import STARTER, BaseModelFolder, resolve_base_model
+from training.model.devices import pick_device
+from training.store.cache import Cache
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder
 from worker.cli.options import pairs
@@ -88,8 +91,11 @@ def sample_tweets() -> Tweets:
 class Bench:
     """The ways to a model; each returns logits or scores (N, K) of the test tweets from own labels and a seed."""
 
-    def __init__(self, encoder: BaseModelFolder, options: dict[str, Any], labelled: Path = LABELLED) -> None:
-        self.encoder, self.options = encoder, options
+    def __init__(
+        self, encoder: BaseModelFolder, options: dict[str, Any], scratch: Path, labelled: Path = LABELLED
+    ) -> None:
+        self.encoder, self.options, self.scratch = encoder, options, scratch
+        self.cache = Cache(scratch / "cache", 10**10)
         self.pool, self.test = pool_and_test(labelled)
         self.sample = sample_tweets()
         self._without_labels: dict[int, tuple[Floats, Floats]] = {}
@@ -97,7 +103,7 @@ class Bench:
     def draw(self, count: int, seed: int) -> list[int]:
         return [int(i) for i in np.random.default_rng(seed).permutation(len(self.pool))[:count]]
 
-    # --- what a user gets by default: a job with the preset `fast`, to which the sample's rows are added
+    # --- what a user gets by default: a job with the preset `fast`, which learns the sample before few own labels
 
     def default(self, count: int, seed: int) -> Floats:
         return self._ours(self.draw(count, seed), seed)[0]
@@ -114,22 +120,24 @@ class Bench:
         if not own and seed in self._without_labels:
             return self._without_labels[seed]
         config = make_config("fast", base_model=self.encoder.name, seed=seed, **self.options)
-        data = self._split(self.pool.take(own), config)
-        prepared = prepare(self.encoder, data, config.for_rows(len(data.train)), "cpu")
-        with tempfile.TemporaryDirectory() as scratch:
+        tweets = self.pool.take(own) if len(own) else self.sample
+        data = split_rows(Rows(tweets.texts, tweets.labels, list(range(len(tweets)))), config)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self._learned(data, config, folder) as base:
+            prepared = prepare(base, data, config.for_rows(len(data.train)), "cpu")
             fit(
                 prepared.model, prepared.fit_inputs(data), device=prepared.device, hooks=Hooks(),
-                checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board",
+                checkpoints=Checkpoints(Path(folder) / "job"), board_folder=Path(folder) / "board",
             )  # fmt: skip
         logits = self._logits(prepared, self.test), self._logits(prepared, self.pool)
         if not own:
             self._without_labels[seed] = logits
         return logits
 
-    def _split(self, own: Tweets, config: TrainConfig) -> Dataset:
-        """The parts of a job's dataset: the sample's file when there are no own labels."""
-        tweets = own if len(own) else self.sample
-        return with_sample(split_rows(Rows(tweets.texts, tweets.labels, list(range(len(tweets)))), config), config)
+    def _learned(self, data: Dataset, config: TrainConfig, folder: str) -> AbstractContextManager[BaseModelFolder]:
+        checkpoints, device = Checkpoints(Path(folder) / "sample"), pick_device("cpu")
+        return sample_trained(
+            self.cache, self.encoder, data, config, device, checkpoints, lambda *step: None, lambda *rows: None
+        )
 
     def _logits(self, prepared: Prepared, tweets: Tweets) -> Floats:
         config = prepared.config
@@ -271,10 +279,11 @@ def main() -> None:
     given = parser.parse_args()
     if not LABELLED.is_file():
         sys.exit(f"{LABELLED} is missing: this benchmark needs labelled real tweets, which are no part of the project")
-    bench = Bench(resolve_base_model(given.encoder, None, [Path("/")]), pairs("--set", given.set))
-    ways = given.ways.split(",")
-    points = measure(bench, ways, given.counts, given.seeds)
-    errors = [bench.scaled_error(seed) for seed in given.seeds] if "default" in ways and 0 in given.counts else []
+    encoder, ways = resolve_base_model(given.encoder, None, [Path("/")]), given.ways.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(encoder, pairs("--set", given.set), Path(scratch))
+        points = measure(bench, ways, given.counts, given.seeds)
+        errors = [bench.scaled_error(seed) for seed in given.seeds] if "default" in ways and 0 in given.counts else []
     print(table(points, given.counts))
     if errors:
         print(f"\nexpected calibration error without own labels, scaled on the pool: {statistics.mean(errors):.3f}")

@@ -27,7 +27,7 @@ def rows(path: Path, count: int, start: int = 0) -> Path:
 def test_every_way_is_measured(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "POOL_ROWS", 60)
     monkeypatch.setattr(sample, "LABELLED", rows(tmp_path / "sample.csv", 60, start=1_000))
-    bench = Bench(BaseModelFolder("tiny", tiny_encoder), {"epochs": 1}, rows(tmp_path / "real.csv", 90))
+    bench = Bench(BaseModelFolder("tiny", tiny_encoder), {"epochs": 1}, tmp_path, rows(tmp_path / "real.csv", 90))
     points = measure(bench, ["default", "chosen", "tfidf", "trainer"], [0, 40], [1])
     assert [(point.way, point.labels) for point in points] == [
         (way, count) for way in ("default", "chosen", "tfidf", "trainer") for count in (0, 40)

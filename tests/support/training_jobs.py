@@ -25,6 +25,7 @@ NEVER = threading.Event()
 def context_in(folder: Path, tiny_encoder: Path) -> TrainingContext:
     cache = Cache(folder / "cache", 1_000_000_000)
     return TrainingContext(
+        cache=cache,
         model_store=Store(folder / "models", cache),
         input_store=Store(folder, cache),
         jobs_folder=folder / "jobs",

@@ -79,6 +79,24 @@ class Split:
         return len(self.texts)
 
 
+def joined(first: Split, second: Split) -> Split:
+    """Return the rows of both, in order."""
+    weights = None
+    if first.weights is not None or second.weights is not None:
+        weights = np.concatenate([_weights(first), _weights(second)])
+    return Split(
+        first.texts + second.texts,
+        np.concatenate([first.targets, second.targets]),
+        first.row_numbers + second.row_numbers,
+        weights,
+        first.keys + second.keys,
+    )
+
+
+def _weights(split: Split) -> NDArray[np.float32]:
+    return np.ones(len(split), np.float32) if split.weights is None else split.weights
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The rows of each part. `scale` is None unless the task is continuous."""

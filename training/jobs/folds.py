@@ -35,8 +35,6 @@ from training.text.tokenizer import TextEncoder, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-# The row number of training rows that are not from the dataset.
-ADDED = 0
 # Takes (step, total steps, loss, samples per second).
 OnStep = Callable[[int, int, float | None, float | None], None]
 
@@ -110,16 +108,15 @@ class _Folds:
         self._context, self._lease, self._base, self._config = context, lease, base, config
         self._checkpoints = checkpoints
         self._labels = rows.labels
-        self._rows, self._added = _labelled(rows), _added(rows.train)
+        self._rows = _labelled(rows)
         self.splits = fold_splits(self._rows.targets, config)
         tokenizer = load_tokenizer(base.folder)
         encode = TextEncoder(tokenizer)
         self._pad_id: int = tokenizer.pad_token_id
         self._token_ids = encode(self._rows.texts, config.max_length)
-        self._added_ids = encode(self._added.texts, config.max_length)
         in_training = set(rows.train.row_numbers)
         kept = np.flatnonzero([number in in_training for number in self._rows.row_numbers])
-        trained = [self._ids(index, added=True) for index in (*(split["train"] for split in self.splits), kept)]
+        trained = [self._ids(index) for index in (*(split["train"] for split in self.splits), kept)]
         self.steps = _Steps(lease, [count_steps(list(map(len, ids)), config) for ids in trained])
 
     def result(self, number: int, saved: dict[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
@@ -143,8 +140,8 @@ class _Folds:
     def _fit(self, number: int, split: Positions, checkpoints: Checkpoints) -> dict[str, NDArray[Any]]:
         device = pick_device(self._context.device)
         model = build_model(self._base, len(self._labels), self._config)
-        parts = {part: self._take(index, added=part == "train") for part, index in split.items()}
-        ids = {part: self._ids(index, added=part == "train") for part, index in split.items()}
+        parts = {part: self._take(index) for part, index in split.items()}
+        ids = {part: self._ids(index) for part, index in split.items()}
         inputs = FitInputs(
             parts["train"], parts["valid"], ids["train"], ids["valid"], self._labels, model.config, self._pad_id
         )
@@ -190,22 +187,14 @@ class _Folds:
         """Return the figures of the held-out rows of a fold."""
         return metrics(self._rows.targets[rows], predicted.probabilities[rows], self._labels, self._config.task)
 
-    def _take(self, index: NDArray[np.intp], added: bool) -> Split:
-        """Return rows by position; with `added` followed by the rows that are only trained on."""
-        rows, more = self._rows, self._added
-        taken = Split([rows.texts[i] for i in index], rows.targets[index], [rows.row_numbers[i] for i in index])
-        if not added or not len(more):
-            return taken
-        weights = [
-            np.ones(len(split), np.float32) if split.weights is None else split.weights for split in (taken, more)
-        ]
-        targets = np.concatenate([taken.targets, more.targets])
-        numbers = taken.row_numbers + more.row_numbers
-        return Split(taken.texts + more.texts, targets, numbers, np.concatenate(weights))
+    def _take(self, index: NDArray[np.intp]) -> Split:
+        """Return rows by position."""
+        rows = self._rows
+        return Split([rows.texts[i] for i in index], rows.targets[index], [rows.row_numbers[i] for i in index])
 
-    def _ids(self, index: NDArray[np.intp], added: bool) -> list[list[int]]:
+    def _ids(self, index: NDArray[np.intp]) -> list[list[int]]:
         """Return the token ids of the rows of `_take`."""
-        return [self._token_ids[i] for i in index] + (self._added_ids if added else [])
+        return [self._token_ids[i] for i in index]
 
 
 def _labelled(data: Dataset) -> Split:
@@ -213,13 +202,6 @@ def _labelled(data: Dataset) -> Split:
     parts = (data.train, data.valid, data.test)
     numbers = [number for part in parts for number in part.row_numbers]
     texts = [text for part in parts for text in part.texts]
-    order = [i for i in np.argsort(numbers) if numbers[i] != ADDED]
+    order = np.argsort(numbers)
     targets = np.concatenate([part.targets for part in parts])[order]
     return Split([texts[i] for i in order], targets, [numbers[i] for i in order])
-
-
-def _added(train: Split) -> Split:
-    """Return the training rows that are not from the dataset. They are trained on in every fold and never held out."""
-    index = [i for i, number in enumerate(train.row_numbers) if number == ADDED]
-    weights = None if train.weights is None else train.weights[index]
-    return Split([train.texts[i] for i in index], train.targets[index], [ADDED] * len(index), weights)

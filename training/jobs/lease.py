@@ -53,6 +53,8 @@ class Lease:
         self._unwritten: list[Callable[[Session], object]] = []
         self._writing = threading.Lock()
         self._wrote_at = 0.0
+        # Steps of an earlier part of the job, such as learning the sample.
+        self.steps_before = 0
         self._step = self._total_steps = 0
         self._rate: float | None = None
         self._thread = threading.Thread(target=self._beat, name=f"lease-{job_id}", daemon=True)
@@ -82,6 +84,7 @@ class Lease:
         Writes at most every `PROGRESS_SECONDS`. The last step and a change of `total_steps` are always written. `loss`
         is the mean over the step's rows.
         """
+        step, total_steps = step + self.steps_before, total_steps + self.steps_before
         now = time.monotonic()
         due = (step == total_steps and step != self._step) or total_steps != self._total_steps
         self._rate = samples_per_second or self._rate

@@ -6,9 +6,11 @@
 
 import logging
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 
 import torch
 from structlog.contextvars import bound_contextvars
@@ -20,7 +22,6 @@ from db.session import Database
 from training import failpoint
 from training.config import TrainConfig, make_config
 from training.data.dataset import Dataset, Split, read_rows, split_rows
-from training.data.sample import with_sample
 from training.evaluation.baselines import baselines
 from training.evaluation.calibration import fit_temperature
 from training.evaluation.decisions import Floats
@@ -43,6 +44,7 @@ from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
 from training.loop.checkpoints import Checkpoints
 from training.loop.fit import FitInputs, Hooks, fit
 from training.loop.predict import predict
+from training.loop.sample_base import sample_trained
 from training.model.artifact import make_reference, make_spec
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, build_model
@@ -83,9 +85,10 @@ def train(database: Database, context: TrainingContext, job: TrainingJob, lease:
     config = make_config("guide", **job.config)
     with ExitStack() as stack:
         data = read_data(context, job, config, lease)
-        config = config.for_rows(len(data.rows.train))
         base = stack.enter_context(fetch_base_model(database, context, config.base_model, config.base_revision, lease))
         checkpoints = stack.enter_context(job_checkpoints(context, job))
+        base = stack.enter_context(learned_sample(context, lease, base, data, config, checkpoints))
+        config = config.for_rows(len(data.rows.train))
         crossed = cross_validate(context, lease, base, data.rows, config, checkpoints)
         prepared = prepare(base, data.rows, config, context.device)
         lease.check()
@@ -126,7 +129,7 @@ class JobData:
 
 def read_data(context: TrainingContext, job: TrainingJob, config: TrainConfig, lease: Lease) -> JobData:
     with fetched_dataset(job.dataset, job.dataset_sha256, context.input_store, context.read_roots) as path:
-        rows = with_sample(split_rows(read_rows(path), config), config)
+        rows = split_rows(read_rows(path), config)
         rows.report["epochs"] = config.for_rows(len(rows.train)).epochs
         data = JobData(rows, path.name, file_sha256(path))
     data.record_report(lease)
@@ -136,6 +139,38 @@ def read_data(context: TrainingContext, job: TrainingJob, config: TrainConfig, l
 
 
 # --- model
+
+
+@contextmanager
+def learned_sample(
+    context: TrainingContext,
+    lease: Lease,
+    base: BaseModelFolder,
+    data: JobData,
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+) -> Iterator[BaseModelFolder]:
+    """Provide `base`, trained on the sample where that helps (see `sample_trained`). Its steps count as the job's."""
+    later = config.for_rows(len(data.rows.train)).epochs * ceil(len(data.rows.train) / config.train_batch_size)
+    steps = 0
+
+    def on_step(step: int, total: int, loss: float | None, rate: float | None) -> None:
+        nonlocal steps
+        steps = total
+        lease.step(step, total + later, loss, rate)
+
+    def note(rows: int, row_passes: int) -> None:
+        kept = "" if row_passes else ", by an earlier job"
+        sentence = f"the base model first learned {rows:,} tweets of tweetscore's sample{kept} (`add_sample`)"
+        notes = [one for one in data.rows.report.get("notes", ()) if "`add_sample`" not in one]
+        data.rows.report.update(sample_rows=rows, sample_row_passes=row_passes, notes=[*notes, sentence])
+        data.record_report(lease)
+
+    with sample_trained(
+        context.cache, base, data.rows, config, pick_device(context.device), checkpoints.of_part(0), on_step, note
+    ) as trained:
+        lease.steps_before = steps
+        yield trained
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from training.config import AdaptConfig
 from training.errors import StopRequested
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.fit import TOKENS_AT_ONCE, build_optimizer, build_scheduler
+from training.model.attention import training_attention
 from training.model.batching import Ids, cut, pad_arrays, plan_batches, shuffled_batches
 from training.model.classifier import half_precision
 from training.model.language_model import LanguageModel
@@ -73,9 +74,10 @@ def masked_fit(
     run.report_step()
     if not progress.history:
         progress.history.append({"epoch": 0, "loss": run.held_out_loss()})
-    while progress.epoch <= inputs.config.epochs:
-        run.train_epoch()
-        run.end_epoch()
+    with training_attention(model, device):
+        while progress.epoch <= inputs.config.epochs:
+            run.train_epoch()
+            run.end_epoch()
     model.eval()
     return Losses(progress.history[0]["loss"], progress.history[-1]["loss"])
 

@@ -1,6 +1,6 @@
 """The classifier: a pretrained encoder with a classification head. Token ids in, logits out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pickle import UnpicklingError
 from typing import Any
 
@@ -25,6 +25,8 @@ transformers_logging.set_verbosity_error()
 
 # Names under which architectures configure the dropout before their classifier.
 DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout")
+# Names under which they configure the dropout within the encoder.
+ENCODER_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 # Architectures whose position ids begin at `pad_token_id + 1`, so they accept that many fewer tokens.
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "luke", "longformer", "mpnet")
 
@@ -127,6 +129,8 @@ def build_model(base: BaseModelFolder, n_labels: int, config: TrainConfig) -> Cl
     torch.manual_seed(config.seed)
     encoder_config = load_or_raise(base, load_encoder_config, str(base.folder))
     check_length(encoder_config, config.max_length)
+    if config.encoder_dropout is not None:
+        _set_dropout(encoder_config, ENCODER_DROPOUTS, config.encoder_dropout)
     has_native = type(encoder_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config.pooling == "native" and not (has_native and config.head == "linear"):
         raise BadConfig(
@@ -196,9 +200,13 @@ def load_or_raise(base: BaseModelFolder, read: Callable[..., Any], *arguments: A
 def _set_head_options(encoder_config: Any, n_labels: int, config: TrainConfig) -> None:
     """Set the number of labels and the dropout of the architecture's own head."""
     encoder_config.num_labels = n_labels
-    for name in DROPOUTS:
+    _set_dropout(encoder_config, DROPOUTS, config.dropout)
+
+
+def _set_dropout(encoder_config: Any, names: Iterable[str], share: float) -> None:
+    for name in names:
         if hasattr(encoder_config, name):
-            setattr(encoder_config, name, config.dropout)
+            setattr(encoder_config, name, share)
 
 
 def empty_model(encoder_config: PretrainedConfig, n_labels: int, config: TrainConfig) -> Classifier:

@@ -1,4 +1,6 @@
-"""Local cache of folders from a remote store, shared by all processes of a machine, with LRU eviction.
+"""Local cache of model folders, shared by all processes of a machine, with LRU eviction.
+
+They are copies from a remote store, and base models that have learned the sample.
 
 HOME/cache/KEY            a complete copy; its mtime is the time of last use
 HOME/cache/KEY.engines    engines built for that copy

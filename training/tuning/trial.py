@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from training.config import TrainConfig
-from training.data.dataset import Split
-from training.data.sample import joined, sample_rows
+from training.data.dataset import Split, joined
 from training.evaluation.epoch import Epoch
 from training.loop.checkpoints import Checkpoints, RunState
 from training.loop.fit import FitInputs, Hooks, fit
@@ -81,14 +80,9 @@ def prepare_trials(
     rows, positions = inner_splits(train, valid, config.seed, count or splits_needed(len(valid)))
     encode = TextEncoder(tokenizer)
     ids = encode(rows.texts, config.max_length)
-    added = sample_rows(labels, rows.keys, len(train), config)
-    added_ids = [] if added is None else encode(added.texts, config.max_length)
     splits = [
         InnerSplit(
-            _take(rows, training) if added is None else joined(_take(rows, training), added),
-            _take(rows, validation),
-            [ids[i] for i in training] + added_ids,
-            [ids[i] for i in validation],
+            _take(rows, training), _take(rows, validation), [ids[i] for i in training], [ids[i] for i in validation]
         )
         for training, validation in positions
     ]
@@ -175,6 +169,9 @@ class NoCheckpoints(Checkpoints):
 
     def __init__(self) -> None:
         super().__init__(Path())
+
+    def clear(self) -> None:
+        pass
 
     def save(self, state: RunState) -> Path:
         return self.folder

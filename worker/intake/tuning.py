@@ -16,9 +16,10 @@ from optuna.trial import Trial
 from db import registry
 from db.session import Database
 from training.config import TrainConfig, make_config
-from training.data.dataset import read_rows, split_rows
+from training.data.dataset import Dataset, read_rows, split_rows
 from training.errors import BadConfig
 from training.jobs.inputs import fetched_base_model
+from training.loop.sample_base import sample_trained
 from training.model.base_model import BaseModelFolder, adapted_id, current_hub_name
 from training.model.classifier import build_model
 from training.model.devices import pick_device
@@ -34,7 +35,7 @@ from training.tuning.study import (
     results,
     run_trials,
 )
-from training.tuning.trial import TrialHooks, prepare_trials, run_trial
+from training.tuning.trial import NoCheckpoints, TrialHooks, prepare_trials, run_trial
 from worker.connections import training_context
 from worker.intake.submit_job import job_config, local_copy, usable_base_model
 from worker.settings import Settings
@@ -102,8 +103,6 @@ def tune(settings: Settings, database: Database, request: TuningRequest, notices
     Nothing is queued and no model is stored. Only the training and validation rows of the job's own split are used.
     Raises the errors of `submit_training`, `TuningUnavailable` and `NoTrialFinished`.
     """
-    started = time.monotonic()
-    limits = Limits(started + 60 * request.minutes, request.trials)
     for field in NOT_IN_TRIALS:
         if request.options.get(field):
             raise BadConfig(f"{field} cannot be used in tuning; leave it out here, and give it to `tweetscore train`")
@@ -112,8 +111,11 @@ def tune(settings: Settings, database: Database, request: TuningRequest, notices
     with ExitStack() as stack:
         path = stack.enter_context(local_copy(request.dataset))
         rows = split_rows(read_rows(path), config)
-        config = config.for_rows(len(rows.train))
         base = stack.enter_context(_base_model(settings, database, config))
+        base = stack.enter_context(_learned_sample(settings, base, rows, config, notices))
+        config = config.for_rows(len(rows.train))
+        started = time.monotonic()
+        limits = Limits(started + 60 * request.minutes, request.trials)
         auto_pooling = build_model(base, len(rows.labels), config.model_copy(update={"pooling": "auto"})).config.pooling
         space = space_of(preset, config, set(request.options), auto_pooling)
         inputs = prepare_trials(
@@ -157,6 +159,18 @@ def _base_model(settings: Settings, database: Database, config: TrainConfig) -> 
             name = registry.base_model(session, adapted).url
         used = registry.revision_used(session, current_hub_name(name))
     return fetched_base_model(name, config.base_revision or used, context.input_store, context.read_roots)
+
+
+def _learned_sample(
+    settings: Settings, base: BaseModelFolder, rows: Dataset, config: TrainConfig, notices: Notices
+) -> AbstractContextManager[BaseModelFolder]:
+    """Provide the base model trained on the sample, as a job would. The time of the search begins afterwards."""
+
+    def on_step(step: int, total: int, loss: float | None, rate: float | None) -> None:
+        notices.on_progress(0.0, f"learning the sample first, step {step} of {total}")
+
+    device, cache = pick_device(settings.device), training_context(settings).cache
+    return sample_trained(cache, base, rows, config, device, NoCheckpoints(), on_step, lambda rows, passes: None)
 
 
 def _digest(dataset_sha256: str, base: BaseModelFolder, config: TrainConfig, space: Space, splits: int) -> str:

@@ -1,4 +1,4 @@
-"""The sample's rows join those of a small dataset whose labels name sentiments, and no other."""
+"""The sample is learned before a small dataset whose labels name sentiments, and before no other."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from tests.support.paths import ROOT
 from training.config import make_config
 from training.data.dataset import Dataset, Rows, read_rows, split_rows
-from training.data.sample import LABELLED, OWN_ROWS_AT_MOST, with_sample
+from training.data.sample import LABELLED, OWN_ROWS_AT_MOST, sample_for
 from training.text.cleaning import same_text_key
 
 
@@ -16,19 +16,16 @@ def dataset(labels: list[str], rows_of_label: int = 20, first: str = "自分の�
     return split_rows(rows, make_config("fast"))
 
 
-def test_rows_of_each_sentiment_join_the_training_rows_alone() -> None:
+def test_the_sample_has_the_labels_of_the_dataset_in_their_order() -> None:
     own = dataset(["ポジティブ", "Negative", "neutral"])
-    joined = with_sample(own, make_config("fast", sample_weight=0.5))
-    added = joined.train.targets[len(own.train) :]
+    parts = sample_for(own, make_config("fast"))
+    assert parts is not None
+    train, valid = parts
     wanted = [read_rows(LABELLED).labels.count(name) for name in ("negative", "neutral", "positive")]
-    assert joined.labels == ["Negative", "neutral", "ポジティブ"]
-    assert added.sum(axis=0).tolist() == wanted
-    assert joined.report["sample_rows"] == sum(wanted) == len(joined.train) - len(own.train)
-    assert joined.train.weights is not None
-    assert set(joined.train.weights[: len(own.train)]) == {1.0}
-    assert set(joined.train.weights[len(own.train) :]) == {0.5}
-    assert joined.train.texts[: len(own.train)] == own.train.texts
-    assert (joined.valid, joined.test) == (own.valid, own.test)
+    assert own.labels == ["Negative", "neutral", "ポジティブ"]
+    assert (train.targets.sum(axis=0) + valid.targets.sum(axis=0)).tolist() == wanted
+    assert len(valid) == pytest.approx(sum(wanted) / 20, abs=1)
+    assert not set(train.texts) & set(valid.texts)
 
 
 @pytest.mark.parametrize(
@@ -43,27 +40,23 @@ def test_rows_of_each_sentiment_join_the_training_rows_alone() -> None:
     ],
 )
 def test_other_labels_and_tasks_stay_alone(labels: list[str], options: dict[str, object]) -> None:
-    own = dataset(labels)
-    assert with_sample(own, make_config("fast", **options)) is own
+    assert sample_for(dataset(labels), make_config("fast", **options)) is None
 
 
 def test_many_rows_stay_alone() -> None:
-    own = dataset(["positive", "neutral", "negative"], OWN_ROWS_AT_MOST)
-    assert with_sample(own, make_config("fast")) is own
+    assert sample_for(dataset(["positive", "neutral", "negative"], OWN_ROWS_AT_MOST), make_config("fast")) is None
 
 
-def test_a_text_of_the_dataset_is_not_added_again() -> None:
-    """Else a test row could be among the training rows; and the sample does not join itself."""
+def test_a_text_of_the_dataset_is_left_out() -> None:
+    """Else a test row could be among the training rows."""
     rows = read_rows(LABELLED)
-    own = split_rows(rows, make_config("fast"))
-    assert with_sample(own, make_config("fast")) is own
     part = [i for i in range(len(rows.texts)) if i % 10 == 0]
     few = split_rows(Rows(*([values[i] for i in part] for values in (rows.texts, rows.labels, rows.row_numbers))),
                      make_config("fast"))  # fmt: skip
-    joined = with_sample(few, make_config("fast"))
-    keys = [same_text_key(text) for text in joined.train.texts + joined.valid.texts + joined.test.texts]
-    assert len(set(keys)) == len(keys)
-    assert joined.report["sample_rows"] == len(rows.texts) - len(part)
+    parts = sample_for(few, make_config("fast"))
+    assert parts is not None
+    texts = [text for split in (*parts, few.train, few.valid, few.test) for text in split.texts]
+    assert len({same_text_key(text) for text in texts}) == len(texts) == len(rows.texts)
 
 
 def test_epochs_follow_the_number_of_rows_unless_they_are_given() -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from sqlalchemy import select
 
@@ -15,14 +14,8 @@ from db.session import Database
 from tests.support.training_jobs import NEVER, count, job_of, left_in, running, submit
 from tests.support.world import on_postgresql
 from training import failpoint
-from training.config import make_config
-from training.data.dataset import Split, read_rows, split_rows
 from training.jobs.context import TrainingContext
-from training.jobs.folds import cross_validate
-from training.jobs.lease import Lease
 from training.jobs.run import run_next_job
-from training.loop.checkpoints import Checkpoints
-from training.model.base_model import BaseModelFolder
 from training.store.cache import Cache
 from training.store.paths import file_sha256
 from training.store.store import Store
@@ -170,30 +163,6 @@ def test_a_cancelled_job_ends_within_a_fold_and_leaves_nothing(
     assert job_of(sqlite, job_id).state == "cancelled"
     assert left_in(context.jobs_folder) == []
     assert count(sqlite, OutOfFoldPrediction) == 0
-
-
-def test_rows_that_are_added_to_the_training_rows_are_never_held_out(
-    sqlite: Database, context: TrainingContext, labelled_csv: Path, tiny_encoder: Path, base: dict[str, Any]
-) -> None:
-    config = make_config("fast", **{**base, "epochs": 1}, folds=2)
-    data = split_rows(read_rows(labelled_csv), config)
-    added, train = 13, data.train
-    weights = np.concatenate([np.ones(len(train)), np.full(added, 0.5)]).astype(np.float32)
-    targets = np.concatenate([train.targets, np.full((added, 2), 0.5, np.float32)])
-    rows = Split(train.texts + ["足した文"] * added, targets, train.row_numbers + [0] * added, weights)
-    job_id = submit(sqlite, labelled_csv, **base)
-    with sqlite.begin() as session:
-        job = jobs.claim(session, owner="here", lease_seconds=60, max_attempts=3)
-        assert job is not None
-        token = job.fencing_token
-    checkpoints = Checkpoints(context.jobs_folder / str(job_id), token)
-    with Lease(sqlite, job_id, token, 60, NEVER) as lease:
-        folder = BaseModelFolder("tiny", tiny_encoder)
-        crossed = cross_validate(context, lease, folder, replace(data, train=rows), config, checkpoints)
-    assert crossed.out_of_fold is not None
-    assert crossed.out_of_fold.rows.row_numbers == list(range(2, 62))
-    # Batches of 8: twice 27 + 13 rows, and 48 + 13 for the kept model.
-    assert job_of(sqlite, job_id).total_steps == 5 + 5 + 8
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from training.evaluation.metrics import metrics
 from training.loop.fit import Epoch, Hooks, as_good
 from training.loop.predict import loss_function, predict
 from training.model.artifact import load_artifact, make_spec, save_artifact
+from training.model.attention import training_attention
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
@@ -93,6 +94,33 @@ def test_an_encoder_without_a_trained_pooler_is_pooled_by_its_mean_and_refused_i
         build_model(encoder, 2, make_config("fast", pooling="pooler"))
     for preset in ("fast", "guide"):
         assert build_model(encoder, 2, make_config(preset)).config.pooling == "mean"
+
+
+@pytest.mark.parametrize(("share", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_dropout_within_the_encoder_is_the_base_models_unless_it_is_set(
+    tiny_encoder: Path, share: float | None, expected: float
+) -> None:
+    config = make_config("fast", encoder_dropout=share, dropout=0.2, pooling="native")
+    model = build_model(BaseModelFolder("tiny", tiny_encoder), 3, config)
+    found = {name: layer.p for name, layer in model.named_modules() if isinstance(layer, nn.Dropout)}
+    head = {name for name in found if "encoder" not in name and "embeddings" not in name}
+    assert {found[name] for name in head} == {0.2}
+    assert {p for name, p in found.items() if name not in head} == {expected}
+
+
+def test_training_on_a_cpu_uses_plain_attention_with_the_same_results_and_ends_with_the_former(
+    tiny_encoder: Path,
+) -> None:
+    model = build_model(BaseModelFolder("tiny", tiny_encoder), 3, make_config("fast", pooling="native")).eval()
+    ids = torch.tensor([[2, 10, 11, 3, 0], [2, 12, 13, 14, 3]])
+    mask = (ids != 0).long()
+    before = model(ids, mask)
+    with training_attention(model, torch.device("cpu")):
+        assert model.encoder_config._attn_implementation == "eager"
+        torch.testing.assert_close(model(ids, mask), before, atol=1e-5, rtol=1e-4)
+    assert model.encoder_config._attn_implementation == "sdpa"
+    with training_attention(model, torch.device("cuda")):
+        assert model.encoder_config._attn_implementation == "sdpa"
 
 
 def test_a_max_length_beyond_the_encoder_is_refused(tiny_encoder: Path) -> None:

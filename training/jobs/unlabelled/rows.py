@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from db.models import TrainingJob
 from db.session import Database
 from training.config import TrainConfig
-from training.data.dataset import Dataset, Split
-from training.data.sample import joined
+from training.data.dataset import Dataset, Split, joined
 from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch
 from training.jobs.context import TrainingContext

@@ -80,14 +80,14 @@ def task_of(job: "TrainingJob") -> str:
 def _rows_to_train(job: "TrainingJob") -> float:
     """Return the rows that a job trains on in all, each counted as often as it is used."""
     report = job.data_report or {}
+    learned: float = report.get("sample_row_passes", 0)
     if passes := report.get("row_passes"):
-        return float(passes)
+        return learned + float(passes)
     sizes, folds = report["sizes"], job.config.get("folds")
-    rows: float = sizes["train"] + report.get("sample_rows", 0)
+    rows: float = sizes["train"]
     if folds:  # each row is used in all folds but one, there too for training or for validation
         rows += (folds - 1) * sum(sizes.values()) * sizes["train"] / (sizes["train"] + sizes["valid"])
-        rows += folds * report.get("sample_rows", 0)
-    return rows * int(report.get("epochs", job.config["epochs"]))
+    return learned + rows * int(report.get("epochs", job.config["epochs"]))
 
 
 def epoch_line(epoch: "EpochMetric", task: str) -> str:
