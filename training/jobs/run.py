@@ -162,8 +162,8 @@ def learned_sample(
     def note(rows: int, row_passes: int) -> None:
         kept = "" if row_passes else ", by an earlier job"
         sentence = f"the base model first learned {rows:,} tweets of tweetscore's sample{kept} (`add_sample`)"
-        notes = [one for one in data.rows.report.get("notes", ()) if "`add_sample`" not in one]
-        data.rows.report.update(sample_rows=rows, sample_row_passes=row_passes, notes=[*notes, sentence])
+        notes = [*data.rows.report.get("notes", ()), sentence]
+        data.rows.report.update(sample_rows=rows, sample_row_passes=row_passes, notes=notes)
         data.record_report(lease)
 
     with sample_trained(

@@ -28,8 +28,9 @@ from training.model.batching import cut, pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
 from training.reporting.tensorboard import TensorBoardWriter
 
-# Tokens of one forward and backward pass, padding included. A CPU is not faster with more, and a GPU is full.
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16_384}
+# Tokens of one forward and backward pass, padding included. Weights are cast to bfloat16 in every pass; with more tokens
+# a CPU is not faster, and a GPU is full.
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
 
 
 @dataclass(frozen=True)

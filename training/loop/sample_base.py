@@ -28,11 +28,11 @@ from training.text.tokenizer import TextEncoder, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-# What the weights depend on, besides the base model and the rows.
+# Settings of the job that its training on the sample shares. The number of epochs is that of the preset `fast`.
 SETTINGS = (
-    "cleaner", "head", "pooling", "loss", "dropout", "encoder_dropout", "max_length", "seed", "epochs", "row_passes",
-    "train_batch_size", "valid_batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "step_gamma",
-    "warmup_ratio", "gradient_accumulation_steps", "max_grad_norm", "class_weights", "precision",
+    "cleaner", "head", "pooling", "loss", "dropout", "encoder_dropout", "max_length", "seed", "train_batch_size",
+    "valid_batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "step_gamma", "warmup_ratio",
+    "gradient_accumulation_steps", "max_grad_norm", "class_weights", "precision",
 )  # fmt: skip
 # Increase it when a change of the code changes what a job learns from the sample.
 VERSION = 1
@@ -55,7 +55,7 @@ def sample_trained(
     """Provide the base model trained on the sample until the block ends, or `base` where the sample does not help.
 
     `config` is the job's before `for_rows`. An interrupted training resumes from `checkpoints`. `note` gets the number
-    of the sample's rows and of the row passes that are due: none when the cache has the model.
+    of the sample's rows, and of the row passes that follow: none when the cache has the model.
     """
     sample = sample_for(data, config)
     if sample is None:
@@ -63,9 +63,12 @@ def sample_trained(
         return
     train, valid = sample
     settings = {name: getattr(config, name) for name in SETTINGS}
-    own = make_config("guide", **settings).for_rows(len(train))
+    own = make_config("fast", **settings).for_rows(len(train))
+    found = True
 
     def fill(draft: Path) -> None:
+        nonlocal found
+        found = False
         note(len(train), own.epochs * len(train))
         model_folder = _trained(base, data.labels, train, valid, own, device, checkpoints, on_step, draft)
         for path in model_folder.iterdir():
@@ -73,9 +76,10 @@ def sample_trained(
         model_folder.rmdir()
         checkpoints.clear()
 
-    note(len(train), 0)
     size = 2 * sum(path.stat().st_size for path in base.folder.glob("*") if path.is_file())
     with cache.entry(_key(base, data.labels, train, own), lambda: size, fill, verify) as folder:
+        if found:
+            note(len(train), 0)
         yield replace(base, folder=folder)
 
 

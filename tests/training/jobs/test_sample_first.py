@@ -64,7 +64,7 @@ def steps_of_run(database: Database, context: TrainingContext) -> int:
         failpoint.arm("")
 
 
-SAMPLE_STEPS, OWN_STEPS = 2 * 8, 2
+SAMPLE_STEPS, OWN_STEPS = 6 * 8, 2
 
 
 def test_the_second_job_does_not_learn_the_sample_again(
@@ -73,9 +73,9 @@ def test_the_second_job_does_not_learn_the_sample_again(
     first, second = submit(sqlite, own, **settings), submit(sqlite, own, **settings)
     assert steps_of_run(sqlite, context) == SAMPLE_STEPS + OWN_STEPS
     job = job_of(sqlite, first)
-    assert (job.state, job.step, job.total_steps) == ("succeeded", 18, 18), job.error
+    assert (job.state, job.step, job.total_steps) == ("succeeded", 50, 50), job.error
     assert job.data_report is not None
-    assert (job.data_report["sample_rows"], job.data_report["sample_row_passes"]) == (228, 456)
+    assert (job.data_report["sample_rows"], job.data_report["sample_row_passes"]) == (228, 6 * 228)
     assert "first learned 228 tweets of tweetscore's sample (`add_sample`)" in notes_of(sqlite, first)
     assert steps_of_run(sqlite, context) == OWN_STEPS
     assert "by an earlier job" in notes_of(sqlite, second)
@@ -87,10 +87,17 @@ def test_the_second_job_does_not_learn_the_sample_again(
 
 
 def test_a_stopped_job_goes_on_within_the_sample(
-    sqlite: Database, context: TrainingContext, small_sample: Path, own: Path, settings: dict[str, Any]
+    sqlite: Database,
+    context: TrainingContext,
+    small_sample: Path,
+    own: Path,
+    settings: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
-    job_id = submit(sqlite, own, **{**settings, "epochs": 300})
+    job_id = submit(sqlite, own, **settings)
     stopping = threading.Event()
+    failpoint.arm("stepped=pause:0.1")
+    request.addfinalizer(lambda: failpoint.arm(""))
     with running(sqlite, context, job_id, stopping):
         stopping.set()
     assert job_of(sqlite, job_id).state == "queued"
@@ -121,7 +128,7 @@ def test_the_head_is_kept_where_it_can_be(
 ) -> None:
     cache, data = Cache(tmp_path / "cache", 10**9), split_rows(read_rows(own), make_config("fast", **settings))
     folder, due = trained(cache, tiny_encoder, data, {**settings, "pooling": "native"}, tmp_path / "c")
-    assert due == [0, 456]
+    assert due == [6 * 228]
     config = make_config("fast", **{**settings, "pooling": "native"})
     heads = [
         build_model(BaseModelFolder("tiny", folder), 3, config.model_copy(update={"seed": seed})).network.classifier
@@ -131,7 +138,7 @@ def test_the_head_is_kept_where_it_can_be(
     assert trained(cache, tiny_encoder, data, {**settings, "pooling": "native"}, tmp_path / "c") == (folder, [0])
     # A damaged copy is made again.
     (folder / "model.safetensors").write_bytes(b"torn")
-    assert trained(cache, tiny_encoder, data, {**settings, "pooling": "native"}, tmp_path / "c") == (folder, [0, 456])
+    assert trained(cache, tiny_encoder, data, {**settings, "pooling": "native"}, tmp_path / "c") == (folder, [6 * 228])
 
 
 def test_a_dataset_with_other_labels_keeps_its_base_model(
