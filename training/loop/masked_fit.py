@@ -72,9 +72,9 @@ def masked_fit(
     run = _Run(model.to(device), inputs, device, checkpoints, on_step)
     progress = run.progress
     run.report_step()
-    if not progress.history:
-        progress.history.append({"epoch": 0, "loss": run.held_out_loss()})
     with training_attention(model, device):
+        if not progress.history:
+            progress.history.append({"epoch": 0, "loss": run.held_out_loss()})
         while progress.epoch <= inputs.config.epochs:
             run.train_epoch()
             run.end_epoch()
