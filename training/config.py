@@ -73,6 +73,13 @@ class TrainConfig(BaseModel):
         exclude_if=lambda added: not added,
         description="learn the sample tweets first, if there are few rows and the labels name sentiments",
     )
+    sample_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: share == 0,
+        description="share of the weights that learned the sample in those that are kept",
+    )
     train_batch_size: int = Field(16, ge=2, le=4096)
     valid_batch_size: int = Field(8, ge=1, le=4096)
     test_batch_size: int = Field(8, ge=1, le=4096)
@@ -245,6 +252,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 6,
         "row_passes": 15_000,
         "add_sample": True,
+        "sample_share": 0.5,
         "train_batch_size": 32,
         "valid_batch_size": 64,
         "test_batch_size": 64,

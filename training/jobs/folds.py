@@ -27,6 +27,7 @@ from training.jobs.lease import Lease
 from training.loop.checkpoints import Checkpoints, Progress
 from training.loop.fit import FitInputs, Hooks, count_steps, fit
 from training.loop.predict import predict
+from training.loop.sample_base import start_share
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import build_model
 from training.model.devices import pick_device
@@ -143,8 +144,9 @@ class _Folds:
         parts = {part: self._take(index) for part, index in split.items()}
         ids = {part: self._ids(index) for part, index in split.items()}
         inputs = FitInputs(
-            parts["train"], parts["valid"], ids["train"], ids["valid"], self._labels, model.config, self._pad_id
-        )
+            parts["train"], parts["valid"], ids["train"], ids["valid"], self._labels, model.config, self._pad_id,
+            start_share=start_share(self._base, model.config),
+        )  # fmt: skip
         history = fit(
             model,
             inputs,

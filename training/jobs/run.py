@@ -44,7 +44,7 @@ from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
 from training.loop.checkpoints import Checkpoints
 from training.loop.fit import FitInputs, Hooks, fit
 from training.loop.predict import predict
-from training.loop.sample_base import sample_trained
+from training.loop.sample_base import sample_trained, start_share
 from training.model.artifact import make_reference, make_spec
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, build_model
@@ -191,8 +191,9 @@ class Prepared:
     def fit_inputs(self, rows: Dataset) -> FitInputs:
         ids, pad_id = self.token_ids, self.tokenizer.pad_token_id
         return FitInputs(
-            rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id, rows.scale
-        )
+            rows.train, rows.valid, ids["train"], ids["valid"], rows.labels, self.config, pad_id, rows.scale,
+            start_share=start_share(self.base, self.config),
+        )  # fmt: skip
 
 
 def prepare(base: BaseModelFolder, rows: Dataset, config: TrainConfig, device: str) -> Prepared:

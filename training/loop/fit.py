@@ -28,8 +28,8 @@ from training.model.batching import cut, pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
 from training.reporting.tensorboard import TensorBoardWriter
 
-# Tokens of one forward and backward pass, padding included. Weights are cast to bfloat16 in every pass; with more tokens
-# a CPU is not faster, and a GPU is full.
+# Tokens of one forward and backward pass, padding included. With fewer, a CPU spends its time on casting the weights to
+# bfloat16 for every pass; with more, it is not faster, and a GPU is full.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
 
 
@@ -51,7 +51,8 @@ class FitInputs:
     """The data and configuration of a run. `train_rows` and `valid_rows` are lists of token ids.
 
     `scale` is that of a continuous task. Only TensorBoard uses it. `soft` has a teacher's probabilities of the training
-    rows.
+    rows. The weights that are kept are the mean of those before the run, which count `start_share`, and of the best
+    epoch: after Wortsman et al. (2022), "Robust fine-tuning of zero-shot models".
     """
 
     train: Split
@@ -63,6 +64,7 @@ class FitInputs:
     pad_id: int
     scale: TargetScale | None = None
     soft: SoftTargets | None = None
+    start_share: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,6 +128,7 @@ class _Run:
         steps_per_epoch = inputs.steps_per_epoch
         self.total_steps = steps_per_epoch * self.config.epochs
         self.model = model
+        self.start = {name: value.clone() for name, value in model.state_dict().items()} if inputs.start_share else {}
         optimizer = build_optimizer(model, self.config)
         self.state = RunState(model, optimizer, build_scheduler(optimizer, self.config, steps_per_epoch), Progress())
         checkpoints.restore(self.state)
@@ -241,6 +244,9 @@ class _Run:
         # Free the optimizer's state, twice the size of the weights: while loading, two sets of weights are in memory.
         self.state.optimizer.state.clear()
         self.checkpoints.load_best(progress.best, self.model)
+        for name, value in self.model.state_dict().items():
+            if name in self.start and value.is_floating_point():
+                value.lerp_(self.start[name], self.inputs.start_share)
 
 
 def count_steps(lengths: list[int], config: TrainConfig) -> int:

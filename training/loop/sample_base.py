@@ -80,7 +80,12 @@ def sample_trained(
     with cache.entry(_key(base, data.labels, train, own), lambda: size, fill, verify) as folder:
         if found:
             note(len(train), 0)
-        yield replace(base, folder=folder)
+        yield replace(base, folder=folder, learned_sample=True)
+
+
+def start_share(base: BaseModelFolder, config: TrainConfig) -> float:
+    """Return the share of the weights before training in those that are kept, for a configuration of `build_model`."""
+    return config.sample_share if base.learned_sample and config.pooling == "native" else 0.0
 
 
 def _trained(

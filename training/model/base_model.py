@@ -30,11 +30,15 @@ CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.model"]
 
 @dataclass(frozen=True)
 class BaseModelFolder:
-    """A base model on disk: `revision` is the hub commit, None for local folders."""
+    """A base model on disk: `revision` is the hub commit, None for local folders.
+
+    `learned_sample`: the folder has a classifier of the job's labels that has learned the sample.
+    """
 
     name: str
     folder: Path
     revision: str | None = None
+    learned_sample: bool = False
 
 
 def resolve_base_model(name: str, revision: str | None, roots: Sequence[Path]) -> BaseModelFolder:

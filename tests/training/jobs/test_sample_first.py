@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from db import jobs
 from db.session import Database
@@ -15,8 +16,9 @@ from training.config import make_config
 from training.data import sample
 from training.data.dataset import Dataset, read_rows, split_rows
 from training.jobs.context import TrainingContext
-from training.jobs.run import run_next_job
+from training.jobs.run import prepare, run_next_job
 from training.loop.checkpoints import Checkpoints
+from training.loop.fit import Hooks, fit
 from training.loop.sample_base import sample_trained
 from training.model.base_model import BaseModelFolder
 from training.model.classifier import build_model
@@ -139,6 +141,33 @@ def test_the_head_is_kept_where_it_can_be(
     # A damaged copy is made again.
     (folder / "model.safetensors").write_bytes(b"torn")
     assert trained(cache, tiny_encoder, data, {**settings, "pooling": "native"}, tmp_path / "c") == (folder, [6 * 228])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_weights_that_are_kept_are_a_mean_of_those_before_and_after_the_own_rows(
+    small_sample: Path, own: Path, settings: dict[str, Any], tiny_encoder: Path, tmp_path: Path, share: float
+) -> None:
+    config = make_config("fast", **{**settings, "pooling": "native"}, sample_share=share)
+    data = split_rows(read_rows(own), config)
+    with sample_trained(
+        Cache(tmp_path / "cache", 10**9), BaseModelFolder("tiny", tiny_encoder), data, config, pick_device("cpu"),
+        Checkpoints(tmp_path / "c"), lambda step, total, loss, rate: None, lambda rows, passes: None,
+    ) as base:  # fmt: skip
+        prepared = prepare(base, data, config, "cpu")
+        before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+        checkpoints = Checkpoints(tmp_path / "job")
+        for _ in range(2):  # the second time the run only loads its result
+            fit(
+                prepared.model, prepared.fit_inputs(data), device=prepared.device, checkpoints=checkpoints,
+                board_folder=None, hooks=Hooks(),
+            )  # fmt: skip
+            kept = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+            best = max((tmp_path / "job").glob("best-*"))
+            checkpoints.load_best(best.name, prepared.model)
+            for name, after in prepared.model.state_dict().items():
+                torch.testing.assert_close(kept[name], share * before[name] + (1 - share) * after)
+            assert not kept["hugging_face.classifier.weight"].equal(before["hugging_face.classifier.weight"])
+            prepared.model.load_state_dict(before)
 
 
 def test_a_dataset_with_other_labels_keeps_its_base_model(

@@ -119,6 +119,8 @@ class _FirstModel:
         )
         if keep:
             return second
+        # `fit` must begin with the weights of the base model, which it averages with the trained ones.
+        self._setup.model.load_state_dict(self._setup.build().state_dict())
         return self.fit(self._setup.model, self.recorded_hooks(self._setup.lease.check))
 
     def _temperature(self, model: Classifier) -> float:
