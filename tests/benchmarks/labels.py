@@ -98,7 +98,7 @@ class Bench:
         self.cache = Cache(scratch / "cache", 10**10)
         self.pool, self.test = pool_and_test(labelled)
         self.sample = sample_tweets()
-        self._without_labels: dict[int, tuple[Floats, Floats]] = {}
+        self._known: dict[tuple[tuple[int, ...], int], tuple[Floats, Floats]] = {}
 
     def draw(self, count: int, seed: int) -> list[int]:
         return [int(i) for i in np.random.default_rng(seed).permutation(len(self.pool))[:count]]
@@ -117,8 +117,9 @@ class Bench:
 
     def _ours(self, own: Sequence[int], seed: int) -> tuple[Floats, Floats]:
         """Logits of the test tweets and of the pool."""
-        if not own and seed in self._without_labels:
-            return self._without_labels[seed]
+        known = self._known.get((tuple(own), seed))
+        if known is not None:
+            return known
         config = make_config("fast", base_model=self.encoder.name, seed=seed, **self.options)
         tweets = self.pool.take(own) if len(own) else self.sample
         data = split_rows(Rows(tweets.texts, tweets.labels, list(range(len(tweets)))), config)
@@ -129,8 +130,7 @@ class Bench:
                 checkpoints=Checkpoints(Path(folder) / "job"), board_folder=Path(folder) / "board",
             )  # fmt: skip
         logits = self._logits(prepared, self.test), self._logits(prepared, self.pool)
-        if not own:
-            self._without_labels[seed] = logits
+        self._known[tuple(own), seed] = logits
         return logits
 
     def _learned(self, data: Dataset, config: TrainConfig, folder: str) -> AbstractContextManager[BaseModelFolder]:
