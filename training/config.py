@@ -248,7 +248,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head": "linear",
         "loss": "cross_entropy",
         "dropout": 0.1,
-        "encoder_dropout": 0.0,
         "epochs": 6,
         "row_passes": 15_000,
         "add_sample": True,
