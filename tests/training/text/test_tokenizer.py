@@ -205,8 +205,9 @@ def resolve_offline(name: str, revision: str | None, hub: Path) -> subprocess.Co
     code = (
         "import sys; from training.model.base_model import resolve_base_model\n"
         "from training.errors import ModelUnavailable\n"
-        f"try: print(*vars(resolve_base_model({name!r}, {revision!r}, [])).values(), sep='\\n')\n"
-        "except ModelUnavailable as error: sys.exit(str(error))"
+        f"try: found = resolve_base_model({name!r}, {revision!r}, [])\n"
+        "except ModelUnavailable as error: sys.exit(str(error))\n"
+        "print(found.name, found.folder, found.revision, sep='\\n')"
     )
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
