@@ -1,6 +1,7 @@
 """The schema: one class per table. Comments on tables and columns are stored in PostgreSQL and in `docs/schema.md`.
 
-The tables of the model registry are in `db.registry_models`, and importable from here too.
+The tables of the model registry are in `db.registry_models`, those of labels in `db.label_models`; both are importable
+from here too.
 """
 
 from datetime import datetime
@@ -10,6 +11,7 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from db.base import Base, utc_now
+from db.label_models import Label, ReviewAsk, ReviewTweet
 from db.registry_models import (
     BaseModel,
     ConfusionCell,
@@ -30,10 +32,13 @@ __all__ = [
     "EpochMetric",
     "Evaluation",
     "EvaluationMetric",
+    "Label",
     "ModelAlias",
     "ModelVersion",
     "OutOfFoldPrediction",
     "Prediction",
+    "ReviewAsk",
+    "ReviewTweet",
     "SchemaCompatibility",
     "ScoringWindow",
     "SentimentRollup",
@@ -41,6 +46,7 @@ __all__ = [
     "TestPrediction",
     "TrainingJob",
     "Tweet",
+    "WebhookEvent",
     "utc_now",
 ]
 
@@ -108,6 +114,9 @@ class Prediction(Base):
         "that it predicts, named value."
     )
     scored_at: Mapped[datetime] = mapped_column(comment="Time at which the prediction was made, UTC.")
+    unknown_share: Mapped[float | None] = mapped_column(
+        comment="Share of the text's tokens that the model does not know, 0 to 1. NULL for rows of releases before 0.2."
+    )
 
 
 class SentimentRollup(Base):
@@ -274,6 +283,26 @@ class DeadLetter(Base):
     reason: Mapped[str] = mapped_column(comment="Why the record cannot be scored.")
     attempts: Mapped[int] = mapped_column(comment="How often the record was delivered to a worker.")
     buried_at: Mapped[datetime] = mapped_column(index=True, comment="Time at which it became a dead letter, UTC.")
+
+
+class WebhookEvent(Base):
+    __tablename__ = "webhook_events"
+    __table_args__ = (
+        Index(None, "delivered_at", "next_attempt_at"),
+        {"comment": "One row per event that a webhook is told of, until it is old. Empty without a webhook."},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the event, rising.")
+    event_key: Mapped[str] = mapped_column(unique=True, comment="What happened to what, so that an event is told once.")
+    kind: Mapped[str] = mapped_column(comment="Kind of the event, such as job.ended or champion.changed.")
+    payload: Mapped[dict[str, Any]] = mapped_column(comment="JSON object: what the receiver gets.")
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time at which it was noticed, UTC.")
+    attempts: Mapped[int] = mapped_column(default=0, comment="Number of deliveries that were tried.")
+    next_attempt_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Earliest time of the next one, UTC.")
+    delivered_at: Mapped[datetime | None] = mapped_column(
+        comment="Time at which the receiver accepted it, UTC. NULL until then."
+    )
+    error: Mapped[str | None] = mapped_column(comment="Why the last delivery failed. NULL when none failed.")
 
 
 class SchemaCompatibility(Base):

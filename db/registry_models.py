@@ -103,6 +103,9 @@ class TestPrediction(Base):
     probabilities: Mapped[dict[str, Any]] = mapped_column(
         comment="JSON object: the calibrated probability of every label, 0 to 1."
     )
+    unknown_share: Mapped[float | None] = mapped_column(
+        comment="Share of the text's tokens that the model does not know, 0 to 1. NULL for rows of releases before 0.2."
+    )
 
 
 class OutOfFoldPrediction(Base):

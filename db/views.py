@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import ColumnElement
 from sqlalchemy.dialects import postgresql
 
-from db.models import Base, Evaluation, ModelVersion, Prediction, TrainingJob, Tweet
+from db.models import Base, Evaluation, Label, ModelVersion, Prediction, TrainingJob, Tweet
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,17 @@ VIEWS = (
                 "Best macro-F1 on the validation rows, 0 to 1. NULL before the first epoch.",
             ),
             *_from_table(TrainingJob, "kind"),
+        ),
+    ),
+    View(
+        "v_labels",
+        "One row per tweet that people labelled, with the label that most annotators gave it.",
+        (
+            *_from_table(Label, "tweet_id"),
+            ViewColumn("label", "text", "The label that most annotators gave; among equals the newest."),
+            ViewColumn("annotators", "bigint", "Number of annotators that labelled the tweet."),
+            ViewColumn("agreeing", "bigint", "Number of annotators that gave this label."),
+            ViewColumn("labelled_at", "timestamp with time zone", "Time of the newest of these labels, UTC."),
         ),
     ),
 )

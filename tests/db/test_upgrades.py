@@ -160,10 +160,19 @@ def described(database: Database) -> dict[tuple[str, str], bool]:
 # --- what an upgrade keeps
 
 
+# Columns that a constraint restricts.
+ALLOWED = {
+    ("training_jobs", "state"): "succeeded",
+    ("labels", "source"): "review",
+    ("review_tweets", "reason"): "random",
+    ("review_asks", "state"): "labelled",
+}
+
+
 def value(column: Column[Any], number: int) -> object:
     """Something of a reflected column's type, another for each number."""
-    if column.name == "state":
-        return "succeeded"
+    if allowed := ALLOWED.get((column.table.name, column.name)):
+        return allowed
     if isinstance(column.type, String):  # SQLite keeps times as text
         return f"2026-01-31T12:00:00.{number:06d}Z" if column.type.length == 27 else f"{column.name} {number} 雨"
     if isinstance(column.type, DateTime):
