@@ -88,15 +88,17 @@ def of_tweets(session: Session, tweet_ids: Sequence[str]) -> list[Label]:
 def known(session: Session, tweet_ids: Sequence[str]) -> Sequence[Row[Any]]:
     """(tweet_id, annotator, source, label, at) of every label of up to `CHUNK_ROWS` tweets, oldest first."""
     columns = (Label.tweet_id, Label.annotator, Label.source, Label.label, Label.at)
-    query: Select[Any] = select(*columns).where(Label.tweet_id.in_(tweet_ids)).order_by(Label.at, Label.id)
-    return session.execute(query).all()
+    query: Any = select(*columns).where(Label.tweet_id.in_(tweet_ids)).order_by(Label.at, Label.id)
+    found: Sequence[Row[Any]] = session.execute(query).all()
+    return found
 
 
 def counts(session: Session) -> Sequence[Row[Any]]:
     """(source, annotator, label, labels): numbers of the labels that count."""
     keys = (Label.source, Label.annotator, Label.label)
-    query: Select[Any] = select(*keys, func.count().label("labels")).where(_is_newest())
-    return session.execute(query.group_by(*keys).order_by(*keys)).all()
+    query: Any = select(*keys, func.count().label("labels")).where(_is_newest()).group_by(*keys).order_by(*keys)
+    found: Sequence[Row[Any]] = session.execute(query).all()
+    return found
 
 
 def labelled_count(session: Session) -> int:
@@ -107,7 +109,7 @@ def labelled_count(session: Session) -> int:
 
 def with_predictions(
     model_version_id: int | None, since: datetime | None, topic: str | None, has_label: bool | None, limit: int | None
-) -> Select[Any]:
+) -> Any:
     """Query of (tweet_id, text, topic, predicted, probability) of tweets, the newest first.
 
     The prediction is that of a model version, NULL without one. `has_label` selects tweets that people did or did not
@@ -115,8 +117,7 @@ def with_predictions(
     """
     scored = (Prediction.tweet_id == Tweet.tweet_id, Prediction.model_version_id == model_version_id)
     columns = (Tweet.tweet_id, Tweet.text, Tweet.topic, Prediction.label.label("predicted"), Prediction.probability)
-    selected: Select[Any] = select(*columns)
-    query = selected.outerjoin_from(Tweet, Prediction, scored[0] & scored[1]).where(*_of(since, topic))
+    query: Any = select(*columns).outerjoin_from(Tweet, Prediction, scored[0] & scored[1]).where(*_of(since, topic))
     if has_label is not None:
         given = exists().where(Label.tweet_id == Tweet.tweet_id, Label.source != PROPOSED)
         query = query.where(given if has_label else ~given)
