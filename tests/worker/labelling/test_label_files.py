@@ -29,11 +29,9 @@ def stored(database: Database) -> list[tuple[str, str, str, str]]:
         return [(row.tweet_id, row.annotator, row.label, row.source) for row in rows]
 
 
-def tweets(database: Database, count: int, champion: bool = False, **values: object) -> int:
+def tweets(database: Database, count: int, champion: bool = False, task: str = "single_label", **values: object) -> int:
     with database.begin() as session:  # the job of the champion tells its task
-        job = jobs.submit(
-            session, request_id="1", dataset="a.csv", dataset_sha256=None, config={"task": "single_label"}
-        ).id
+        job = jobs.submit(session, request_id="1", dataset="a.csv", dataset_sha256=None, config={"task": task}).id
     version = make_version(database, job_id=job)
     write(
         database,
@@ -133,6 +131,17 @@ def test_flat_files_are_imported_once(sqlite: Database, tmp_path: Path, name: st
     assert stored(sqlite) == [("1", "1", "positive", "import")]
     assert import_labels(sqlite, file, annotator="1").added == 0
     assert stored(sqlite) == [("1", "1", "positive", "import")]
+
+
+def test_several_labels_of_a_tweet_are_stored_in_the_order_of_the_model(sqlite: Database, tmp_path: Path) -> None:
+    tweets(sqlite, 4, champion=True, task="multi_label")
+    both = annotation("positive")
+    both["result"][0]["value"]["choices"].append("negative")
+    import_labels(sqlite, saved(tmp_path / "a.json", [task("1", both)]))
+    import_labels(sqlite, saved(tmp_path / "a.jsonl", '{"tweet_id": "2", "label": ["positive", "negative"]}\n'))
+    sheet = '2,"{""choices"": [""positive"", ""negative""]}"\n3,positive|negative\n4,positive\n'
+    import_labels(sqlite, saved(tmp_path / "a.csv", f"tweet_id,sentiment\n{sheet}"))
+    assert [row[2] for row in stored(sqlite)] == [*["negative|positive"] * 3, "positive"]
 
 
 def test_proposed_labels_are_kept_apart_from_those_of_people(database: Database, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_it_says_what_is_missing(home_database: Database, tweetscore: Run) -> No
     with pytest.raises(BadDataset, match=r"label 'negative' has 3 distinct texts .* at least 4"):
         worker.submit_training(from_labels=True)
     with pytest.raises(BadDataset, match="no stored tweet of this time and topic"):
-        worker.submit_training(from_labels=True, topic="none")
+        worker.submit_training(from_labels=True, since=datetime(2030, 1, 1))  # noqa: DTZ001 - without a zone
     with pytest.raises(BadRequest, match="nothing to train on"):
         worker.submit_training()
     assert "give --from-labels" in tweetscore("train").stderr
