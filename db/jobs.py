@@ -28,12 +28,13 @@ def submit(
     message: str | None = None,
     ended: tuple[str, str] | None = None,
     data_report: dict[str, Any] | None = None,
+    labels_until: datetime | None = None,
 ) -> TrainingJob:
     """The queued job of this request. A repeated `request_id` returns the existing job unchanged.
 
     `kind` is one of `JOB_KINDS`. `message` is the Celery message that carried the request. `ended` is the final state
     and the reason of a request that was refused or cancelled before it became a job. `data_report` describes the
-    dataset, if it was read already.
+    dataset, if it was read already. `labels_until` is set when labels of stored tweets are among its rows.
     """
     known = of_request(session, request_id)
     if known:
@@ -46,6 +47,7 @@ def submit(
         config=config,
         message=message,
         data_report=data_report,
+        labels_until=labels_until,
     )
     if ended is not None:
         (job.state, job.error), job.finished_at = ended, utc_now()

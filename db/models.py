@@ -218,6 +218,10 @@ class TrainingJob(Base):
     answer_due_at: Mapped[datetime | None] = mapped_column(
         comment="Time, UTC, until which one worker sends the result to the requester. NULL when none has begun."
     )
+    labels_until: Mapped[datetime | None] = mapped_column(
+        comment="Labels of stored tweets that were given until then may be among its rows, UTC. NULL for a job without "
+        "them."
+    )
 
 
 class EpochMetric(Base):

@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,12 +38,20 @@ STORED_TWEETS = "stored tweets"
 
 
 def submit_training(
-    settings: Settings, database: Database, dataset: str | Path, preset: str | None = None, /, **options: Any
+    settings: Settings,
+    database: Database,
+    dataset: str | Path,
+    preset: str | None = None,
+    /,
+    *,
+    labels_until: datetime | None = None,
+    **options: Any,
 ) -> TrainingJob:
     """Enqueue a job on any dataset and base model that this process can read. A URL is downloaded first.
 
-    Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the job cannot
-    succeed.
+    `options` are fields of `TrainConfig`. `labels_until` is set when labels of stored tweets, given until then, are
+    among the rows. Raises `BadConfig`, `BadDataset`, `BadSource` or `ModelUnavailable`, and stores nothing, when the
+    job cannot succeed.
     """
     with local_copy(str(dataset)) as path:
         config = job_config(settings, preset, options)
@@ -60,6 +69,7 @@ def submit_training(
                 dataset_sha256=sha256,
                 config=config.model_dump(mode="json"),
                 data_report=rows.report,
+                labels_until=labels_until,
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from db import labels
 from db.errors import listed, shown
-from db.models import TrainingJob
+from db.models import TrainingJob, utc_now
 from db.session import Database
 from training.config import TrainConfig
 from training.data.columns import MULTI_LABEL_SEPARATOR
@@ -64,6 +64,7 @@ def submit_from_labels(
     config = job_config(settings, preset, options)
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
+    read_at = utc_now()
     with database.read() as session:
         stored = labels.labelled(session, since, topic)
     if not stored:
@@ -86,7 +87,9 @@ def submit_from_labels(
     with tempfile.TemporaryDirectory(prefix="tweetscore-") as folder:
         path = Path(folder) / "labels.jsonl"
         _write(path, [*rows, *given])
-        return FromLabels(submit_training(settings, database, path, preset, **options), len(given), notes)
+        # Figures of live quality leave out the labels that a model may have been trained on.
+        job = submit_training(settings, database, path, preset, labels_until=read_at, **options)
+        return FromLabels(job, len(given), notes)
 
 
 def submit_from_labels_and_nudge(dataset: str | None = None, preset: str | None = None, **options: Any) -> int:

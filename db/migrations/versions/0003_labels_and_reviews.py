@@ -19,6 +19,9 @@ Column = sa.Column[Any]
 TIME = sa.DateTime(timezone=True).with_variant(sa.String(27), "sqlite")
 JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 UNKNOWN_SHARE = "Share of the text's tokens that the model does not know, 0 to 1. NULL for rows of releases before 0.2."
+LABELS_UNTIL = (
+    "Labels of stored tweets that were given until then may be among its rows, UTC. NULL for a job without them."
+)
 
 
 def required(name: str, kind: Any, comment: str, **more: Any) -> Column:
@@ -156,6 +159,7 @@ def upgrade() -> None:
     create_webhook_events()
     for table in ("predictions", "test_predictions"):
         op.add_column(table, optional("unknown_share", sa.Double(), UNKNOWN_SHARE))
+    op.add_column("training_jobs", optional("labels_until", TIME, LABELS_UNTIL))
     for name, body in VIEWS.items():
         op.execute(f"CREATE VIEW {name} AS {body}")
     if op.get_bind().dialect.name == "postgresql":
@@ -170,5 +174,6 @@ def downgrade() -> None:
         op.execute(f"DROP VIEW {name}")
     for table in ("predictions", "test_predictions"):
         op.drop_column(table, "unknown_share")
+    op.drop_column("training_jobs", "labels_until")
     for table in ("webhook_events", "review_asks", "review_tweets", "labels"):
         op.drop_table(table)
