@@ -58,7 +58,8 @@ def test_a_job_trains_on_what_people_labelled_and_on_nothing_a_model_proposed(
     assert (job.state, job.error) == ("succeeded", None)
     assert job.data_report is not None
     assert job.data_report["rows"] == 40
-    assert job.labels_until is not None and job.labels_until <= job.submitted_at
+    assert job.labels_until is not None
+    assert job.labels_until <= job.submitted_at
     rows = rows_of(job.dataset)
     assert {row["tweet_id"] for row in rows} == {str(i) for i in range(40)}
     assert rows[0] == {"label": "negative", "text": "とても嬉しい日だった0", "tweet_id": "0"}  # two of three annotators
