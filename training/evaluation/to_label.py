@@ -105,5 +105,6 @@ def _vectors(texts: Sequence[str], seed: int) -> Any:
     )
     size = min(FEATURES, vectors.shape[1] - 1, len(texts) - 1)
     if size > 1:
-        vectors = normalize(TruncatedSVD(size, random_state=seed).fit_transform(vectors))
+        with np.errstate(invalid="ignore"):  # equal texts have no variance to explain
+            vectors = normalize(TruncatedSVD(size, random_state=seed).fit_transform(vectors))
     return vectors
