@@ -18,25 +18,12 @@ if TYPE_CHECKING:
     from db.session import Database
     from worker.labelling.review import Question
 
-app = typer.Typer(help="Label stored tweets one at a time: pick them, read them here, and show the progress.")
+app = typer.Typer(no_args_is_help=True, help="Label stored tweets one at a time, and pick those that are worth it.")
 
 Annotator = Annotated[str | None, typer.Option(help="Name that your labels get; by default your user name.")]
 MOST_KEYS = 9
 REASONS = ("random", "uncertain", "disagreement", "spread")
 READ_BYTES = 64
-
-
-@app.callback(invoke_without_command=True)
-def read(context: typer.Context, annotator: Annotator = None) -> None:
-    """Label picked tweets with the keys 1, 2, 3, s to skip, u to undo and q to quit."""
-    if context.invoked_subcommand is not None:
-        return
-    from worker.connections import open_sql
-    from worker.settings import load_settings
-
-    if not sys.stdin.isatty():
-        raise BadRequest("`tweetscore review` reads keys and needs a terminal; `tweetscore label import` reads files")
-    _read_keys(open_sql(load_settings()), annotator or _user())
 
 
 @app.command("pick")
@@ -63,6 +50,19 @@ def review_pick(
         return
     listed = ", ".join(f"{picked[reason]:,} {reason}" for reason in REASONS if picked[reason])
     output.line(f"{picked.total():,} tweets picked" + (f": {listed}" if listed else "; all stored tweets are picked"))
+
+
+@app.command("read")
+def review_read(annotator: Annotator = None) -> None:
+    """Read picked tweets in the terminal and label them with the keys 1, 2 and 3; s skips, u undoes and q quits."""
+    from worker.connections import open_sql
+    from worker.settings import load_settings
+
+    if not sys.stdin.isatty():
+        raise BadRequest(
+            "`tweetscore review read` reads keys and needs a terminal; `tweetscore label import` reads files"
+        )
+    _read_keys(open_sql(load_settings()), annotator or _user())
 
 
 @app.command("status")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
 from select import select as select_ready
+from threading import Barrier
 
 import pytest
 from sqlalchemy import select, update
@@ -115,22 +116,25 @@ def test_a_random_draw_takes_in_tweets_that_are_picked_or_labelled(database: Dat
 
 def test_annotators_who_ask_at_the_same_moment_get_different_tweets(database: Database, settings: Settings) -> None:
     scored(database, 60)
-    review.fill(database, settings, 24)
+    review.fill(database, settings, 48)
     everyone_reads(database, 1)
+    names = ["ann", "bob", "cid", "dee"]
+    together = Barrier(len(names))
 
     def label_all(annotator: str) -> list[str]:
         read = []
-        while (question := review.next_question(database, annotator)) is not None:
+        for _ in range(12):
+            together.wait(PATIENCE_SECONDS)
+            question = asked(database, annotator)
             read.append(question.tweet_id)
             review.answer(database, annotator, question.tweet_id, "positive")
         return read
 
-    names = ["ann", "bob", "cid", "dee"]
     with ThreadPoolExecutor(len(names)) as threads:
         read = list(threads.map(label_all, names))
     assert sorted(i for each in read for i in each) == sorted(row.tweet_id for row in picks(database))
-    assert len(given(database)) == 24
-    assert review.progress(database, "ann").open == 0
+    assert len(given(database)) == 48
+    assert review.next_question(database, "ann") is None
 
 
 def test_an_unanswered_question_is_asked_of_others_and_a_late_answer_is_kept(
@@ -254,7 +258,7 @@ def test_the_commands_pick_and_show_the_progress(
     review.answer(home_database, "ann", question.tweet_id, "positive")
     shown = json.loads(tweetscore("review", "status", "--annotator", "ann", "--json").stdout)
     assert (shown["picked"], shown["labelled"], shown["open"], shown["kappa"]) == (20, 1, 19, None)
-    refused = tweetscore("review")
+    refused = tweetscore("review", "read")
     assert (refused.returncode, "needs a terminal" in refused.stderr) == (2, True)
 
 
@@ -265,7 +269,7 @@ def test_the_keys_of_a_terminal_label_skip_and_undo(home_database: Database, set
     review.fill(home_database, settings, 3)
     everyone_reads(home_database, 1)
     places = [row.tweet_id for row in picks(home_database)]
-    shown = typed("2u1s1", "review", "--annotator", "ann")
+    shown = typed("2u1s1", "review", "read", "--annotator", "ann")
     assert given(home_database) == [(places[0], "ann", "negative"), (places[2], "ann", "negative")]
     assert "\\x1b[2J消える\\u202e" in shown
     assert "\x1b[2J" not in shown
