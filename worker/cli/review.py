@@ -59,9 +59,7 @@ def review_read(annotator: Annotator = None) -> None:
     from worker.settings import load_settings
 
     if not sys.stdin.isatty():
-        raise BadRequest(
-            "`tweetscore review read` reads keys and needs a terminal; `tweetscore label import` reads files"
-        )
+        raise BadRequest("`review read` reads keys, so run it in a terminal; `tweetscore label import` reads files")
     _read_keys(open_sql(load_settings()), annotator or _user())
 
 

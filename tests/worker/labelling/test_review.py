@@ -259,7 +259,7 @@ def test_the_commands_pick_and_show_the_progress(
     shown = json.loads(tweetscore("review", "status", "--annotator", "ann", "--json").stdout)
     assert (shown["picked"], shown["labelled"], shown["open"], shown["kappa"]) == (20, 1, 19, None)
     refused = tweetscore("review", "read")
-    assert (refused.returncode, "needs a terminal" in refused.stderr) == (2, True)
+    assert (refused.returncode, "run it in a terminal" in refused.stderr) == (2, True)
 
 
 def test_the_keys_of_a_terminal_label_skip_and_undo(home_database: Database, settings: Settings) -> None:
