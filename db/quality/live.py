@@ -3,15 +3,19 @@
 The figures are those of the views `v_live_quality` and `v_drift`. The caller owns the transaction.
 """
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
-from sqlalchemy import Row, column, func, select, table
+from sqlalchemy import Row, column, func, select, table, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from db.errors import DatabaseError
 from db.models import Prediction, ReviewTweet, TestPrediction, Tweet, utc_now
+from db.session import is_away
 from db.views import VIEWS
 
 COLUMNS = {view.name: [item.name for item in view.columns] for view in VIEWS}
@@ -24,6 +28,19 @@ class LabelledTweet:
     day: date
     actual: str
     predicted: str
+
+
+def require_functions(session: Session) -> None:
+    """Raise `DatabaseError` when this SQLite was built without the mathematical functions of the views."""
+    try:
+        session.execute(text("SELECT ln(1.0), sqrt(1.0), ceil(1.0)"))
+    except DBAPIError as error:
+        if session.get_bind().dialect.name != "sqlite" or is_away(error):
+            raise
+        raise DatabaseError(
+            f"SQLite {sqlite3.sqlite_version} of this Python has no mathematical functions, which v_live_quality and "
+            "v_drift need; use a Python whose SQLite has them, or PostgreSQL"
+        ) from error
 
 
 def live_quality(session: Session) -> Sequence[Row[Any]]:

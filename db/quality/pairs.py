@@ -2,10 +2,9 @@
 transaction.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, func, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.models import Prediction, ReviewTweet, TestPrediction, Tweet
@@ -19,7 +18,7 @@ def label_pairs(session: Session, one: int, other: int) -> dict[tuple[str, str],
     return {(first, second): n for first, second, n in session.execute(query.group_by(a.label, b.label))}
 
 
-def labelled_pairs(session: Session, one: int, other: int) -> Sequence[Row[Any]]:
+def labelled_pairs(session: Session, one: int, other: int) -> list[tuple[str, str, str, bool]]:
     """(label of people, label of `one`, label of `other`, whether picked at random) of the labelled tweets of both."""
     a, b, labels = aliased(Prediction), aliased(Prediction), labels_view()
     query = (
@@ -30,10 +29,10 @@ def labelled_pairs(session: Session, one: int, other: int) -> Sequence[Row[Any]]
         .outerjoin(ReviewTweet, ReviewTweet.tweet_id == labels.c.tweet_id)
         .where(*_both(a, b, one, other))
     )
-    return session.execute(query).all()
+    return [(label, first, second, bool(is_random)) for label, first, second, is_random in session.execute(query)]
 
 
-def disagreements(session: Session, one: int, other: int, limit: int) -> Sequence[Row[Any]]:
+def disagreements(session: Session, one: int, other: int, limit: int) -> list[tuple[Any, ...]]:
     """Tweets that two versions label differently, those with a label of people first, then the newest.
 
     (tweet_id, text, label and probability of `one`, of `other`, label of people or None)
@@ -47,7 +46,7 @@ def disagreements(session: Session, one: int, other: int, limit: int) -> Sequenc
         .where(*_both(a, b, one, other), a.label != b.label)
         .order_by(labels.c.label.is_(None), Tweet.received_at.desc(), Tweet.tweet_id)
     )
-    return session.execute(query.limit(limit)).all()
+    return [tuple(row) for row in session.execute(query.limit(limit))]
 
 
 def tested(session: Session, version_id: int) -> tuple[int, int]:

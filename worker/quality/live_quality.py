@@ -93,11 +93,15 @@ class QualityReport:
 
 
 def measure(database: Database, drift_days: int = DRIFT_DAYS) -> QualityReport:
-    """All figures of the champion; expected accuracy and drift are of the last days. Raises `NotFound` without one."""
+    """All figures of the champion; expected accuracy and drift are of the last days. Raises `NotFound` without one.
+
+    Raises `DatabaseError` when SQLite lacks the functions that the views need.
+    """
     with database.read() as session:
         version_id = registry.assigned(session, registry.CHAMPION)
         if version_id is None:
             raise NotFound("there is no champion yet; promote a model with `tweetscore models promote ID`")
+        live.require_functions(session)
         labels = len(registry.get(session, version_id).labels)
         periods = _periods(session, version_id)
         days = [DriftDay(**row) for row in live.drift(session, drift_days)]

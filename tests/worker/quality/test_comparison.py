@@ -43,8 +43,9 @@ def test_two_models_are_compared_on_the_tweets_that_both_scored(database: Databa
     assert found.confusion == {
         ("positive", "positive"): 3, ("positive", "negative"): 9, ("negative", "positive"): 1
     }  # fmt: skip
-    assert found.labelled == Agreement(12, 2, 8, 1, pytest.approx(P_1_OF_9))
-    assert found.random == Agreement(6, 2, 4, 0, pytest.approx(2 / 2**4))
+    assert found.labelled == Agreement(12, 2, 8, 1, found.labelled.p_value)
+    assert found.random == Agreement(6, 2, 4, 0, found.random.p_value)
+    assert (found.labelled.p_value, found.random.p_value) == pytest.approx((P_1_OF_9, 2 / 2**4))
     assert "model 1 is better, beyond chance" in found.labelled.sentence(1, 2)
     assert "could be chance" in found.random.sentence(1, 2)
     assert {example.tweet_id for example in found.examples} == {*ids[2:11], *unlabelled}

@@ -1,9 +1,12 @@
 """Live quality and drift: figures that are computed by hand, in the views and in Python."""
 
+import sqlite3
 from math import log, sqrt
 
 import pytest
+from sqlalchemy import event
 
+from db.errors import DatabaseError
 from db.models import TrainingJob, utc_now
 from db.session import Database
 from tests.support.quality import days_ago, label, scored, version_tested
@@ -37,10 +40,11 @@ def test_each_label_weighs_as_the_tweets_of_its_day_and_only_random_picks_count(
     assert (week.days, week.labels, week.tweets, week.covered_tweets) == (7, 4, 10, 10)
     assert (month.days, month.labels, month.tweets, month.covered_tweets) == (30, 4, 15, 10)
     # (4 * 1 + 1 * 2) / 10; 10^2 / (16 + 16 + 1 + 1)
-    assert (week.accuracy, week.effective_labels) == (pytest.approx(0.6), pytest.approx(100 / 34))
+    assert (week.accuracy, week.effective_labels) == pytest.approx((0.6, 100 / 34))
     # Positive: 5 hits of 5 labels and 9 predictions. Negative: 1 hit of 5 labels and 1 prediction.
-    assert week.f1_macro == pytest.approx((2 * 5 / 14 + 2 * 1 / 6) / 2)
-    assert (week.accuracy_low, week.accuracy_high) == (pytest.approx(0.1704, abs=1e-4), pytest.approx(0.9164, abs=1e-4))
+    f1_macro = (2 * 5 / 14 + 2 * 1 / 6) / 2
+    assert week.f1_macro == pytest.approx(f1_macro)
+    assert (week.accuracy_low, week.accuracy_high) == pytest.approx((0.1704, 0.9164), abs=1e-4)
     assert week.expected_accuracy == pytest.approx((8 * 0.8 + 2 * 0.5) / 10)
     assert month.expected_accuracy == pytest.approx((8 * 0.8 + 2 * 0.5 + 5 * 0.6) / 15)
     assert (week.test_accuracy, month.accuracy) == (0.9, week.accuracy)
@@ -49,7 +53,7 @@ def test_each_label_weighs_as_the_tweets_of_its_day_and_only_random_picks_count(
     assert half_width(0.6, enough) <= 0.03 < half_width(0.6, enough - 1)
     assert week.f1_macro_low is not None
     assert week.f1_macro_high is not None
-    assert 0 < week.f1_macro_low < week.f1_macro < week.f1_macro_high <= 1
+    assert 0 < week.f1_macro_low < f1_macro < week.f1_macro_high <= 1
 
 
 def test_without_labels_the_labels_needed_follow_from_the_test_rows(database: Database) -> None:
@@ -99,7 +103,8 @@ def test_the_drift_of_days_is_their_mean_by_tweets_beside_what_chance_gives(data
     scored(database, champion, 2, ["positive"] * 3 + ["negative"] * 3 + ["positive"] * 12)
     report = measure(database)
     even, uneven = 0.0, (15 / 18 - 0.5) * log(15 / 18 / 0.5) + (3 / 18 - 0.5) * log(3 / 18 / 0.5)
-    assert report.drift["labels"] == Drift(pytest.approx((2 * even + 18 * uneven) / 20), pytest.approx(2 / 20 + 1 / 2))
+    found = report.drift["labels"]
+    assert (found.psi, found.chance) == pytest.approx(((2 * even + 18 * uneven) / 20, 2 / 20 + 1 / 2))
     assert "unknown" not in report.drift  # neither side has the share
     assert [Drift(psi, 0).verdict for psi in (0.09, 0.1, 0.25, 0.26)] == ["little", "some", "some", "much"]
 
@@ -116,6 +121,22 @@ def test_a_champion_without_single_labels_has_a_drift_of_texts_alone(database: D
     label(database, {ids[0]: "positive"})
     report = measure(database)
     assert (report.periods, report.expected_accuracy, set(report.drift)) == ([], None, {"length"})
+
+
+def test_an_sqlite_without_mathematical_functions_is_named(sqlite: Database) -> None:
+    assign(sqlite, version_tested(sqlite, []))
+    denied = {"ln"}
+
+    def authorizer(action: int, _: str | None, name: str | None, *__: object) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_FUNCTION and name in denied else sqlite3.SQLITE_OK
+
+    sqlite.close()
+    event.listen(sqlite.engine, "connect", lambda connection, _: connection.set_authorizer(authorizer))
+    with pytest.raises(DatabaseError, match=r"^SQLite 3\.[0-9.]+ of this Python has no mathematical functions, which"):
+        measure(sqlite)
+    denied.clear()
+    sqlite.close()
+    assert measure(sqlite).days == []
 
 
 def test_a_tweet_counts_on_its_day_in_utc_whatever_the_zone_of_the_session(database: Database) -> None:
