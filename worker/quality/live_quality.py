@@ -93,9 +93,9 @@ class QualityReport:
 
 
 def measure(database: Database, drift_days: int = DRIFT_DAYS) -> QualityReport:
-    """All figures of the champion; expected accuracy and drift are of the last days. Raises `NotFound` without one.
+    """All figures of the champion; expected accuracy and drift are of the last days, at most 30.
 
-    Raises `DatabaseError` when SQLite lacks the functions that the views need.
+    Raises `NotFound` without a champion, and `DatabaseError` when SQLite lacks the functions that the views need.
     """
     with database.read() as session:
         version_id = registry.assigned(session, registry.CHAMPION)
@@ -103,9 +103,11 @@ def measure(database: Database, drift_days: int = DRIFT_DAYS) -> QualityReport:
             raise NotFound("there is no champion yet; promote a model with `tweetscore models promote ID`")
         live.require_functions(session)
         labels = len(registry.get(session, version_id).labels)
-        periods = _periods(session, version_id)
-        days = [DriftDay(**row) for row in live.drift(session, drift_days)]
+        # One query, which reads the tweets of 90 days.
+        month = [DriftDay(**row) for row in live.drift(session, max(PERIODS))]
+        periods = _periods(session, version_id, {day.day: day.tweets for day in month})
         test_rows = live.tested_row_count(session, version_id)
+    days = [day for day in month if day.day >= live.first_day(drift_days)]
     sizes = {"labels": labels, "length": LENGTH_BINS, "unknown": UNKNOWN_BINS}
     found = {name: _drift(days, f"psi_{name}", size, test_rows) for name, size in sizes.items()}
     return QualityReport(
@@ -119,12 +121,11 @@ def measure(database: Database, drift_days: int = DRIFT_DAYS) -> QualityReport:
     )
 
 
-def _periods(session: Session, version_id: int) -> list[LiveQuality]:
+def _periods(session: Session, version_id: int, tweets: dict[date, int]) -> list[LiveQuality]:
     rows = live.live_quality(session)
     if not any(row.labels for row in rows):
         return [LiveQuality(**row._mapping) for row in rows]
     labelled = live.labelled(session, version_id, max(PERIODS))
-    tweets = {row["day"]: row["tweets"] for row in live.drift(session, max(PERIODS))}
     periods = []
     for row in rows:
         first = live.first_day(row.days)

@@ -147,9 +147,9 @@ FIRST_TIME = {
     "sqlite": "date('now', '-{before} days')",
     "postgresql": "((now() AT TIME ZONE 'UTC')::date - {before})::timestamp AT TIME ZONE 'UTC'",
 }
-# Both databases must compute the joint counts once. SQLite sorts the texts themselves unless a limit separates the
-# computed columns from the grouping.
-APART = {"sqlite": "LIMIT -1", "postgresql": ""}
+# Keeps the computed columns apart from the grouping. Without it SQLite sorts the texts themselves, and PostgreSQL sorts
+# all rows on disk, since it expects as many groups as rows.
+APART = {"sqlite": "LIMIT -1", "postgresql": "OFFSET 0"}
 
 # A label stands for all tweets of its day: its weight is the number of the day's tweets by the number of its labels.
 # `z` is the 97.5 % quantile of the normal distribution, and 0.03 the half width of the interval that is wanted.
