@@ -20,7 +20,8 @@ from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
 # Size of the PostgreSQL connection pool, one per process. A scoring worker uses connections in the thread that stores,
-# the one that checks the champion and the poller; a training worker for the job and its heartbeat; both for `/metrics`.
+# the one that checks the champion and the poller; a training worker for the job and its heartbeat; both for `/metrics`,
+# whose figures of quality take a second one for seconds.
 # The overflow covers short work such as retention. With at most five each, a server of 100 connections serves nineteen
 # workers.
 POOL_SIZE, POOL_OVERFLOW = 3, 2

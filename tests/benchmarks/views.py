@@ -22,6 +22,8 @@ QUESTIONS = {
     "v_topic_sentiment": "SELECT * FROM v_topic_sentiment",
     "v_model_leaderboard": "SELECT * FROM v_model_leaderboard",
     "v_jobs": "SELECT * FROM v_jobs",
+    "v_live_quality": "SELECT * FROM v_live_quality",
+    "v_drift": "SELECT * FROM v_drift ORDER BY day",
     "v_low_confidence": "SELECT * FROM v_low_confidence ORDER BY probability LIMIT 100",
     "v_low_confidence, counted": "SELECT count(*) FROM v_low_confidence",
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from db import migrate, registry
 from db.compatibility import newest_revision
 from db.errors import TweetscoreError
+from db.quality import live
 from db.session import open_database
 from worker.connections import input_store, model_store, open_sql, open_stream, prepare_home, training_context
 from worker.settings import Settings
@@ -112,6 +113,8 @@ def _database(settings: Settings) -> str:
     # Open it again, to check the schema that other processes see.
     reopened = open_database(settings.sql_url)
     found, newest = migrate.check(reopened), newest_revision()
+    with reopened.read() as session:
+        live.require_functions(session)
     return f"{reopened.engine.dialect.name}, schema {found}" + (
         "" if found == newest else f"; this release has {newest}"
     )

@@ -1,4 +1,4 @@
-"""`/metrics` of a worker for Prometheus: the metrics of the process, the depth of the stream and counts of rows."""
+"""`/metrics` of a worker for Prometheus: metrics of the process, depth of the stream, counts of rows, live quality."""
 
 import logging
 import time
@@ -15,6 +15,7 @@ from db.models import JOB_STATES
 from db.session import Database
 from training.jobs import lease  # noqa: F401 - registers its counter, which every worker exports
 from worker.errors import BadSettings
+from worker.process.quality_metrics import QualityMetrics
 from worker.scoring import metrics  # noqa: F401 - registers the metrics of scoring
 from worker.stream.stream import Stream
 
@@ -26,7 +27,10 @@ ANSWER_SECONDS = 3.0
 
 
 class WorkerCollector(Collector):
-    """The state of one worker, the depth of the stream and counts of rows, queried at each scrape."""
+    """The state of one worker, the depth of the stream and counts of rows, queried at each scrape.
+
+    A scoring worker adds the gauges of live quality, which are measured less often.
+    """
 
     def __init__(
         self, kind: str, state: Callable[[], str], model_version: Callable[[], int | None], stream: Stream,
@@ -38,6 +42,7 @@ class WorkerCollector(Collector):
         self._stream = stream
         self._database = database
         self._engine = engine
+        self._quality = QualityMetrics(database)
         self._threads = ThreadPoolExecutor(2, "metrics")
         self._pending: dict[str, Future[list[Metric]]] = {}
 
@@ -55,6 +60,7 @@ class WorkerCollector(Collector):
             if (name := self._engine()) is not None:
                 engine.add_metric([name], 1)
             yield engine
+            yield from self._quality.collect()
         for name, query in (("broker", self._stream_metrics), ("database", self._database_metrics)):
             if (pending := self._pending.get(name)) is None or pending.done():
                 self._pending[name] = self._threads.submit(query)
