@@ -55,7 +55,7 @@ class ReviewTweet(Base):
         comment="Why it was picked: random, uncertain, disagreement (of champion and challenger) or spread."
     )
     readers: Mapped[int] = mapped_column(comment="Number of annotators that are to label it: 1, or 2 for a tenth.")
-    place: Mapped[int] = mapped_column(comment="Order in which the tweets of all picks are asked, rising.")
+    place: Mapped[int] = mapped_column(index=True, comment="Order in which the tweets of all picks are asked, rising.")
     model_version_id: Mapped[int] = mapped_column(
         ForeignKey("model_versions.id"), comment="The champion whose predictions it was picked by."
     )

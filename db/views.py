@@ -170,7 +170,7 @@ VIEWS = (
                 "labels",
                 "bigint",
                 "Number of tweets that the champion scored and people labelled, and that were picked at random. "
-                "Other picks do not count: they are not typical.",
+                "Other picks do not count: they are not typical. Nor do labels that it may have been trained on.",
             ),
             ViewColumn("tweets", "bigint", "Number of tweets of the period that the champion scored."),
             ViewColumn(

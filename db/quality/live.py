@@ -9,12 +9,23 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
-from sqlalchemy import Row, column, func, select, table, text
+from sqlalchemy import ColumnElement, Row, column, func, or_, select, table, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from db.errors import DatabaseError
-from db.models import Prediction, ReviewTweet, TestPrediction, Tweet, utc_now
+from db.labels import PROPOSED
+from db.models import (
+    Label,
+    ModelVersion,
+    Prediction,
+    ReviewAsk,
+    ReviewTweet,
+    TestPrediction,
+    TrainingJob,
+    Tweet,
+    utc_now,
+)
 from db.session import is_away
 from db.views import VIEWS
 
@@ -59,7 +70,10 @@ def drift(session: Session, days: int) -> list[dict[str, Any]]:
 
 
 def labelled(session: Session, version_id: int, days: int) -> list[LabelledTweet]:
-    """Tweets of the last days that were picked at random, that people labelled and that a version scored."""
+    """Tweets of the last days that were picked at random, that people labelled and that a version scored.
+
+    As in the view, labels that the version may have been trained on do not count.
+    """
     labels = labels_view()
     query = (
         select(Tweet.received_at, labels.c.label, Prediction.label)
@@ -68,12 +82,45 @@ def labelled(session: Session, version_id: int, days: int) -> list[LabelledTweet
         .join(Prediction, Prediction.tweet_id == Tweet.tweet_id)
         .where(
             ReviewTweet.reason == "random",
+            unseen(Tweet.tweet_id, version_id),
+            _fair(labels.c.labelled_at),
             Prediction.model_version_id == version_id,
             Tweet.received_at >= datetime.combine(first_day(days), time(), UTC),
         )
         .order_by(Tweet.received_at, Tweet.tweet_id)
     )
     return [LabelledTweet(at.date(), actual, predicted) for at, actual, predicted in session.execute(query)]
+
+
+def unseen(tweet_id: Any, *version_ids: int) -> ColumnElement[bool]:
+    """Whether the labels of a tweet were given after the jobs of these versions had read labels to train on.
+
+    Nothing tells which labels are in a file that a version was trained on.
+    """
+    query = (
+        select(Label.id)
+        .join(TrainingJob, Label.at <= TrainingJob.labels_until)
+        .join(ModelVersion, ModelVersion.job_id == TrainingJob.id)
+        .where(Label.tweet_id == tweet_id, Label.source != PROPOSED, ModelVersion.id.in_(version_ids))
+    )
+    return ~query.exists()
+
+
+def _fair(labelled_at: Any) -> ColumnElement[bool]:
+    """Whether a random pick counts: one that was labelled before it was picked has to wait for its place.
+
+    Counted before the other tweets of the draw, such tweets would be too many.
+    """
+    other = aliased(ReviewTweet)
+    open_ = (
+        other.reason == "random",
+        ~select(Label.id).where(Label.tweet_id == other.tweet_id, Label.source != PROPOSED).exists(),
+        ~select(ReviewAsk.tweet_id).where(ReviewAsk.tweet_id == other.tweet_id, ReviewAsk.state == "skipped").exists(),
+    )
+    first_open = select(func.min(other.place)).where(*open_).scalar_subquery()
+    return or_(
+        labelled_at >= ReviewTweet.picked_at, ReviewTweet.place < func.coalesce(first_open, ReviewTweet.place + 1)
+    )
 
 
 def tested_row_count(session: Session, version_id: int) -> int:

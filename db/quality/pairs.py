@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.models import Prediction, ReviewTweet, TestPrediction, Tweet
-from db.quality.live import labels_view
+from db.quality.live import labels_view, unseen
 
 
 def label_pairs(session: Session, one: int, other: int) -> dict[tuple[str, str], int]:
@@ -19,7 +19,10 @@ def label_pairs(session: Session, one: int, other: int) -> dict[tuple[str, str],
 
 
 def labelled_pairs(session: Session, one: int, other: int) -> list[tuple[str, str, str, bool]]:
-    """(label of people, label of `one`, label of `other`, whether picked at random) of the labelled tweets of both."""
+    """(label of people, label of `one`, label of `other`, whether picked at random) of the labelled tweets of both.
+
+    Tweets with labels that one of them may have been trained on are left out.
+    """
     a, b, labels = aliased(Prediction), aliased(Prediction), labels_view()
     query = (
         select(labels.c.label, a.label, b.label, and_(ReviewTweet.reason.is_not(None), ReviewTweet.reason == "random"))
@@ -27,7 +30,7 @@ def labelled_pairs(session: Session, one: int, other: int) -> list[tuple[str, st
         .join(a, a.tweet_id == labels.c.tweet_id)
         .join(b, b.tweet_id == labels.c.tweet_id)
         .outerjoin(ReviewTweet, ReviewTweet.tweet_id == labels.c.tweet_id)
-        .where(*_both(a, b, one, other))
+        .where(*_both(a, b, one, other), unseen(labels.c.tweet_id, one, other))
     )
     return [(label, first, second, bool(is_random)) for label, first, second, is_random in session.execute(query)]
 

@@ -48,7 +48,12 @@ def scored(
 
 
 def label(
-    database: Database, labels: dict[str, str], reason: str | None = "random", source: str = "review", version: int = 1
+    database: Database,
+    labels: dict[str, str],
+    reason: str | None = "random",
+    source: str = "review",
+    version: int = 1,
+    **values: Any,
 ) -> None:
     """Labels of tweets by id; with a reason, the tweets were picked for it."""
     with database.begin() as session:
@@ -58,5 +63,6 @@ def label(
                 {"tweet_id": id_, "reason": reason, "readers": 1, "place": place, "model_version_id": version},
             )
         session.add_all(
-            Label(tweet_id=id_, label=given, annotator="ann", source=source) for id_, given in labels.items()
+            Label(**{"tweet_id": id_, "label": given, "annotator": "ann", "source": source, **values})
+            for id_, given in labels.items()
         )

@@ -42,4 +42,5 @@ def submit_distillation(
         raise BadRequest(f"model {teacher} was not trained by a job; name labelled rows with --dataset")
     context = training_context(settings)
     with fetched_dataset(job.dataset, job.dataset_sha256, context.input_store, context.read_roots) as path:
-        return submit_training(settings, database, path, preset, **{**taught, "teacher": teacher, **options})
+        options = {**taught, "teacher": teacher, **options}
+        return submit_training(settings, database, path, preset, labels_until=job.labels_until, **options)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from db import registry
+from db import jobs, registry
 from db.quality import pairs
 from db.session import Database
 from training.data.columns import VALUE
@@ -77,7 +77,8 @@ def _compare_live(session: Session, champion: int, version_id: int, check: Promo
 def _compare_tests(session: Session, champion: int, version_id: int, check: PromotionCheck) -> bool:
     """Compare on the test rows in common, or else by the shares of different ones. Returns whether either is possible.
 
-    Shares of different rows say less: they compare only models of the same labels, by Fisher's exact test.
+    Shares of different rows of one dataset compare models of the same labels, by Fisher's exact test. Those of rows of
+    different datasets say nothing: one dataset may be easier than the other.
     """
     from scipy.stats import fisher_exact  # imported here: SciPy and scikit-learn load slowly
 
@@ -93,14 +94,23 @@ def _compare_tests(session: Session, champion: int, version_id: int, check: Prom
                 f"{p_value:.2g})"
             )
         return True
+    datasets = {_dataset(session, model) for model in (champion, version_id)}
     labels = [set(registry.get(session, model).labels) for model in (champion, version_id)]
     (rows, right), (other_rows, other_right) = (pairs.tested(session, model) for model in (champion, version_id))
-    if not rows or not other_rows or labels[0] != labels[1] or labels[0] == {VALUE}:
+    if None in datasets or len(datasets) > 1 or not rows or not other_rows:
+        return False
+    if labels[0] != labels[1] or labels[0] == {VALUE}:
         return False
     p_value = float(fisher_exact([[right, rows - right], [other_right, other_rows - other_right]]).pvalue)
     if p_value < CHANCE and right / rows > other_right / other_rows:
         check.reasons.append(
-            f"on different test rows, the champion (model {champion}) is right on {right:,} of {rows:,} and model "
+            f"on different test rows of one dataset, the champion (model {champion}) is right on {right:,} of {rows:,} and model "
             f"{version_id} on {other_right:,} of {other_rows:,} (Fisher's exact test, p = {p_value:.2g})"
         )
     return True
+
+
+def _dataset(session: Session, version_id: int) -> str | None:
+    """The digest of the dataset that a version was trained and tested on; None for a version without a job."""
+    job_id = registry.get(session, version_id).job_id
+    return None if job_id is None else jobs.get(session, job_id).dataset_sha256

@@ -75,6 +75,7 @@ def create_reviews() -> None:
         sa.PrimaryKeyConstraint("tweet_id", name="pk_review_tweets"),
         comment="One row per tweet that was picked to be labelled.",
     )
+    op.create_index("ix_review_tweets_place", "review_tweets", ["place"])
     op.create_table(
         "review_asks",
         required("tweet_id", sa.Text(), "The picked tweet."),
@@ -156,6 +157,19 @@ APART = {"sqlite": "LIMIT -1", "postgresql": "OFFSET 0"}
 
 # A label stands for all tweets of its day: its weight is the number of the day's tweets by the number of its labels.
 # `z` is the 97.5 % quantile of the normal distribution, and 0.03 the half width of the interval that is wanted.
+# The model may have been trained on labels that were given before its job was submitted.
+UNSEEN = """
+    NOT EXISTS (
+        SELECT 1 FROM labels AS l JOIN training_jobs AS j ON l.at <= j.labels_until
+        JOIN model_versions AS m ON m.job_id = j.id
+        WHERE l.tweet_id = r.tweet_id AND l.source <> 'model' AND m.id = (SELECT id FROM champion))"""
+# A draw includes tweets that have labels. Counted before the other tweets of the draw, they would be too many.
+FAIR = """
+    (v.labelled_at >= r.picked_at OR r.place < coalesce((
+        SELECT min(o.place) FROM review_tweets AS o WHERE o.reason = 'random'
+          AND NOT EXISTS (SELECT 1 FROM labels AS l WHERE l.tweet_id = o.tweet_id AND l.source <> 'model')
+          AND NOT EXISTS (SELECT 1 FROM review_asks AS a WHERE a.tweet_id = o.tweet_id AND a.state = 'skipped')
+        ), r.place + 1))"""
 LIVE_QUALITY = """
     WITH champion AS ({single_label}),
     by_day AS (
@@ -168,7 +182,7 @@ LIVE_QUALITY = """
         FROM review_tweets AS r JOIN v_labels AS v ON v.tweet_id = r.tweet_id
         JOIN tweets AS t ON t.tweet_id = r.tweet_id JOIN predictions AS p ON p.tweet_id = r.tweet_id
         WHERE r.reason = 'random' AND p.model_version_id = (SELECT id FROM champion)
-          AND t.received_at >= {first_time}),
+          AND t.received_at >= {first_time} AND {unseen} AND {fair}),
     labelled_days AS (
         SELECT l.day, count(*) AS labels, d.tweets FROM labelled AS l JOIN by_day AS d ON d.day = l.day
         GROUP BY l.day, d.tweets),
@@ -275,6 +289,8 @@ def live_quality(dialect: str) -> str:
         single_label=SINGLE_LABEL.format(champion=CHAMPION),
         day=DAY[dialect],
         first_time=FIRST_TIME[dialect].format(before=29),
+        unseen=UNSEEN,
+        fair=FAIR,
         first_of_7=FIRST_DAY[dialect].format(before=6),
         first_of_30=FIRST_DAY[dialect].format(before=29),
     )
@@ -322,7 +338,7 @@ COMMENTS = {
             "days": "Length of the period in days of arrival (UTC), today's included: 7 or 30.",
             "labels": (
                 "Number of tweets that the champion scored and people labelled, and that were picked at random. "
-                "Other picks do not count: they are not typical."
+                "Other picks do not count: they are not typical. Nor do labels that it may have been trained on."
             ),
             "tweets": "Number of tweets of the period that the champion scored.",
             "covered_tweets": (

@@ -1,19 +1,25 @@
 """Two models on the tweets that both scored, and the guard that compares a candidate with the champion."""
 
 import json
+from datetime import datetime, timedelta
 from itertools import pairwise
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import delete, update
 from typer.testing import CliRunner
 
-from db import registry
+from db import jobs, registry
 from db.errors import NotFound
+from db.models import Label, utc_now
+from db.quality import live
 from db.session import Database
-from tests.support.quality import label, scored, version_tested
+from tests.support.quality import days_ago, label, scored, version_tested
 from tests.support.rows import assign, prediction_row, write
 from worker.cli.main import app
 from worker.errors import BadRequest, PromotionRefused
 from worker.quality.comparison import Agreement, compare_live
+from worker.quality.live_quality import measure
 from worker.quality.promotion import check_promotion, promote
 
 # The exact McNemar test of 1 and 8: 2 (1 + 9) / 2^9.
@@ -86,21 +92,75 @@ def rows(right: int, wrong: int, text: str) -> list[dict[str, object]]:
     ]
 
 
+def trained(database: Database, dataset: str = "a", labels_until: datetime | None = None) -> int:
+    """The id of a job on a dataset."""
+    with database.begin() as session:
+        job = jobs.submit(
+            session, request_id=uuid4().hex, dataset=dataset, dataset_sha256=dataset, config={},
+            labels_until=labels_until,
+        )  # fmt: skip
+        return job.id
+
+
+def test_labels_that_a_model_may_have_been_trained_on_do_not_count(database: Database) -> None:
+    one = version_tested(database, [])
+    other = version_tested(database, [], job_id=trained(database, labels_until=utc_now()))
+    ids = scored(database, one, 1, ["positive"] * 4)
+    write(database, [], [prediction_row(id_, other, label="negative") for id_ in ids])
+    for id_, minutes in zip(ids, (-5, -5, 5, 5), strict=True):
+        label(database, {id_: "positive"}, at=utc_now() + timedelta(minutes=minutes))
+    label(database, {ids[1]: "positive"}, reason=None, annotator="a second reader", at=utc_now() + timedelta(minutes=5))
+    assert compare_live(database, one, other).labelled.tweets == 2
+    for champion, labels in ((one, 4), (other, 2)):
+        assign(database, champion)
+        assert [period.labels for period in measure(database).periods] == [labels] * 2
+        with database.read() as session:
+            assert len(live.labelled(session, champion, 30)) == labels
+
+
+def test_a_tweet_labelled_before_it_was_drawn_counts_once_its_turn_has_come(database: Database) -> None:
+    champion = version_tested(database, [])
+    assign(database, champion)
+    ids = scored(database, champion, 1, ["positive"] * 3)
+    label(database, dict.fromkeys(ids, "positive"))
+    with database.begin() as session:
+        session.execute(update(Label).where(Label.tweet_id == ids[2]).values(at=days_ago(1)))
+        session.execute(delete(Label).where(Label.tweet_id == ids[1]))
+    assert measure(database).periods[0].labels == 1
+    label(database, {ids[1]: "positive"}, reason=None)
+    assert measure(database).periods[0].labels == 3
+
+
 @pytest.mark.parametrize(
-    ("champion", "candidate", "says"),
+    ("champion", "candidate", "datasets", "says"),
     [
-        (rows(9, 0, "a"), rows(3, 6, "a"), "on 9 test rows in common, only the champion (model 1) is better on 6, and"),
-        (rows(9, 0, "a"), rows(4, 5, "a"), None),  # p = 2 / 2^5
-        (rows(18, 2, "a"), rows(9, 11, "b"), "right on 18 of 20 and model 2 on 9 of 20 (Fisher's exact test, p = 0.0"),
-        (rows(18, 2, "a"), rows(13, 7, "b"), None),
-        (rows(9, 11, "a"), rows(18, 2, "b"), None),
+        (
+            rows(9, 0, "a"),
+            rows(3, 6, "a"),
+            "ab",
+            "on 9 test rows in common, only the champion (model 1) is better on 6, and",
+        ),
+        (rows(9, 0, "a"), rows(4, 5, "a"), "ab", None),  # p = 2 / 2^5
+        (
+            rows(18, 2, "a"),
+            rows(9, 11, "b"),
+            "aa",
+            "right on 18 of 20 and model 2 on 9 of 20 (Fisher's exact test, p = 0.0",
+        ),
+        (rows(18, 2, "a"), rows(9, 11, "b"), "ab", None),  # the other dataset may be harder
+        (rows(18, 2, "a"), rows(13, 7, "b"), "aa", None),
+        (rows(9, 11, "a"), rows(18, 2, "b"), "aa", None),
     ],
 )
 def test_test_rows_speak_against_a_candidate_only_beyond_chance(
-    sqlite: Database, champion: list[dict[str, object]], candidate: list[dict[str, object]], says: str | None
+    sqlite: Database,
+    champion: list[dict[str, object]],
+    candidate: list[dict[str, object]],
+    datasets: str,
+    says: str | None,
 ) -> None:
-    assign(sqlite, version_tested(sqlite, champion))
-    reasons = check_promotion(sqlite, version_tested(sqlite, candidate))
+    assign(sqlite, version_tested(sqlite, champion, job_id=trained(sqlite, datasets[0])))
+    reasons = check_promotion(sqlite, version_tested(sqlite, candidate, job_id=trained(sqlite, datasets[1])))
     assert [says in reason for reason in reasons if says] == ([True] if says else [])
     assert len(reasons) == (1 if says else 0)
 
