@@ -104,8 +104,8 @@ def _compare_tests(session: Session, champion: int, version_id: int, check: Prom
     p_value = float(fisher_exact([[right, rows - right], [other_right, other_rows - other_right]]).pvalue)
     if p_value < CHANCE and right / rows > other_right / other_rows:
         check.reasons.append(
-            f"on different test rows of one dataset, the champion (model {champion}) is right on {right:,} of {rows:,} and model "
-            f"{version_id} on {other_right:,} of {other_rows:,} (Fisher's exact test, p = {p_value:.2g})"
+            f"on different test rows of one dataset, the champion (model {champion}) is right on {right:,} of {rows:,} "
+            f"and model {version_id} on {other_right:,} of {other_rows:,} (Fisher's exact test, p = {p_value:.2g})"
         )
     return True
 

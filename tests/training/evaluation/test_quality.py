@@ -231,7 +231,7 @@ def test_the_card_is_a_model_card_with_every_figure_and_its_pictures(tmp_path: P
     assert "base_model" not in metadata  # the starter is not on the hub
     for wanted in (
         "Of 70 rows read", "| `肯定` |", f"| F1 macro | {outcome.figures['f1_macro', '']:.4f} |", "temperature, 1.300",
-        "95 % interval", "## Limits", "| `learning_rate` | `0.0002` |", "tweets.csv",
+        "95 % interval", "## Limits", "| `learning_rate` | `0.0001` |", "tweets.csv",
     ):  # fmt: skip
         assert wanted in card.text, wanted
     shown = [line.partition("](")[2].rstrip(")") for line in card.text.splitlines() if line.startswith("![")]
