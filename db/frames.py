@@ -7,7 +7,7 @@ them.
 
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import islice
@@ -39,9 +39,9 @@ TIME_FORM = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?Z")
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d")
 
 
-def whole(url: str, sql: str) -> "pd.DataFrame":
-    """The result of one SELECT. Raises `DatabaseError`."""
-    with run_query(url, sql) as (columns, rows):
+def whole(url: str, sql: str, parameters: Mapping[str, Any] | None = None) -> "pd.DataFrame":
+    """The result of one SELECT, in which `:name` stands for a parameter. Raises `DatabaseError`."""
+    with run_query(url, sql, parameters) as (columns, rows):
         return _frame(columns, list(rows))
 
 

@@ -7,7 +7,7 @@ SQLite file in the home. An empty variable counts as unset, as in a compose file
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from fsspec.registry import known_implementations
@@ -166,6 +166,12 @@ class Settings(BaseSettings):
         description="each worker serves `/metrics` on the first free port from this one on; 0: any port; unset: none",
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is served on")
+
+    console_access: Literal["look", "label", "operate"] = Field(
+        "operate",
+        description="what a visitor of the console may do: `look`, `label` (give labels too), or `operate` (promote "
+        "models, start and cancel jobs, retry dead letters too)",
+    )
 
     failpoints: str = Field(
         "", description="points in the code at which a worker dies, sleeps or fails, for tests of faults"
