@@ -40,7 +40,6 @@ def label_color(labels: Sequence[str], column: str = "label", title: str = "Labe
         f"{column}:N", title=title, sort=[*labels],
         scale=alt.Scale(domain=[*given], range=[*given.values()]), legend=alt.Legend(orient="top", columns=4),
     )  # fmt: skip
-    return chart
 
 
 def wall_clock(times: "pd.Series[Any]") -> "pd.Series[Any]":
