@@ -137,13 +137,12 @@ def probabilities(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
     """Each model's probabilities of one tweet. `frame` has `model`, `label` and `probability`."""
     models = list(dict.fromkeys(frame["model"]))
     chart: alt.Chart = (
-        alt.Chart(frame, height=alt.Step(14))
+        alt.Chart(frame, height=max(150, 15 * len(models) * len(labels) + 110))
         .mark_bar()
         .encode(
-            y=alt.Y("label:N", title=None, sort=[*labels], axis=alt.Axis(labels=False, ticks=False)),
-            x=alt.X("probability:Q", title="probability", scale=alt.Scale(domain=[0, 1])),
-            row=alt.Row("model:N", title=None, sort=models, spacing=8,
-                        header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=120)),
+            y=alt.Y("model:N", title=None, sort=models, axis=alt.Axis(labelLimit=120)),
+            yOffset=alt.YOffset("label:N", sort=[*labels]),
+            x=alt.X("probability:Q", title="probability", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)),
             color=label_color(labels),
             tooltip=["model:N", "label:N", alt.Tooltip("probability:Q", format=".3f")],
         )
