@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ from db.models import Label
 from db.session import Database
 from tests.support.rows import assign, letter_row, make_version, write
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["negative", "neutral", "positive"]
 HOSTILE = (
     "<img src=x onerror=\"document.title='taken'\"> 映画が良い & 楽しい",
