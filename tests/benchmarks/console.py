@@ -1,7 +1,7 @@
-"""How long a page of the console takes to draw over a million predictions: `python -m tests.benchmarks.console [--rows N]`.
+"""How long a page of the console takes to draw beside a million predictions: `python -m tests.benchmarks.console`.
 
-SQLite and PostgreSQL; in Chromium, from the click on the page's name until the script has ended and charts are drawn, in
-milliseconds. The first draw of a console that was just started, and the median of the next ones.
+On SQLite and PostgreSQL, in Chromium, from the click on the page's name until the script has ended and its charts are
+drawn, in milliseconds: the first draw of a console that was just started, and the median of the next ones.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The console's script, which Streamlit runs for every change on a page: `tweetscore console` starts it."""
 
-from urllib.parse import quote
+from typing import Literal
+from urllib.parse import quote, urlsplit
 
 import streamlit as st
 
@@ -26,7 +27,10 @@ ICON = (
 
 
 def main() -> None:
-    st.set_page_config(page_title="tweetscore", page_icon=f"data:image/svg+xml,{quote(ICON)}", layout="wide")
+    st.set_page_config(
+        page_title="tweetscore", page_icon=f"data:image/svg+xml,{quote(ICON)}", layout="wide",
+        initial_sidebar_state=_sidebar_state(),
+    )  # fmt: skip
     st.html(f"<style>{STYLE}</style>")
     try:
         console = signin.enter()
@@ -60,6 +64,16 @@ def _guarded(console: Console, render: queries.Render) -> queries.Script:
             text.problem(error)
 
     return script
+
+
+def _sidebar_state() -> Literal["auto", "collapsed"]:
+    """On a phone, another state for each page: both mean a closed sidebar, and a change closes it after a choice."""
+    if "Mobi" not in (st.context.headers.get("User-Agent") or ""):
+        return "auto"
+    state, path = st.session_state, urlsplit(st.context.url or "").path
+    if state.get("page_path") != path:
+        state["page_path"], state["sidebar_closed"] = path, not state.get("sidebar_closed", False)
+    return "collapsed" if state["sidebar_closed"] else "auto"
 
 
 def _sidebar(console: Console) -> None:

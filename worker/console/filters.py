@@ -57,16 +57,16 @@ def bounds(period: str, span: tuple[datetime, datetime], now: datetime) -> tuple
 
 
 def _restore(newest: datetime) -> None:
-    """Take the choice from the address, or else from the page before: a widget that is not drawn loses its value."""
+    """Take the choice from the selectors, from the page before, or from the address.
+
+    The values are set in every run: a selector of another page with the same key does not pass its value on.
+    """
     state, asked = st.session_state, st.query_params
-    if "period" not in state:
-        old = datetime.now(UTC) - newest > LENGTHS["7d"]
-        state["period"] = asked.get("period", state.get("kept_period", "all" if old else "7d"))
-        if state["period"] not in PERIODS:
-            state["period"] = "7d"
-    if "topic" not in state:
-        state["topic"] = f"{ONE}{asked['topic']}" if "topic" in asked else state.get("kept_topic", ALL)
-    state["kept_period"], state["kept_topic"] = state["period"], state["topic"]
+    old = datetime.now(UTC) - newest > LENGTHS["7d"]
+    period = state.get("period") or state.get("kept_period") or asked.get("period", "all" if old else "7d")
+    topic = state.get("topic") or state.get("kept_topic") or (f"{ONE}{asked['topic']}" if "topic" in asked else ALL)
+    state["period"] = state["kept_period"] = period if period in PERIODS else "7d"
+    state["topic"] = state["kept_topic"] = topic
 
 
 def _shown(option: str) -> str:

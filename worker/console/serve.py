@@ -1,6 +1,7 @@
 """Start Streamlit on the console's script."""
 
 import asyncio
+import importlib
 import ipaddress
 import secrets
 import signal
@@ -25,6 +26,10 @@ except ImportError as error:
 
 SCRIPT = Path(__file__).parent / "app.py"
 LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]", "::1"]
+PRELOADED = (
+    *(f"worker.console.pages.{name}" for name in ("ask", "health", "jobs", "models", "overview", "review", "tweets")),
+    "streamlit.elements.vega_charts",
+)
 OIDC_FIELDS = tuple(f"console_oidc_{name}" for name in ("metadata_url", "client_id", "client_secret", "redirect_url"))
 # Told apart by colour-blind people, and readable on the light and on the dark background.
 ACCENT = {"light": "#0063a6", "dark": "#56b4e9"}
@@ -49,6 +54,9 @@ def serve(settings: Settings, host: str, port: int, proxy: str | None, notify: C
     # The folder `pages` holds modules, not scripts of Streamlit's older kind.
     PagesManager.uses_pages_directory = False
     bootstrap.load_config_options(options)
+    # Before the first visitor comes, who would otherwise wait seconds for pandas, Altair and Celery.
+    for name in PRELOADED:
+        importlib.import_module(name)
     address = public or f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     asyncio.run(_run(lambda: notify(address)))
 

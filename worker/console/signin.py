@@ -13,13 +13,20 @@ def enter() -> Console:
     """The visitor's console. Stops the script, after showing what to do, for a visitor who may not enter."""
     settings = load_settings()
     if settings.console_oidc_metadata_url is None:
-        return Console(settings, settings.console_access, getpass.getuser())
+        return Console(settings, settings.console_access, _local_user())
     if not st.user.is_logged_in:
         st.title("tweetscore")
         st.write("Sign in to see the tweets.")
         st.button("Sign in", type="primary", on_click=st.login)
         st.stop()
     return _admitted(settings, dict(st.user.to_dict()))
+
+
+def _local_user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        return "visitor"
 
 
 def leave(console: Console) -> None:

@@ -18,7 +18,8 @@ from worker.settings import load_settings
 pytestmark = pytest.mark.slow
 NAMES = ("Overview", "Tweets", "Review", "Models", "Jobs", "Ask", "Health")
 DESK = {"viewport": {"width": 1300, "height": 900}, "color_scheme": "light"}
-PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+AGENT = "Mozilla/5.0 (Linux; Android 15; Mobile) Chromium"
+PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "user_agent": AGENT}
 PATIENCE_MS = 60_000
 IDLE = "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
 
@@ -66,7 +67,7 @@ class Watched:
         """Go to a page as people do, and wait until it is drawn."""
         link = self.page.get_by_role("link", name=name, exact=True)
         expander = self.page.get_by_test_id("stExpandSidebarButton")
-        if not link.is_visible() and expander.is_visible():
+        if expander.is_visible():  # on a phone
             expander.click()
         link.click()
         self.drawn(name)
