@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Boolean, Float, Integer, Text
 
-from db.base import Base, UtcDateTime
+from db.base import UtcDateTime
+from db.models import Base  # with all tables
 from db.readonly import run_query
 
 if TYPE_CHECKING:

@@ -112,7 +112,8 @@ def test_a_shared_address_shows_the_same_period_topic_and_tweet(address: str, wa
     page.goto(f"{address}tweets?tweet=1700000000000000000")
     watched.drawn("Tweets")
     expect(page.get_by_text("onerror").first).to_be_visible()
-    page.wait_for_function("document.querySelectorAll('[data-testid=stVegaLiteChart] canvas, svg.marks').length > 0")
+    page.get_by_text("Raw record").scroll_into_view_if_needed()  # charts are drawn where they are seen
+    expect(page.get_by_test_id("stVegaLiteChart").locator("svg")).to_be_visible()
     assert (page.title(), page.locator("img[src=x]").count()) == ("tweetscore", 0)
 
 

@@ -1,6 +1,8 @@
 """Overview, Tweets, Ask and Health, as Streamlit draws them over both databases."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from html import escape
@@ -238,3 +240,9 @@ def test_a_database_that_is_away_is_reported_as_text(sqlite: Database, monkeypat
     console = Console(load_settings(database_url="sqlite:////nowhere/x.db"), "look", "花子")
     with pytest.raises(DatabaseError, match="there is no database"):
         queries.champion(console)
+
+
+def test_frames_have_the_types_of_the_schema_whatever_was_imported_before() -> None:
+    program = "import db.frames; print(db.frames.SCHEMA['probabilities'].__name__)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "JSON"
