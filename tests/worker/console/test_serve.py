@@ -15,6 +15,7 @@ from tests.support.commands import command
 from worker.console import serve
 from worker.console.signin import admit
 from worker.errors import BadRequest, BadSettings
+from worker.process.supervisor import child_environment
 from worker.settings import Settings, load_settings
 
 OIDC = {
@@ -109,6 +110,13 @@ def test_listed_visitors_enter_with_their_access_and_no_others() -> None:
     assert admit(settings, {"email": "eve@example.org"}) == ("eve@example.org", None)
     assert admit(settings, {}) == ("", None)
     assert admit(load_settings(console_access="look"), {"sub": "7"}) == ("7", "look")
+
+
+def test_processes_that_are_started_get_the_same_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(console_users="ann@example.org=look,bob@example.org")
+    for name, value in child_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().console_users == {"ann@example.org": "look", "bob@example.org": "operate"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
