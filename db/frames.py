@@ -7,7 +7,7 @@ them.
 
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import islice
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Boolean, Float, Integer, Text
 
-from db.base import Base, UtcDateTime
+from db.base import UtcDateTime
+from db.models import Base  # with all tables
 from db.readonly import run_query
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ TIME_FORM = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?Z")
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d")
 
 
-def whole(url: str, sql: str) -> "pd.DataFrame":
-    """The result of one SELECT. Raises `DatabaseError`."""
-    with run_query(url, sql) as (columns, rows):
-        return _frame(columns, list(rows))
+def whole(url: str, sql: str, parameters: Mapping[str, Any] | None = None) -> "pd.DataFrame":
+    """The result of one SELECT, in which `:name` stands for a parameter. Raises `DatabaseError`."""
+    with run_query(url, sql, parameters) as (columns, rows):
+        return of_rows(columns, list(rows))
 
 
 def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
@@ -59,16 +60,16 @@ def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, No
 def _chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
     """First yields an empty frame once the database has executed the query."""
     with run_query(url, sql) as (columns, rows):
-        nothing = _frame(columns, [])
+        nothing = of_rows(columns, [])
         yield nothing
         if not (chunk := list(islice(rows, chunksize))):
             yield nothing
         while chunk:
-            yield _frame(columns, chunk)
+            yield of_rows(columns, chunk)
             chunk = list(islice(rows, chunksize))
 
 
-def _frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "pd.DataFrame":
+def of_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "pd.DataFrame":
     import pandas as pd
 
     values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)

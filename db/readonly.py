@@ -2,14 +2,15 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, make_url, text
+from sqlalchemy.dialects.postgresql.psycopg import dialect as psycopg_dialect
 from sqlalchemy.exc import ArgumentError
 
 from db.connection import connect
@@ -18,22 +19,26 @@ from db.errors import DatabaseError, shown
 STATEMENT_TIMEOUT_MS = 60_000
 # Interval of the timeout check in instructions of SQLite's virtual machine: about a hundred checks per second.
 STEPS_BETWEEN_CHECKS = 100_000
+PSYCOPG = psycopg_dialect()  # type: ignore[no-untyped-call]
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 Result = tuple[list[str], Iterator[Sequence[Any]]]
 
 
 @contextmanager
-def run_query(url: str, sql: str) -> Iterator[Result]:
-    """Column names and streamed rows of one SELECT. Raises `DatabaseError` with the message of the database."""
+def run_query(url: str, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[Result]:
+    """Column names and streamed rows of one SELECT. Raises `DatabaseError` with the message of the database.
+
+    With `parameters`, `:name` in the query stands for a value of theirs.
+    """
     parsed = _checked(url, sql)
     try:
         if parsed.get_backend_name() == "sqlite":
-            with _query_sqlite(parsed.database or "", sql) as result:
+            with _query_sqlite(parsed.database or "", sql, parameters) as result:
                 yield result
         else:
             with _query_postgresql(
-                parsed.set(drivername="postgresql").render_as_string(hide_password=False), sql
+                parsed.set(drivername="postgresql").render_as_string(hide_password=False), sql, parameters
             ) as result:
                 yield result
     except (sqlite3.Error, psycopg.Error) as error:
@@ -59,7 +64,7 @@ def _checked(url: str, sql: str) -> URL:
 
 
 @contextmanager
-def _query_sqlite(path: str, sql: str) -> Iterator[Result]:
+def _query_sqlite(path: str, sql: str, parameters: Mapping[str, Any] | None) -> Iterator[Result]:
     if not Path(path).is_file():
         raise DatabaseError(f"there is no database {path} yet; run `tweetscore demo` or `tweetscore up` first")
     place = f"file:{quote(path)}?mode=ro"
@@ -69,7 +74,7 @@ def _query_sqlite(path: str, sql: str) -> Iterator[Result]:
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
         timeout = RowTimeout()
         connection.set_progress_handler(timeout.expired, STEPS_BETWEEN_CHECKS)
-        cursor = connection.execute(sql)
+        cursor = connection.execute(sql, parameters or {})
         if cursor.description is None:
             raise DatabaseError("the query returns no rows; use SELECT")
         yield [column[0] for column in cursor.description], timeout.watch(cursor)
@@ -92,11 +97,13 @@ class RowTimeout:
 
 
 @contextmanager
-def _query_postgresql(url: str, sql: str) -> Iterator[Result]:
+def _query_postgresql(url: str, sql: str, parameters: Mapping[str, Any] | None) -> Iterator[Result]:
+    if parameters is not None:
+        sql = str(text(sql).compile(dialect=PSYCOPG))  # :name -> %(name)s
     with connect(url, options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}") as connection:
         connection.read_only = True
         # PostgreSQL declares a cursor only for a single SELECT: no COPY to a file on the server, no second statement.
         # The rows arrive in portions.
         with connection.cursor(name="answer") as cursor:
-            cursor.execute(sql.strip().rstrip(";").encode())
+            cursor.execute(sql.strip().rstrip(";").encode(), parameters)
             yield [column.name for column in cursor.description or ()], iter(cursor)

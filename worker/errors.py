@@ -61,8 +61,8 @@ class DeviceFull(TweetscoreError):
     """Raised when a batch does not fit into the memory of its device."""
 
 
-class DashboardUnavailable(TweetscoreError):
-    """Raised when the packages of the dashboard are not installed."""
+class ConsoleUnavailable(TweetscoreError):
+    """Raised when the packages of the console are not installed."""
 
 
 class EngineUnavailable(TweetscoreError):

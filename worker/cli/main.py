@@ -29,7 +29,7 @@ PANELS = {
     "Run": ("demo", "up", "worker"),
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "review", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
-    "Ask": ("query", "quality", "export", "dashboard"),
+    "Ask": ("query", "quality", "export", "console"),
     "Operate": ("doctor", "health", "db", "delete"),
 }
 
@@ -194,23 +194,26 @@ def tensorboard(
 
 
 @app.command()
-def dashboard(
+def console(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8001,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Every client that reaches it can read all tweets.")
+        str, typer.Option(help="Address to listen on; other than the loopback only with a sign-in or a proxy.")
     ] = "127.0.0.1",
+    behind_proxy: Annotated[
+        str | None, typer.Option(help="Address of a proxy of your own that checks the visitors: https://example.org.")
+    ] = None,
 ) -> None:
-    """Show charts of the SQLite database in a browser, read-only, until Ctrl-C.
+    """Open the console in a browser: charts, tweets, labelling, models, jobs, SQL and health, until Ctrl-C.
 
-    Needs the packages of `pip install 'tweetscore[dashboard]'`.
+    Needs the packages of `pip install 'tweetscore[console]'`.
     """
     from worker.connections import open_sql
-    from worker.console.dashboard import serve
+    from worker.console.serve import serve
     from worker.settings import load_settings
 
     settings = load_settings()
     open_sql(settings).close()
-    serve(settings, host, port, lambda url: output.console.print(f"{url}\nPress Ctrl-C to stop."))
+    serve(settings, host, port, behind_proxy, lambda url: output.line(f"{url}\nPress Ctrl-C to stop."))
 
 
 @app.command()
