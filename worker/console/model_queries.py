@@ -1,0 +1,168 @@
+"""What the page Models asks the database."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from worker.console.context import Console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SINGLE_LABEL, CONTINUOUS, MULTI_LABEL = "single_label", "continuous", "multi_label"
+BINS = 10
+MOST_WRONG = 20
+NEWEST_ALIASES = """SELECT a.alias, a.model_version_id, a.assigned_at FROM model_aliases AS a
+    WHERE a.id = (SELECT max(b.id) FROM model_aliases AS b WHERE b.alias = a.alias)"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model version that is not deleted. `task` is that of its job, and single_label for an imported model."""
+
+    id: int
+    job_id: int | None
+    base_model: str
+    labels: tuple[str, ...]
+    artifact_url: str
+    sha256: str
+    temperature: float
+    task: str
+    created_at: "pd.Timestamp"
+
+
+def aliases(console: Console) -> dict[str, int]:
+    """The model version of each alias that is assigned."""
+    found = console.frame(NEWEST_ALIASES)
+    return {str(row.alias): int(row.model_version_id) for row in found.itertuples()}
+
+
+def leaderboard(console: Console) -> "pd.DataFrame":
+    """One row per model, the newest first, with its aliases in a column `alias`."""
+    found = console.frame("SELECT * FROM v_model_leaderboard ORDER BY model_version_id DESC")
+    named = aliases(console)
+    found.insert(
+        1, "alias", [", ".join(name for name, model in named.items() if model == i) for i in found["model_version_id"]]
+    )
+    return found
+
+
+def model(console: Console, version_id: int) -> Model | None:
+    found = console.frame(
+        """SELECT m.id, m.job_id, m.base_model, m.labels, m.artifact_url, m.sha256, m.temperature, m.created_at, j.config
+           FROM model_versions AS m LEFT JOIN training_jobs AS j ON j.id = m.job_id
+           WHERE m.id = :model AND m.deleted_at IS NULL""",
+        {"model": version_id},
+    )
+    if found.empty:
+        return None
+    row = found.iloc[0]
+    job_id = None if found["job_id"].isna().iloc[0] else int(row["job_id"])
+    return Model(
+        version_id, job_id, str(row["base_model"]), tuple(map(str, row["labels"])), str(row["artifact_url"]),
+        str(row["sha256"]), float(row["temperature"]), _task(row["config"]), row["created_at"],
+    )  # fmt: skip
+
+
+def champion_task(console: Console) -> str:
+    champion = aliases(console).get("champion")
+    found = None if champion is None else model(console, champion)
+    return SINGLE_LABEL if found is None else found.task
+
+
+def _task(config: Any) -> str:
+    return str(config.get("task", SINGLE_LABEL)) if isinstance(config, Mapping) else SINGLE_LABEL
+
+
+def figures(console: Console, version_id: int) -> dict[tuple[str, str], float]:
+    """Test metrics by (metric, label), as `db.registry.metrics`."""
+    found = console.frame(
+        "SELECT metric, label, value FROM test_metrics WHERE model_version_id = :model", {"model": version_id}
+    )
+    return {(str(row.metric), str(row.label)): float(row.value) for row in found.itertuples()}
+
+
+def confusion(console: Console, found: Model) -> "pd.DataFrame":
+    """Columns actual, predicted, rows and share: of the rows with this actual label. Every pair of labels has a row."""
+    import pandas as pd
+
+    cells = console.frame(
+        "SELECT actual, predicted, count AS n FROM confusion_cells WHERE model_version_id = :model", {"model": found.id}
+    )
+    if cells.empty:
+        return pd.DataFrame(columns=["actual", "predicted", "rows", "share"])
+    counts = {(str(row.actual), str(row.predicted)): int(row.n) for row in cells.itertuples()}
+    totals = {actual: sum(counts.get((actual, other), 0) for other in found.labels) for actual in found.labels}
+    return pd.DataFrame(
+        [
+            {
+                "actual": actual, "predicted": predicted, "rows": counts.get((actual, predicted), 0),
+                "share": counts.get((actual, predicted), 0) / totals[actual] if totals[actual] else 0.0,
+            }
+            for actual in found.labels
+            for predicted in found.labels
+        ]
+    )  # fmt: skip
+
+
+def reliability(console: Console, found: Model) -> "pd.DataFrame":
+    """Test rows by probability, in bins of equal width: low, high, rows, probability (mean) and right (share).
+
+    Empty bins have 0 rows and neither mean nor share. The probability of a row is that of its predicted label; of a
+    multi-label model each label counts, and is right when the row has the label.
+    """
+    import pandas as pd
+
+    tested = console.frame(
+        "SELECT actual, predicted, probability, probabilities FROM test_predictions WHERE model_version_id = :model"
+        if found.task == MULTI_LABEL
+        else "SELECT actual, predicted, probability FROM test_predictions WHERE model_version_id = :model",
+        {"model": found.id},
+    )
+    if found.task == MULTI_LABEL:
+        decided = [
+            (float(share), label in str(row.actual).split("|"))
+            for row in tested.itertuples()
+            for label, share in row.probabilities.items()
+        ]
+    else:
+        decided = list(zip(tested["probability"].astype(float), tested["actual"] == tested["predicted"], strict=True))
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for probability, right in decided:
+        bins[min(int(probability * BINS), BINS - 1)].append((probability, right))
+    return pd.DataFrame(
+        [
+            {
+                "low": number / BINS, "high": (number + 1) / BINS, "rows": len(rows),
+                "probability": sum(p for p, _ in rows) / len(rows) if rows else None,
+                "right": sum(right for _, right in rows) / len(rows) if rows else None,
+            }
+            for number, rows in enumerate(bins)
+        ]
+    ).astype({"probability": "float64", "right": "float64"})  # fmt: skip
+
+
+def wrongest(console: Console, found: Model) -> "pd.DataFrame":
+    """The test rows that the model got wrong with most certainty; of a continuous model the largest errors."""
+    measure = "probability" if found.task != CONTINUOUS else "abs(CAST(predicted AS float) - CAST(actual AS float))"
+    return console.frame(
+        f"""SELECT row_number, actual, predicted, probability, text FROM test_predictions
+            WHERE model_version_id = :model AND actual <> predicted
+            ORDER BY {measure} DESC, row_number LIMIT :top""",  # noqa: S608 - one of two constants
+        {"model": found.id, "top": MOST_WRONG},
+    )
+
+
+def evaluations(console: Console, version_id: int) -> "pd.DataFrame":
+    return console.frame(
+        """SELECT dataset, rows, accuracy, f1_macro, f1_macro_low, f1_macro_high, ece, evaluated_at
+           FROM v_model_evaluations WHERE model_version_id = :model ORDER BY evaluated_at DESC""",
+        {"model": version_id},
+    )
+
+
+def history(console: Console, limit: int = 50) -> "pd.DataFrame":
+    """The newest assignments of aliases."""
+    return console.frame(
+        "SELECT alias, model_version_id, assigned_at FROM model_aliases ORDER BY id DESC LIMIT :top", {"top": limit}
+    )
