@@ -19,7 +19,7 @@ from db.errors import DatabaseError, shown
 STATEMENT_TIMEOUT_MS = 60_000
 # Interval of the timeout check in instructions of SQLite's virtual machine: about a hundred checks per second.
 STEPS_BETWEEN_CHECKS = 100_000
-PSYCOPG = psycopg_dialect()
+PSYCOPG = psycopg_dialect()  # type: ignore[no-untyped-call]
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 Result = tuple[list[str], Iterator[Sequence[Any]]]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from fsspec.registry import known_implementations
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from db.errors import shown
@@ -24,6 +24,8 @@ from worker.errors import BadSettings, StreamError
 from worker.stream.redis_client import connect
 
 WITH_PASSWORD = ("redis", "database", "reader")
+Access = Literal["look", "label", "operate"]
+CALLBACK = "/oauth2callback"
 
 
 class Settings(BaseSettings):
@@ -167,10 +169,30 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is served on")
 
-    console_access: Literal["look", "label", "operate"] = Field(
+    console_access: Access = Field(
         "operate",
         description="what a visitor of the console may do: `look`, `label` (give labels too), or `operate` (promote "
         "models, start and cancel jobs, retry dead letters too)",
+    )
+    console_oidc_metadata_url: str | None = Field(
+        None,
+        description="address of an OpenID Connect provider's `.well-known/openid-configuration`; with it visitors of "
+        "the console sign in there; unset: nobody signs in, and the console listens on the loopback only",
+    )
+    console_oidc_client_id: str | None = Field(None, description="id of the console at the provider")
+    console_oidc_client_secret: str | None = Field(
+        None, repr=False, description="secret of the console at the provider"
+    )
+    console_oidc_client_secret_file: Path | None = Field(
+        None, description="file with that secret, such as a container secret"
+    )
+    console_oidc_redirect_url: str | None = Field(
+        None, description="address of the console for its visitors with `/oauth2callback` at the end"
+    )
+    console_users: Annotated[dict[str, Access], NoDecode] = Field(
+        {},
+        description="e-mail addresses that may sign in, separated by `,`, each with `=look`, `=label` or `=operate` if "
+        "it differs from `TWEETSCORE_CONSOLE_ACCESS`; unset: everybody whom the provider signs in",
     )
 
     failpoints: str = Field(
@@ -246,6 +268,26 @@ class Settings(BaseSettings):
             raise ValueError(f"it must be one of {', '.join(PRESETS)}")
         return value
 
+    @field_validator("console_oidc_metadata_url", "console_oidc_redirect_url")
+    @classmethod
+    def _http(cls, value: str | None, info: ValidationInfo) -> str | None:
+        parts = urlsplit(value or "")
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("it must begin with https:// or http:// and name a host")
+        if value and info.field_name == "console_oidc_redirect_url" and parts.path != CALLBACK:
+            raise ValueError(f"it must end with {CALLBACK} right after the host, as in https://host{CALLBACK}")
+        return value
+
+    @field_validator("console_users", mode="before")
+    @classmethod
+    def _users(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [entry.strip().partition("=") for entry in value.split(",") if entry.strip()]
+        return {
+            mail.strip().lower(): access.strip() or info.data.get("console_access", "look") for mail, _, access in pairs
+        }
+
     @field_validator("failpoints")
     @classmethod
     def _known_failpoints(cls, value: str) -> str:
@@ -300,7 +342,11 @@ def load_settings(**overrides: Any) -> Settings:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
-    return settings.model_copy(update={f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD})
+    urls = {f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD}
+    secret = settings.console_oidc_client_secret
+    if secret is None and settings.console_oidc_client_secret_file is not None:
+        secret = _read_secret(settings.console_oidc_client_secret_file, "console_oidc_client_secret_file")
+    return settings.model_copy(update={**urls, "console_oidc_client_secret": secret})
 
 
 def _with_password(settings: Settings, name: str) -> str | None:
@@ -309,18 +355,21 @@ def _with_password(settings: Settings, name: str) -> str | None:
     file: Path | None = getattr(settings, f"{name}_password_file")
     if url is None or file is None:
         return url
-    try:
-        password = file.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        name_of_file = environment_name(f"{name}_password_file")
-        raise BadSettings(
-            f"{name_of_file} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
-        ) from error
+    password = _read_secret(file, f"{name}_password_file")
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     if ":" in user or not at:
         return url
     return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
+def _read_secret(file: Path, field: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise BadSettings(
+            f"{environment_name(field)} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
+        ) from error
 
 
 def environment_name(field: str) -> str:
@@ -332,5 +381,5 @@ def _sentence(fault: Any) -> str:
     name = field if field.isupper() else environment_name(field)
     message = fault["msg"].removeprefix("Value error, ")
     # Leave out the value of a URL: it may contain a password.
-    value = "" if name.endswith("_URL") else f" is {shown(fault['input'])}"
+    value = "" if name.endswith(("_URL", "_SECRET")) else f" is {shown(fault['input'])}"
     return f"{name}{value}: {message[0].lower()}{message[1:]}"

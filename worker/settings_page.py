@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
@@ -28,6 +28,7 @@ GROUPS = {
     "retention_days": "Retention",
     "stall_seconds": "Workers and jobs",
     "metrics_port": "Metrics",
+    "console_access": "Console",
     "failpoints": "Fault rehearsal",
 }
 INTRODUCTION = f"""\
@@ -61,11 +62,14 @@ def _lines() -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    return "" if field.default in (None, (), "") else f"`{field.default}`"
+    return "" if field.default in (None, (), {}, "") else f"`{field.default}`"
 
 
 def _values(field: FieldInfo) -> str:
-    kind = TYPES.get(_plain_type(field.annotation), "paths")
+    annotation = _plain_type(field.annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    kind = "list" if get_origin(annotation) is dict else TYPES.get(annotation, "paths")
     bounds = {type(bound): bound for bound in field.metadata}
     low, above, high = bounds.get(Ge), bounds.get(Gt), bounds.get(Le)
     if low and high:

@@ -243,7 +243,12 @@ def tensorboard(
 @app.command()
 def console(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8001,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than the loopback only with a sign-in or a proxy.")
+    ] = "127.0.0.1",
+    behind_proxy: Annotated[
+        str | None, typer.Option(help="Address of a proxy of your own that checks the visitors: https://example.org.")
+    ] = None,
 ) -> None:
     """Open the console in a browser: charts, tweets, labelling, models, jobs, SQL and health, until Ctrl-C.
 
@@ -253,8 +258,9 @@ def console(
     from worker.console.serve import serve
     from worker.settings import load_settings
 
-    open_sql(load_settings()).close()
-    serve(host, port, lambda url: output.console.print(f"{url}\nPress Ctrl-C to stop."))
+    settings = load_settings()
+    open_sql(settings).close()
+    serve(settings, host, port, behind_proxy, lambda url: output.line(f"{url}\nPress Ctrl-C to stop."))
 
 
 @app.command()

@@ -6,21 +6,20 @@ with `database()`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from db import frames
 from db.session import Database
 from worker.connections import open_sql
-from worker.settings import Settings, load_settings
+from worker.settings import Access, Settings, load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Each allows what the ones before it allow.
 ACCESS = ("look", "label", "operate")
-Access = Literal["look", "label", "operate"]
 # Answers this old are shown again instead of asking the database: a page draws several times a second while it is used.
 FRESH_SECONDS = 2.0
 

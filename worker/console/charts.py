@@ -1,0 +1,154 @@
+"""Charts of the console's pages. Frames go in with real times, and axes show Japan time.
+
+A chart's columns have fixed names: a label or a topic is a value and never the name of a field, which Vega would parse.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+JAPAN = "Asia/Tokyo"
+# Told apart by colour-blind people, and 3:1 against the light and the dark background.
+NEGATIVE, NEUTRAL, POSITIVE = "#d55e00", "#8c8c8c", "#2a8fd0"
+PALETTE = ("#2a8fd0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#8c8c8c", "#7a6ff0", "#56b4e9")
+KNOWN = {
+    **dict.fromkeys(("negative", "neg", "ネガティブ", "否定", "悲しい", "bad"), NEGATIVE),
+    **dict.fromkeys(("neutral", "neu", "ニュートラル", "中立"), NEUTRAL),
+    **dict.fromkeys(("positive", "pos", "ポジティブ", "肯定", "嬉しい", "good"), POSITIVE),
+}
+OTHER = "other labels"
+HEIGHT = 280
+
+
+def colours(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each label, the same on every page: labels come in the order of the model."""
+    free = [colour for colour in PALETTE if colour not in {KNOWN.get(label.lower()) for label in labels}] or [*PALETTE]
+    given, used = {}, 0
+    for label in labels:
+        known = KNOWN.get(label.lower())
+        given[label] = known or free[used % len(free)]
+        used += known is None
+    return given
+
+
+def label_color(labels: Sequence[str], column: str = "label", title: str = "Label") -> alt.Color:
+    given = colours(labels)
+    return alt.Color(
+        f"{column}:N", title=title, sort=[*labels],
+        scale=alt.Scale(domain=[*given], range=[*given.values()]), legend=alt.Legend(orient="top", columns=4),
+    )  # fmt: skip
+
+
+def wall_clock(times: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Times as Japan's clocks show them, marked as UTC, so that `time_axis` does not depend on the browser's zone."""
+    shown: pd.Series[Any] = times.dt.tz_convert(JAPAN).dt.tz_localize(None).dt.tz_localize("UTC")
+    return shown
+
+
+def time_axis(
+    column: str, title: str = "Japan time", start: datetime | None = None, end: datetime | None = None
+) -> alt.X:
+    """The axis of a column of `wall_clock`, from `start` to `end` even where there are no rows."""
+    ends = [_milliseconds(at) for at in (start, end) if at is not None]
+    scale = alt.Scale(type="utc", domain=ends) if len(ends) == 2 else alt.Scale(type="utc")
+    return alt.X(f"{column}:T", title=title, scale=scale, axis=alt.Axis(labelOverlap=True, grid=False, tickCount=8))
+
+
+def _milliseconds(at: datetime) -> int:
+    shown = pd.Timestamp(at).tz_convert(JAPAN).tz_localize(None)
+    return int(shown.timestamp() * 1000)
+
+
+def count_axis(column: str, title: str) -> alt.Y:
+    """An axis of whole numbers from zero."""
+    return alt.Y(f"{column}:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1, format="~s"))
+
+
+def share_axis(column: str, title: str) -> alt.Y:
+    return alt.Y(
+        f"{column}:Q", title=title, scale=alt.Scale(domain=[0, 1], zero=True), axis=alt.Axis(format="%", tickCount=5)
+    )
+
+
+def by_label(
+    frame: pd.DataFrame, labels: Sequence[str], start: datetime, end: datetime, bin_name: str, shares: bool
+) -> alt.Chart:
+    """Stacked bars over time. `frame` has `at` and `until` (the bin's ends), `label`, `tweets` and `share`."""
+    shown = frame.assign(at=wall_clock(frame["at"]), until=wall_clock(frame["until"]), rank=_ranks(frame, labels))
+    y = share_axis("share", "share of tweets") if shares else count_axis("tweets", f"tweets per {bin_name}")
+    chart: alt.Chart = (
+        alt.Chart(shown, height=HEIGHT)
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=time_axis("at", "Japan time", start, end), x2="until:T", y=y.stack("zero"),
+            color=label_color(labels), order="rank:O",
+            tooltip=[
+                alt.Tooltip("at:T", title=f"{bin_name} from (Japan time)", format="%Y-%m-%d %H:%M", formatType="utc"),
+                alt.Tooltip("label:N", title="label"), alt.Tooltip("tweets:Q", title="tweets", format=","),
+                alt.Tooltip("share:Q", title="share", format=".1%"),
+            ],
+        )
+    )  # fmt: skip
+    return chart
+
+
+def _ranks(frame: pd.DataFrame, labels: Sequence[str]) -> "pd.Series[Any]":
+    place = {label: number for number, label in enumerate(labels)}
+    return frame["label"].map(lambda label: place.get(label, len(place)))
+
+
+def by_topic(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
+    """Label shares of each topic. `frame` has `topic`, `label`, `tweets`, `share`, in the order to show."""
+    shown = frame.assign(rank=_ranks(frame, labels))
+    topics = list(dict.fromkeys(shown["topic"]))
+    chart: alt.Chart = (
+        alt.Chart(shown, height=max(90, 26 * len(topics) + 50))
+        .mark_bar()
+        .encode(
+            y=alt.Y("topic:N", title=None, sort=topics, axis=alt.Axis(labelLimit=140)),
+            x=alt.X("share:Q", title="share of the topic's tweets", axis=alt.Axis(format="%", tickCount=5),
+                    scale=alt.Scale(domain=[0, 1])).stack("zero"),
+            color=label_color(labels), order="rank:O",
+            tooltip=["topic:N", "label:N", alt.Tooltip("tweets:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
+        )
+    )  # fmt: skip
+    return chart
+
+
+def per_minute(frame: pd.DataFrame, start: datetime, end: datetime) -> alt.Chart:
+    """Tweets scored in each minute. `frame` has `at`, `until` and `tweets`, with a row for minutes without any."""
+    shown = frame.assign(at=wall_clock(frame["at"]), until=wall_clock(frame["until"]))
+    chart: alt.Chart = (
+        alt.Chart(shown, height=160)
+        .mark_bar(binSpacing=0, color=PALETTE[0])
+        .encode(
+            x=time_axis("at", "Japan time", start, end), x2="until:T",
+            y=count_axis("tweets", "tweets scored per minute"),
+            tooltip=[
+                alt.Tooltip("at:T", title="minute (Japan time)", format="%H:%M", formatType="utc"),
+                alt.Tooltip("tweets:Q", format=","),
+            ],
+        )
+    )  # fmt: skip
+    return chart
+
+
+def probabilities(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
+    """Each model's probabilities of one tweet. `frame` has `model`, `label` and `probability`."""
+    models = list(dict.fromkeys(frame["model"]))
+    chart: alt.Chart = (
+        alt.Chart(frame, height=alt.Step(14))
+        .mark_bar()
+        .encode(
+            y=alt.Y("label:N", title=None, sort=[*labels], axis=alt.Axis(labels=False, ticks=False)),
+            x=alt.X("probability:Q", title="probability", scale=alt.Scale(domain=[0, 1])),
+            row=alt.Row("model:N", title=None, sort=models, spacing=8,
+                        header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=120)),
+            color=label_color(labels),
+            tooltip=["model:N", "label:N", alt.Tooltip("probability:Q", format=".3f")],
+        )
+    )  # fmt: skip
+    return chart
