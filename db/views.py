@@ -159,4 +159,89 @@ VIEWS = (
             ViewColumn("labelled_at", "timestamp with time zone", "Time of the newest of these labels, UTC."),
         ),
     ),
+    View(
+        "v_live_quality",
+        "How right the current champion is on tweets of the last 7 and 30 days, by the labels of tweets that "
+        "were picked at random. Empty for a multi-label or continuous champion.",
+        (
+            ViewColumn("model_version_id", "integer", "The champion."),
+            ViewColumn("days", "integer", "Length of the period in days of arrival (UTC), today's included: 7 or 30."),
+            ViewColumn(
+                "labels",
+                "bigint",
+                "Number of tweets that the champion scored and people labelled, and that were picked at random. "
+                "Other picks do not count: they are not typical.",
+            ),
+            ViewColumn("tweets", "bigint", "Number of tweets of the period that the champion scored."),
+            ViewColumn(
+                "covered_tweets",
+                "bigint",
+                "Number of these tweets that arrived on days with labels. The figures of labels describe only them.",
+            ),
+            _fraction(
+                "accuracy",
+                "Accuracy on the labelled tweets, 0 to 1. Each label has the weight of its day: tweets by labels. "
+                "NULL without labels.",
+            ),
+            _fraction("accuracy_low", "Lower end of the 95 % Wilson interval of accuracy, from effective_labels."),
+            _fraction("accuracy_high", "Upper end of the 95 % Wilson interval of accuracy, from effective_labels."),
+            _fraction(
+                "effective_labels",
+                "Number of equally weighted labels that would be as precise (Kish): at most labels. NULL without "
+                "labels.",
+            ),
+            _fraction(
+                "f1_macro", "Macro-F1 over the labels that occur, weighted as accuracy, 0 to 1. NULL without labels."
+            ),
+            _fraction(
+                "expected_accuracy",
+                "Mean probability of all predictions of the period, 0 to 1: the accuracy if the probabilities are "
+                "right.",
+            ),
+            _fraction("test_accuracy", "Accuracy on the test rows, 0 to 1. NULL when it was not measured."),
+            ViewColumn(
+                "labels_needed",
+                "bigint",
+                "Number of labels of the period with which the interval of accuracy would be plus or minus 3 points.",
+            ),
+        ),
+    ),
+    View(
+        "v_drift",
+        "How the tweets of a day differ from the test rows of the current champion, for the last 90 days. A "
+        "population stability index (PSI) below 0.1 is little, above 0.25 much. An empty bin counts as half a "
+        "row.",
+        (
+            ViewColumn("model_version_id", "integer", "The champion."),
+            ViewColumn("day", "date", "Day of arrival, UTC."),
+            ViewColumn(
+                "tweets",
+                "bigint",
+                "Number of tweets of the day that the champion scored. Chance alone makes the PSI of few tweets large.",
+            ),
+            _fraction(
+                "expected_accuracy",
+                "Mean probability of the predictions, 0 to 1. NULL for a multi-label or continuous champion.",
+            ),
+            _fraction(
+                "test_expected_accuracy",
+                "Mean probability of the test rows' predictions, 0 to 1. NULL where expected_accuracy is, and "
+                "without test rows.",
+            ),
+            _fraction(
+                "psi_labels", "PSI of the predicted labels. NULL where expected_accuracy is, and without test rows."
+            ),
+            _fraction(
+                "psi_length",
+                "PSI of the length in characters, in the bins 0-9, 10-19, 20-39, 40-79, 80-139 and 140 or more. Of a "
+                "tweet, 24 are taken off per link and 12 per mention, which cleaning removes. NULL without test "
+                "rows.",
+            ),
+            _fraction(
+                "psi_unknown",
+                "PSI of the share of unknown tokens, in the bins 0, to 2 %, to 5 %, to 10 % and above. NULL without "
+                "rows that have the share, which releases before 0.2 did not write.",
+            ),
+        ),
+    ),
 )

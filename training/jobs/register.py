@@ -85,13 +85,13 @@ class _Registration:
                 self.in_doubt = False
             jobs.finish(session, job_id, token, "succeeded")
             version = self._version()
-            figures, spec = self._result.figures.items(), self._result.spec
+            figures = self._result.figures.items()
             registry.add_version(
                 session,
                 version,
                 [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures],
                 _confusion_rows(self._result),
-                _prediction_rows(self._result.data.test, self._result.probabilities, spec),
+                _test_rows(self._result),
                 _out_of_fold_rows(self._result),
             )
             self.in_doubt = True
@@ -117,6 +117,12 @@ def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
         return []  # a confusion matrix needs one label per row
     counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels, config.task)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
+
+
+def _test_rows(result: TrainingResult) -> list[dict[str, Any]]:
+    rows = _prediction_rows(result.data.test, result.probabilities, result.spec)
+    shares = result.unknown_shares if result.unknown_shares is not None else [None] * len(rows)
+    return [{**row, "unknown_share": share} for row, share in zip(rows, shares, strict=True)]
 
 
 def _out_of_fold_rows(result: TrainingResult) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ from training.model.classifier import Classifier, build_model
 from training.model.devices import pick_device
 from training.reporting.training_result import TrainingResult
 from training.store.paths import file_sha256
-from training.text.tokenizer import TextEncoder, load_tokenizer
+from training.text.tokenizer import TextEncoder, UnknownShare, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -319,6 +319,7 @@ def register(
         evaluation.figures | crossed.figures,
         evaluation.test_logits,
         crossed.out_of_fold,
+        UnknownShare(prepared.tokenizer)(prepared.token_ids["test"]),
     )
     reference = make_reference(prepared.token_ids["valid"], evaluation.valid_logits)
     retry = lease.retry_while_database_away

@@ -1,5 +1,6 @@
 """The result of a training job: what is registered and described in the model card."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +34,8 @@ class TrainingResult:
     """Result of a training job.
 
     `dataset_name` and `dataset_sha256` identify the file that `data` was read from. `logits` (N, K) float32 are those
-    of the test rows, `history` has one entry per epoch. `out_of_fold` is None without a cross-validation.
+    of the test rows, `unknown_shares` those of their tokens that the model does not know. `history` has one entry per
+    epoch. `out_of_fold` is None without a cross-validation.
     """
 
     job_id: int
@@ -46,6 +48,7 @@ class TrainingResult:
     figures: Figures
     logits: Floats
     out_of_fold: OutOfFold | None = None
+    unknown_shares: Sequence[float | None] | None = None
 
     @cached_property
     def probabilities(self) -> Floats:

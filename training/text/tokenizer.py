@@ -11,6 +11,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from training.errors import ModelUnavailable
 from training.text.mecab import fast_encoder
 
+# No tokenizer adds more special tokens to a text.
+SPECIAL_TOKENS = 16
+
 # Optional packages of tokenizers: module name in the import error -> arguments of `pip install`.
 PIP_NAMES = {
     "fugashi": "fugashi",
@@ -66,6 +69,27 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Return the same ids as `encode`."""
         return self._fast.encode(texts, max_length) if self._fast else encode(self._tokenizer, texts, max_length)
+
+
+class UnknownShare:
+    """Measure the share of the tokens of a text that a tokenizer does not know, special tokens left out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._unknown: int | None = tokenizer.unk_token_id
+        # What every row has, even that of an empty text. A few tokenizers use one token for unknown and for the end.
+        special = encode(tokenizer, [""], SPECIAL_TOKENS)[0]
+        self._special, self._special_unknown = len(special), sum(token == self._unknown for token in special)
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[float | None]:
+        """Return the share of each row of token ids, 0 to 1; None when the tokenizer has no unknown token.
+
+        A row without tokens of a text has the share 0.
+        """
+        if self._unknown is None:
+            return [None] * len(rows)
+        # `count` runs in C, several times faster than an array that is first built of the rows.
+        unknown, special, own = self._unknown, self._special, self._special_unknown
+        return [(row.count(unknown) - own) / max(1, len(row) - special) for row in rows]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -28,7 +28,7 @@ from training.model.batching import pad_arrays, plan_batches
 from training.model.devices import free_bytes, pick_device
 from training.store.store import Store
 from training.text.cleaning import clean
-from training.text.tokenizer import TextEncoder
+from training.text.tokenizer import TextEncoder, UnknownShare
 from worker.connections import model_store
 from worker.errors import DeviceFull
 from worker.scoring.engine_choice import Choice
@@ -45,11 +45,13 @@ TRIAL_AFTER_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Scores:
-    """`probabilities` (N, K) float32 in the order of the rows; the tokens run, without and with padding."""
+    """`probabilities` (N, K) float32 in the order of `rows`, token ids; the tokens run, without and with
+    padding."""
 
     probabilities: Floats
     tokens: int
     padded_tokens: int
+    rows: Sequence[Sequence[int]]
 
 
 class ScoringModel:
@@ -66,6 +68,7 @@ class ScoringModel:
         self.spec: Spec = artifact.spec
         self.start_trial: Callable[[float], EngineTrial] | None = None
         self.encode = TextEncoder(artifact.tokenizer)
+        self.unknown_shares = UnknownShare(artifact.tokenizer)
         self._pad_id: int = artifact.tokenizer.pad_token_id
         self._fixed_budget = token_budget
         self._use(engine, choice)
@@ -99,7 +102,7 @@ class ScoringModel:
             raise BadArtifact(f"model {self.version_id} gives NaN as probabilities; promote another model")
         position = {key: i for i, key in enumerate(distinct)}
         every: Floats = probabilities[[position[key] for key in keys]]
-        return Scores(every, sum(map(len, distinct)), padded)
+        return Scores(every, sum(map(len, distinct)), padded, rows)
 
     def _run(self, rows: Sequence[tuple[int, ...]]) -> tuple[Logits, int]:
         """Logits (N, K) in the order of the rows, and the tokens run, padding included.
@@ -163,10 +166,10 @@ def _describe_values(scale: TargetScale, outputs: Floats) -> list[dict[str, Any]
 
 def prediction_rows(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
     """Rows of `predictions` for tweets in the order of `scores`."""
-    now = utc_now()
+    now, described = utc_now(), describe(model.spec, scores.probabilities)
     return [
-        {"tweet_id": id_, "model_version_id": model.version_id, "scored_at": now, **columns}
-        for id_, columns in zip(tweet_ids, describe(model.spec, scores.probabilities), strict=True)
+        {"tweet_id": id_, "model_version_id": model.version_id, "scored_at": now, "unknown_share": share, **columns}
+        for id_, share, columns in zip(tweet_ids, model.unknown_shares(scores.rows), described, strict=True)
     ]
 
 

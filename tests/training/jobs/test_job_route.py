@@ -58,6 +58,7 @@ def test_a_finished_job_has_rows_in_every_table_and_a_whole_artifact(
         lines = labelled_csv.read_text(encoding="utf-8").splitlines()
         assert all(lines[row.row_number - 1] == f"{row.actual},{row.text}" for row in tested)
         assert all(sum(row.probabilities.values()) == pytest.approx(1, abs=1e-5) for row in tested)
+        assert all(row.unknown_share is not None and 0 <= row.unknown_share < 0.5 for row in tested)
         folder = Path(version.artifact_url.removeprefix("file://"))
         assert load_artifact(folder, version.sha256).spec.labels == version.labels
     assert left_in(context.jobs_folder) == []  # checkpoints are removed at the end

@@ -25,7 +25,7 @@ from training.model.artifact import load_artifact
 from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder, resolve_base_model
 from training.model.classifier import build_model
 from training.store.sealed_folder import seal
-from training.text.tokenizer import encode, load_tokenizer, mecab_dictionary
+from training.text.tokenizer import UnknownShare, encode, load_tokenizer, mecab_dictionary
 
 # ipadic has 公務員 as one word, unidic-lite cuts it into 公務 and 員.
 SENTENCE = "国家公務員になりたくなかった。"
@@ -121,6 +121,21 @@ def test_a_long_text_is_cut_to_max_length_and_keeps_its_closing_token(
     assert long[-1] == short[-1] == tokenizer.sep_token_id
     assert long[:-1] == encode(tokenizer, ["とても長い文章です。" * 100], 2000)[0][: max_length - 1]
     assert len(short) < 8  # nothing is padded here
+
+
+def test_the_share_of_unknown_tokens_leaves_special_tokens_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Even where the special tokens are unknown ones themselves."""
+    known = tokenizer.convert_tokens_to_ids("雨")
+    unknown = tokenizer.unk_token_id
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows = [[cls, known, unknown, known, known, sep], [cls, unknown, sep], [cls, sep], [cls, known, sep]]
+    assert encode(tokenizer, ["雨"], 8) == [rows[3]]
+    assert UnknownShare(tokenizer)(rows) == [0.25, 1.0, 0.0, 0.0]
+    ends = load_tokenizer(STARTER_FOLDER)
+    ends.unk_token = ends.sep_token
+    assert UnknownShare(ends)([[cls, known, sep, sep], [cls, known, sep]]) == [0.5, 0.0]
+    ends.unk_token = None
+    assert UnknownShare(ends)(rows[:2]) == [None, None]
 
 
 def test_texts_without_any_word_still_become_a_row(tokenizer: PreTrainedTokenizerBase) -> None:

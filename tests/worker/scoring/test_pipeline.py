@@ -27,9 +27,12 @@ from worker.stream.stream import Depth, Stream
 
 def test_every_tweet_gets_one_row_that_says_what_the_model_says(bench: Bench) -> None:
     version = bench.promote()
-    bench.stream.publish([wire(i, "雨" * (i % 9 + 1), lang="ja") for i in range(250)])
+    bench.stream.publish([wire(i, "雨" * (i % 9 + 1), lang="ja") for i in range(249)] + [wire(249, "雨 𠮷 𓀀")])
     assert bench.worker().drain() == 250
     found = bench.rows(Prediction)
+    assert {row["tweet_id"]: row["unknown_share"] for row in found} == {
+        str(i): 0.0 if i < 249 else pytest.approx(2 / 3) for i in range(250)
+    }
     assert {row["tweet_id"] for row in found} == {str(i) for i in range(250)}
     assert len(found) == 250
     for row in found:
@@ -39,7 +42,9 @@ def test_every_tweet_gets_one_row_that_says_what_the_model_says(bench: Bench) ->
         assert sum(said.values()) == pytest.approx(1, abs=1e-5)
         assert (row["label"], row["probability"]) == max(said.items(), key=lambda item: item[1])
         assert row["score_signed"] == pytest.approx(said["positive"] - said["negative"], abs=1e-6)
-    assert {(row["text"], row["lang"]) for row in bench.rows(Tweet)} == {("雨" * i, "ja") for i in range(1, 10)}
+    assert {(row["text"], row["lang"]) for row in bench.rows(Tweet)} == {
+        *(("雨" * i, "ja") for i in range(1, 10)), ("雨 𠮷 𓀀", None)
+    }  # fmt: skip
     assert [row["tweets"] for row in bench.rows(ScoringWindow)] == [64, 100, 86]
     assert bench.stream.depth() == DRAINED
 
