@@ -86,8 +86,8 @@ def of_tweets(session: Session, tweet_ids: Sequence[str]) -> list[Label]:
 
 
 def known(session: Session, tweet_ids: Sequence[str]) -> Sequence[Row[Any]]:
-    """(tweet_id, annotator, source, label, at) of every label of up to `CHUNK_ROWS` tweets, oldest first."""
-    columns = (Label.tweet_id, Label.annotator, Label.source, Label.label, Label.at)
+    """(id, tweet_id, annotator, source, label, at) of every label of up to `CHUNK_ROWS` tweets, oldest first."""
+    columns = (Label.id, Label.tweet_id, Label.annotator, Label.source, Label.label, Label.at)
     query: Any = select(*columns).where(Label.tweet_id.in_(tweet_ids)).order_by(Label.at, Label.id)
     found: Sequence[Row[Any]] = session.execute(query).all()
     return found

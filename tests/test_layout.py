@@ -18,7 +18,8 @@ LAYERS = [
     "training.loop", "training.tuning", "training.jobs",
     "worker.errors", "worker.exit_codes", "worker.engine_names",
     "worker.stream", "worker.settings", "worker.settings_page", "worker.connections", "worker.app",
-    "worker.scoring", "worker.quality", "worker.intake", "worker.maintenance", "worker.process", "worker.tasks",
+    "worker.scoring", "worker.quality", "worker.intake", "worker.maintenance", "worker.labelling", "worker.process",
+    "worker.tasks",
     "worker.console", "worker.cli",
     "worker",
 ]  # fmt: skip

@@ -14,14 +14,25 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def submit_training(dataset: str, preset: str | None = None, **options: Any) -> int:
+def submit_training(
+    dataset: str | None = None, preset: str | None = None, *, from_labels: bool = False, **options: Any
+) -> int:
     """Queue a fine-tuning job and nudge a training worker. Returns the job's id.
 
-    `options` are fields of `training.config.TrainConfig`. The nudge is optional: without a broker the job waits in SQL
-    for the next worker. Raises `TweetscoreError` when the job cannot succeed.
+    With `from_labels` it trains on the stored tweets that people labelled, besides the rows of `dataset` if there is
+    one; `since` (an aware datetime) and `topic` select tweets. `options` are fields of `training.config.TrainConfig`.
+    The nudge is optional: without a broker the job waits in SQL for the next worker. Raises `TweetscoreError` when the
+    job cannot succeed.
     """
+    if from_labels:
+        from worker.labelling.train_from_labels import submit_from_labels_and_nudge
+
+        return submit_from_labels_and_nudge(dataset, preset, **options)
+    from worker.errors import BadRequest
     from worker.intake.submit_job import submit_and_nudge  # imported here to keep `import worker` fast
 
+    if dataset is None:
+        raise BadRequest("there is nothing to train on; name a file of labelled rows, or set from_labels")
     return submit_and_nudge(dataset, preset, **options)
 
 

@@ -21,6 +21,10 @@ class BadRecord(TweetscoreError):
     """Raised when a record or a line is not a tweet. The message gives the reason and never quotes the text."""
 
 
+class BadLabels(TweetscoreError):
+    """Raised when a file of labels cannot be imported. Nothing of it is stored then."""
+
+
 class StreamError(TweetscoreError):
     """Raised when the stream's server cannot be reached or refuses a command."""
 

@@ -14,10 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, models, output, tweets
+from worker.cli import data, db, dead_letters, jobs, labels, models, output, tweets
 from worker.cli.output import Json
-from worker.cli.training import adapt, distil, tune
-from worker.cli.training.submitted import owned_broker, submitted
+from worker.cli.training import adapt, distil, train, tune
+from worker.cli.training.submitted import owned_broker
 from worker.errors import ServerFailed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "tensorboard"),
+    "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "console"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -58,12 +58,12 @@ app.add_typer(models.app, name="models")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
-TRAINING_COMMANDS = (adapt.adapt, distil.distil, tune.tune)
+app.add_typer(labels.app, name="label")
+TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
 for command in (*TRAINING_COMMANDS, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
-TASK = "single_label, multi_label (labels joined by |), ordinal (ordered levels) or continuous (numbers)."
 
 
 def _print_version(wanted: bool) -> None:
@@ -165,55 +165,6 @@ def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train o
     # Two threads: one runs the pipeline, the other receives nudges meanwhile. CUDA cannot be used after a fork.
     arguments = f"worker -Q {queues} --pool threads -c 2 -n {role}-%h-{os.getpid()} --without-mingle --without-gossip"
     celery.worker_main([*quiet, *arguments.split()])
-
-
-@app.command()
-def train(
-    dataset: Annotated[str, typer.Argument(help="CSV, TSV, JSONL or Parquet: a label and a text in each row.")],
-    preset: Annotated[str | None, typer.Option(help="Set of hyper-parameters: guide or fast.")] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Encoder: a Hub name, a local folder, starter, or adapted:ID.")
-    ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Commit of the Hub repository.")] = None,
-    task: Annotated[str | None, typer.Option(help=TASK)] = None,
-    labels: Annotated[str | None, typer.Option(help="Allowed labels: a,b or 0=negative,1=positive.")] = None,
-    polarity: Annotated[str | None, typer.Option(help="Score of each label from -1 to 1: good=1,bad=-1.")] = None,
-    head: Annotated[str | None, typer.Option(help="Classification head: guide or linear.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="Vector of a text: pooler, mean or cls.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Loss function: bce, cross_entropy or mse.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the schedule.")] = None,
-    train_batch_size: Annotated[int | None, typer.Option(help="Rows of one training step.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Cut each text to this many tokens.")] = None,
-    split: Annotated[str | None, typer.Option(help="How rows are split: stratified or guide.")] = None,
-    folds: Annotated[int | None, typer.Option(help="First cross-validate with so many folds: 2 to 20.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.")] = None,
-    unlabelled: Annotated[int | None, typer.Option(help="Also learn from up to this many stored tweets.")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field: --set dropout=0.1. Repeatable.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the job's progress until it ends.")] = False,
-    json: Json = False,
-) -> None:
-    """Queue a fine-tuning job.
-
-    With --wait, a worker is started for it unless `tweetscore up` runs.
-    """
-    from worker.cli.options import label_map, numbers, pairs
-    from worker.connections import open_sql
-    from worker.intake.submit_job import submit_training
-    from worker.settings import load_settings
-
-    settings = load_settings()
-    options: dict[str, Any] = {
-        "base_model": base_model, "base_revision": base_revision, "task": task, "head": head, "pooling": pooling,
-        "loss": loss, "epochs": epochs, "learning_rate": learning_rate, "train_batch_size": train_batch_size,
-        "max_length": max_length, "split": split, "folds": folds, "seed": seed, "unlabelled": unlabelled,
-        "labels": label_map(labels), "polarity": numbers("polarity", polarity),
-    }  # fmt: skip
-    options = {name: value for name, value in options.items() if value is not None} | pairs("--set", setting or [])
-    database = open_sql(settings)
-    submitted(settings, database, submit_training(settings, database, dataset, preset, **options), wait, json)
 
 
 @app.command()

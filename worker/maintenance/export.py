@@ -83,7 +83,7 @@ def _query(version_id: int, since: datetime | None, topic: str | None) -> Any:
 
 @contextmanager
 def _csv(place: str, excel: bool) -> Iterator[Callable[[Rows], None]]:
-    with _text_file(place, "utf-8-sig" if excel else "utf-8") as file:
+    with text_file(place, "utf-8-sig" if excel else "utf-8") as file:
         writer = csv.writer(file, lineterminator="\r\n" if excel else "\n")
         writer.writerow(SCHEMA.names)
         yield lambda rows: writer.writerows([[cell(value) for value in row] for row in rows])
@@ -96,7 +96,7 @@ def _jsonl(place: str, excel: bool) -> Iterator[Callable[[Rows], None]]:
             values = dict(zip(SCHEMA.names, row, strict=True))
             file.write(json.dumps(values, ensure_ascii=False, default=datetime.isoformat) + "\n")
 
-    with _text_file(place, "utf-8") as file:
+    with text_file(place, "utf-8") as file:
         yield write
 
 
@@ -120,8 +120,14 @@ def cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def text_of_cell(text: str) -> str:
+    """Return the text for which `cell` wrote this cell."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text
+
+
 @contextmanager
-def _text_file(place: str, encoding: str) -> Iterator[TextIO]:
+def text_file(place: str, encoding: str) -> Iterator[TextIO]:
+    """Open a file that replaces `place` when it is complete, or standard output for `-`."""
     if place == "-":
         sys.stdout.reconfigure(encoding=encoding, newline="")  # type: ignore[union-attr]
         yield sys.stdout
