@@ -14,7 +14,6 @@ from pathlib import Path
 import streamlit as st
 
 from training.errors import BadArtifact
-from training.reporting.model_card import CARD
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS, read_sums
 from training.store.store import Store
@@ -22,6 +21,7 @@ from worker.connections import model_store
 from worker.console.text import WRAPPING
 from worker.settings import load_settings
 
+CARD = "README.md"  # `training.reporting.model_card.CARD`, without loading PyTorch
 IMAGE = re.compile(r"!\[(.*)\]\(([\w-]+\.png)\)")
 CODE = re.compile(r"(`[^`]+`|\*\*[^*]+\*\*)")
 LINE_OF_TABLE = re.compile(r"\|.*\|")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from worker.console.context import Console
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 SINGLE_LABEL, CONTINUOUS, MULTI_LABEL = "single_label", "continuous", "multi_label"
 BINS = 10
+Z = 1.96  # of a 95 % interval
 MOST_WRONG = 20
 NEWEST_ALIASES = """SELECT a.alias, a.model_version_id, a.assigned_at FROM model_aliases AS a
     WHERE a.id = (SELECT max(b.id) FROM model_aliases AS b WHERE b.alias = a.alias)"""
@@ -108,7 +110,7 @@ def confusion(console: Console, found: Model) -> "pd.DataFrame":
 def reliability(console: Console, found: Model) -> "pd.DataFrame":
     """Test rows by probability, in bins of equal width: low, high, rows, probability (mean) and right (share).
 
-    Empty bins have 0 rows and neither mean nor share. The probability of a row is that of its predicted label; of a
+    `right_low` and `right_high` are the ends of Wilson's 95 % interval. Empty bins have 0 rows and none of these. The probability of a row is that of its predicted label; of a
     multi-label model each label counts, and is right when the row has the label.
     """
     import pandas as pd
@@ -130,16 +132,23 @@ def reliability(console: Console, found: Model) -> "pd.DataFrame":
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for probability, right in decided:
         bins[min(int(probability * BINS), BINS - 1)].append((probability, right))
-    return pd.DataFrame(
-        [
-            {
-                "low": number / BINS, "high": (number + 1) / BINS, "rows": len(rows),
-                "probability": sum(p for p, _ in rows) / len(rows) if rows else None,
-                "right": sum(right for _, right in rows) / len(rows) if rows else None,
-            }
-            for number, rows in enumerate(bins)
-        ]
-    ).astype({"probability": "float64", "right": "float64"})  # fmt: skip
+    frame = pd.DataFrame({"low": [n / BINS for n in range(BINS)], "high": [(n + 1) / BINS for n in range(BINS)]})
+    frame["rows"] = [len(rows) for rows in bins]
+    frame["probability"] = [sum(p for p, _ in rows) / len(rows) if rows else None for rows in bins]
+    shares = [_share(sum(right for _, right in rows), len(rows)) for rows in bins]
+    for place, name in enumerate(("right", "right_low", "right_high")):
+        frame[name] = [share[place] for share in shares]
+    return frame.astype(dict.fromkeys(("probability", "right", "right_low", "right_high"), "float64"))
+
+
+def _share(right: int, rows: int) -> tuple[float | None, float | None, float | None]:
+    """The share and the ends of its interval (Wilson, 1927), which suits few rows and shares near 0 and 1."""
+    if not rows:
+        return None, None, None
+    share = right / rows
+    middle = (share + Z**2 / (2 * rows)) / (1 + Z**2 / rows)
+    half = Z * sqrt(share * (1 - share) / rows + Z**2 / (4 * rows**2)) / (1 + Z**2 / rows)
+    return share, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def wrongest(console: Console, found: Model) -> "pd.DataFrame":
@@ -166,3 +175,22 @@ def history(console: Console, limit: int = 50) -> "pd.DataFrame":
     return console.frame(
         "SELECT alias, model_version_id, assigned_at FROM model_aliases ORDER BY id DESC LIMIT :top", {"top": limit}
     )
+
+
+# Metrics of the whole test split, with the names that pages show.
+SHOWN = (
+    ("accuracy", "Accuracy"), ("f1_macro", "F1 macro"), ("tfidf_f1_macro", "F1 macro of TF-IDF"), ("roc_auc", "ROC-AUC"),
+    ("ece", "Calibration error"), ("log_loss", "Log loss"), ("brier", "Brier score"),
+    ("quadratic_kappa", "Quadratic kappa"), ("mean_absolute_error", "Mean absolute error"),
+    ("root_mean_squared_error", "Root mean squared error"), ("pearson", "Pearson's r"), ("spearman", "Spearman's rho"),
+)  # fmt: skip
+
+
+def of_labels(found: Model, measured: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and number of test rows of each label that was measured."""
+    return [
+        {"label": label, "precision": measured.get(("precision", label)), "recall": measured.get(("recall", label)),
+         "F1": measured.get(("f1", label)), "test rows": measured.get(("support", label))}
+        for label in found.labels
+        if ("f1", label) in measured
+    ]  # fmt: skip
