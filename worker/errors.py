@@ -53,6 +53,10 @@ class ServerFailed(TweetscoreError):
     """Raised when the embedded server does not start or does not answer."""
 
 
+class PromotionRefused(TweetscoreError):
+    """Raised when a model that labels show to be worse than the champion is to become the champion."""
+
+
 class DeviceFull(TweetscoreError):
     """Raised when a batch does not fit into the memory of its device."""
 

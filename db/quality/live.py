@@ -43,7 +43,7 @@ def drift(session: Session, days: int) -> list[dict[str, Any]]:
 
 def labelled(session: Session, version_id: int, days: int) -> list[LabelledTweet]:
     """Tweets of the last days that were picked at random, that people labelled and that a version scored."""
-    labels = _view("v_labels")
+    labels = labels_view()
     query = (
         select(Tweet.received_at, labels.c.label, Prediction.label)
         .join(ReviewTweet, ReviewTweet.tweet_id == Tweet.tweet_id)
@@ -63,6 +63,11 @@ def tested_row_count(session: Session, version_id: int) -> int:
     """Number of test rows of a version."""
     query = select(func.count()).select_from(TestPrediction).where(TestPrediction.model_version_id == version_id)
     return session.scalar(query) or 0
+
+
+def labels_view() -> Any:
+    """The view `v_labels`, for other queries."""
+    return _view("v_labels")
 
 
 def first_day(days: int) -> date:

@@ -20,6 +20,7 @@ from worker.errors import StreamAway
 from worker.intake.publish_file import publish_file
 from worker.intake.submit_job import submit_training
 from worker.process.supervisor import Supervisor, supervise
+from worker.quality.promotion import promote
 from worker.settings import Settings
 from worker.stream import embedded_valkey
 from worker.stream.stream import Stream
@@ -50,8 +51,8 @@ def run_demo(settings: Settings) -> None:
     with broker(settings, output.line) as url, supervise(settings, ("train", "score"), write) as supervisor:
         write(f"started: database, broker, a training and a scoring worker ({time.monotonic() - began:.1f} s)")
         version = _train(settings, database, supervisor)
-        with database.begin() as session:
-            registry.assign(session, registry.CHAMPION, version)
+        # Forced: the demo shows its own model, even on a home that has a better one.
+        promote(database, version, force=True)
         write(f"model {version} is the champion now")
         pushed = publish_file(settings, url, str(UNLABELLED))
         _wait_until_scored(settings, database, url, version, pushed.published, supervisor)

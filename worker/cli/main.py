@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, labels, models, output, tweets
+from worker.cli import data, db, dead_letters, jobs, labels, models, output, quality, tweets
 from worker.cli.output import Json
 from worker.cli.training import adapt, distil, train, tune
 from worker.cli.training.submitted import owned_broker
@@ -29,7 +29,7 @@ PANELS = {
     "Run": ("demo", "up", "worker"),
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
-    "Ask": ("query", "export", "console"),
+    "Ask": ("query", "quality", "export", "console"),
     "Operate": ("doctor", "health", "db", "delete"),
 }
 
@@ -60,7 +60,8 @@ app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
 app.add_typer(labels.app, name="label")
 TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
-for command in (*TRAINING_COMMANDS, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, quality.quality)
+for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

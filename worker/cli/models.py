@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli import imports, output
+from worker.cli import imports, output, quality
 from worker.cli.output import Json
 from worker.cli.training import job_output
 from worker.scoring.engine_choice import fallback_folder, saved_choices
@@ -162,8 +162,18 @@ def _print_test_rows(labels: list[str], cells: dict[tuple[str, str], int], wrong
 
 
 @app.command("compare")
-def models_compare(one: Model, other: Model, json: Json = False) -> None:
+def models_compare(
+    one: Model,
+    other: Model,
+    live: Annotated[
+        bool, typer.Option("--live", help="Compare on the stored tweets that both scored, instead of test rows.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Compare the test metrics of two models, with a significance test."""
+    if live:
+        quality.compare(one, other, json)
+        return
     from db import registry
     from training.data.columns import VALUE
     from training.evaluation.metrics import mcnemar
@@ -212,17 +222,26 @@ def models_compare(one: Model, other: Model, json: Json = False) -> None:
 
 
 @app.command("promote")
-def models_promote(model: Model, alias: Alias = CHAMPION, json: Json = False) -> None:
+def models_promote(
+    model: Model,
+    alias: Alias = CHAMPION,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when labels show that it is worse than the champion.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Make a model the champion, which scores the stream.
 
+    A model that is worse than the champion on labelled tweets or test rows, beyond chance, is refused without --force.
     Workers use the previous champion until they have loaded the new one.
     """
-    from db import registry
     from worker.connections import open_sql
+    from worker.quality.promotion import promote
     from worker.settings import load_settings
 
-    with open_sql(load_settings()).begin() as session:
-        registry.assign(session, alias, model)
+    check = promote(open_sql(load_settings()), model, alias, force)
+    for finding in (*check.reasons, *check.warnings):
+        output.aside(f"warning: {finding}")
     _print_assignment(alias, model, json)
 
 
