@@ -4,7 +4,6 @@ A chart's columns have fixed names: a label or a topic is a value and never the 
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import altair as alt
@@ -20,7 +19,8 @@ KNOWN = {
     **dict.fromkeys(("positive", "pos", "ポジティブ", "肯定", "嬉しい", "good"), POSITIVE),
 }
 OTHER = "other labels"
-HEIGHT = 280
+# With legend and axes.
+HEIGHT = 360
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
@@ -34,10 +34,10 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def label_color(labels: Sequence[str], column: str = "label", title: str = "Label") -> alt.Color:
+def label_color(labels: Sequence[str], column: str = "label") -> alt.Color:
     given = colours(labels)
     return alt.Color(
-        f"{column}:N", title=title, sort=[*labels],
+        f"{column}:N", title=None, sort=[*labels],
         scale=alt.Scale(domain=[*given], range=[*given.values()]), legend=alt.Legend(orient="top", columns=4),
     )  # fmt: skip
 
@@ -48,18 +48,12 @@ def wall_clock(times: "pd.Series[Any]") -> "pd.Series[Any]":
     return shown
 
 
-def time_axis(
-    column: str, title: str = "Japan time", start: datetime | None = None, end: datetime | None = None
-) -> alt.X:
-    """The axis of a column of `wall_clock`, from `start` to `end` even where there are no rows."""
-    ends = [_milliseconds(at) for at in (start, end) if at is not None]
-    scale = alt.Scale(type="utc", domain=ends) if len(ends) == 2 else alt.Scale(type="utc")
-    return alt.X(f"{column}:T", title=title, scale=scale, axis=alt.Axis(labelOverlap=True, grid=False, tickCount=8))
-
-
-def _milliseconds(at: datetime) -> int:
-    shown = pd.Timestamp(at).tz_convert(JAPAN).tz_localize(None)
-    return int(shown.timestamp() * 1000)
+def time_axis(column: str, title: str = "Japan time") -> alt.X:
+    """The axis of a column of `wall_clock`. It reaches over all rows, so bins without tweets need rows too."""
+    return alt.X(
+        f"{column}:T", title=title, scale=alt.Scale(type="utc", nice=False),
+        axis=alt.Axis(labelOverlap=True, grid=False, tickCount=8),
+    )  # fmt: skip
 
 
 def count_axis(column: str, title: str) -> alt.Y:
@@ -73,18 +67,22 @@ def share_axis(column: str, title: str) -> alt.Y:
     )
 
 
-def by_label(
-    frame: pd.DataFrame, labels: Sequence[str], start: datetime, end: datetime, bin_name: str, shares: bool
-) -> alt.Chart:
-    """Stacked bars over time. `frame` has `at` and `until` (the bin's ends), `label`, `tweets` and `share`."""
+def by_label(frame: pd.DataFrame, labels: Sequence[str], bin_name: str, shares: bool) -> alt.Chart:
+    """Stacked bars over time. `frame` has `at` and `until` (the bin's ends), `label`, `tweets` and `share`.
+
+    The bars are stacked here: Vega stacks no bars that have both ends of their bin.
+    """
     shown = frame.assign(at=wall_clock(frame["at"]), until=wall_clock(frame["until"]), rank=_ranks(frame, labels))
-    y = share_axis("share", "share of tweets") if shares else count_axis("tweets", f"tweets per {bin_name}")
+    shown = shown.sort_values(["at", "rank"], ignore_index=True)
+    value = "share" if shares else "tweets"
+    shown["high"] = shown.groupby("at")[value].cumsum()
+    shown["low"] = shown["high"] - shown[value]
+    y = share_axis("low", "share of tweets") if shares else count_axis("low", f"tweets per {bin_name}")
     chart: alt.Chart = (
         alt.Chart(shown, height=HEIGHT)
-        .mark_bar(binSpacing=0)
+        .mark_rect()
         .encode(
-            x=time_axis("at", "Japan time", start, end), x2="until:T", y=y.stack("zero"),
-            color=label_color(labels), order="rank:O",
+            x=time_axis("at"), x2="until:T", y=y, y2="high:Q", color=label_color(labels),
             tooltip=[
                 alt.Tooltip("at:T", title=f"{bin_name} from (Japan time)", format="%Y-%m-%d %H:%M", formatType="utc"),
                 alt.Tooltip("label:N", title="label"), alt.Tooltip("tweets:Q", title="tweets", format=","),
@@ -105,7 +103,7 @@ def by_topic(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
     shown = frame.assign(rank=_ranks(frame, labels))
     topics = list(dict.fromkeys(shown["topic"]))
     chart: alt.Chart = (
-        alt.Chart(shown, height=max(90, 26 * len(topics) + 50))
+        alt.Chart(shown, height=28 * len(topics) + 130)
         .mark_bar()
         .encode(
             y=alt.Y("topic:N", title=None, sort=topics, axis=alt.Axis(labelLimit=140)),
@@ -118,15 +116,14 @@ def by_topic(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
     return chart
 
 
-def per_minute(frame: pd.DataFrame, start: datetime, end: datetime) -> alt.Chart:
+def per_minute(frame: pd.DataFrame) -> alt.Chart:
     """Tweets scored in each minute. `frame` has `at`, `until` and `tweets`, with a row for minutes without any."""
-    shown = frame.assign(at=wall_clock(frame["at"]), until=wall_clock(frame["until"]))
+    shown = frame.assign(at=wall_clock(frame["at"]), until=wall_clock(frame["until"]), zero=0)
     chart: alt.Chart = (
-        alt.Chart(shown, height=160)
-        .mark_bar(binSpacing=0, color=PALETTE[0])
+        alt.Chart(shown, height=220)
+        .mark_rect(color=PALETTE[0])
         .encode(
-            x=time_axis("at", "Japan time", start, end), x2="until:T",
-            y=count_axis("tweets", "tweets scored per minute"),
+            x=time_axis("at"), x2="until:T", y=count_axis("zero", "tweets per minute"), y2="tweets:Q",
             tooltip=[
                 alt.Tooltip("at:T", title="minute (Japan time)", format="%H:%M", formatType="utc"),
                 alt.Tooltip("tweets:Q", format=","),
@@ -140,13 +137,12 @@ def probabilities(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
     """Each model's probabilities of one tweet. `frame` has `model`, `label` and `probability`."""
     models = list(dict.fromkeys(frame["model"]))
     chart: alt.Chart = (
-        alt.Chart(frame, height=alt.Step(14))
+        alt.Chart(frame, height=max(150, 15 * len(models) * len(labels) + 110))
         .mark_bar()
         .encode(
-            y=alt.Y("label:N", title=None, sort=[*labels], axis=alt.Axis(labels=False, ticks=False)),
-            x=alt.X("probability:Q", title="probability", scale=alt.Scale(domain=[0, 1])),
-            row=alt.Row("model:N", title=None, sort=models, spacing=8,
-                        header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=120)),
+            y=alt.Y("model:N", title=None, sort=models, axis=alt.Axis(labelLimit=120)),
+            yOffset=alt.YOffset("label:N", sort=[*labels]),
+            x=alt.X("probability:Q", title="probability", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)),
             color=label_color(labels),
             tooltip=["model:N", "label:N", alt.Tooltip("probability:Q", format=".3f")],
         )

@@ -11,6 +11,8 @@ from worker.console.context import Console
 PERIODS = {"24h": "24 hours", "7d": "7 days", "30d": "30 days", "90d": "90 days", "all": "All time"}
 LENGTHS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30), "90d": timedelta(days=90)}
 ALL_TOPICS, NO_TOPIC = "All topics", "Without a topic"
+# What the selector holds: all topics, or this and the topic, since any text may be the name of a topic.
+ALL, ONE = "all", "topic:"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ def choose(console: Console, champion: queries.Champion) -> Chosen | None:
     if span is None:
         return None
     _restore(span[1])
-    topics = queries.topics(console, champion.version_id)
-    wanted = st.session_state.get("topic")
-    if wanted is not None and wanted not in topics:
-        topics.append(wanted)  # from a shared address, or beyond the topics that are listed
+    options = [ALL, *(f"{ONE}{topic}" for topic in queries.topics(console, champion.version_id))]
+    if st.session_state["topic"] not in options:
+        options.append(st.session_state["topic"])  # from a shared address, or beyond the topics that are listed
     left, right, _ = st.columns((1, 1, 2))
     period = left.selectbox("Period", [*PERIODS], format_func=PERIODS.__getitem__, key="period")
-    topic = right.selectbox("Topic", [None, *topics], format_func=_shown, key="topic")
+    selected = right.selectbox("Topic", options, format_func=_shown, key="topic")
+    topic = None if selected == ALL else selected.removeprefix(ONE)
     st.query_params["period"] = period
     if topic is None:
         st.query_params.pop("topic", None)
@@ -63,9 +65,9 @@ def _restore(newest: datetime) -> None:
         if state["period"] not in PERIODS:
             state["period"] = "7d"
     if "topic" not in state:
-        state["topic"] = asked.get("topic", state.get("kept_topic"))
+        state["topic"] = f"{ONE}{asked['topic']}" if "topic" in asked else state.get("kept_topic", ALL)
     state["kept_period"], state["kept_topic"] = state["period"], state["topic"]
 
 
-def _shown(topic: str | None) -> str:
-    return ALL_TOPICS if topic is None else topic or NO_TOPIC
+def _shown(option: str) -> str:
+    return ALL_TOPICS if option == ALL else option.removeprefix(ONE) or NO_TOPIC

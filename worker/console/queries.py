@@ -1,4 +1,4 @@
-"""What several pages ask the database. Every query reads sums or a page of rows, never all predictions."""
+"""What the pages ask of the sums by hour, topic and label, and of the champion. No query reads all predictions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pandas as pd
 
+from db.views import VIEWS
 from worker.console.context import Console
 
 Render = Callable[[Console], None]
@@ -63,3 +64,12 @@ def span(console: Console, version_id: int) -> tuple[datetime, datetime] | None:
 def stamp(at: datetime) -> str:
     """A time as a parameter of `Console.frame`: the text that SQLite stores, which PostgreSQL reads as a time."""
     return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+
+
+def is_sqlite(console: Console) -> bool:
+    return console.settings.query_url.startswith("sqlite")
+
+
+def has_view(name: str) -> bool:
+    """Whether this release has a view."""
+    return any(view.name == name for view in VIEWS)

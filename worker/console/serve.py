@@ -1,7 +1,9 @@
 """Start Streamlit on the console's script."""
 
+import asyncio
 import ipaddress
 import secrets
+import signal
 import socket
 import tomllib
 from collections.abc import Callable
@@ -17,6 +19,7 @@ try:
     from streamlit import net_util
     from streamlit.runtime.pages_manager import PagesManager
     from streamlit.web import bootstrap
+    from streamlit.web.server import Server
 except ImportError as error:
     raise ConsoleUnavailable(f"the console needs Streamlit ({error}); `pip install 'tweetscore[console]'`") from error
 
@@ -46,8 +49,18 @@ def serve(settings: Settings, host: str, port: int, proxy: str | None, notify: C
     # The folder `pages` holds modules, not scripts of Streamlit's older kind.
     PagesManager.uses_pages_directory = False
     bootstrap.load_config_options(options)
-    notify(public or f"http://{f'[{host}]' if ':' in host else host}:{port}/")
-    bootstrap.run(str(SCRIPT), False, [], options)
+    address = public or f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    asyncio.run(_run(lambda: notify(address)))
+
+
+async def _run(on_ready: Callable[[], None]) -> None:
+    server = Server(str(SCRIPT), False)
+    await server.start()
+    bootstrap.prepare_streamlit_environment(str(SCRIPT))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    on_ready()
+    await server.stopped
 
 
 def stream_options(host: str, port: int, public: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Streamlit reads markdown, LaTeX, emoji and icon codes in `st.write`, `st.markdow
 and in the labels of widgets, so such text is never passed to these.
 """
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -41,16 +42,21 @@ def note(text: str) -> None:
 
 def problem(message: object) -> None:
     """Show an error, such as a message of the database, as text."""
-    show(str(message), BOX.format(color=RED))
+    _box(str(message), RED)
 
 
 def warning(message: object) -> None:
-    show(str(message), BOX.format(color=AMBER))
+    _box(str(message), AMBER)
 
 
 def hint(message: object) -> None:
     """Show what to do next, as on an empty database."""
-    show(str(message), BOX.format(color=BLUE))
+    _box(str(message), BLUE)
+
+
+def _box(message: str, color: str) -> None:
+    """Words in backticks, as messages write commands, look like code."""
+    st.html(re.sub(r"`([^`<>]+)`", r"<code>\1</code>", markup(message, BOX.format(color=color))))
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> None:

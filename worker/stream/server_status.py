@@ -11,6 +11,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
+from worker.stream.redis_client import converted
+
 TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.01
 LONGEST_POLL_SECONDS = 0.25
@@ -30,6 +32,31 @@ class Loading:
         percent = "" if self.percent is None else f", {self.percent:.0f} %"
         left = "" if self.seconds_left is None or self.seconds_left < 0 else f", about {self.seconds_left} s left"
         return f"loading{percent}{left}"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A worker's name in the group, the records that it holds, and the time since its last command."""
+
+    name: str
+    pending: int
+    idle_seconds: float
+
+
+def list_consumers(client: "redis.Redis", key: str, group: str) -> list[Consumer]:
+    """The consumers of a group, those with most records first; none when the group does not exist."""
+    with converted():
+        try:
+            found: Any = client.xinfo_consumers(key, group)
+        except redis.ResponseError as error:
+            if "no such key" not in str(error) and "NOGROUP" not in str(error):
+                raise
+            return []
+    consumers = [
+        Consumer(one["name"].decode("utf-8", "backslashreplace"), int(one["pending"]), one["idle"] / 1000)
+        for one in found
+    ]
+    return sorted(consumers, key=lambda one: (-one.pending, one.idle_seconds))
 
 
 def connect_socket(socket: Path, timeout: float = TIMEOUT_SECONDS) -> "redis.Redis":
