@@ -7,13 +7,15 @@ from worker.console.charts import NEUTRAL, PALETTE
 
 # Height of a row of the confusion matrix in pixels.
 ROW_PX = 54
+# Height of the axis above the matrix and the legend below it in pixels.
+AROUND_PX = 190
 DARK_SHARE = 0.55
 
 
 def confusion(cells: pd.DataFrame, labels: tuple[str, ...]) -> alt.LayerChart:
     """Counts in the cells, and shares of each row as colours. `cells` as `model_queries.confusion` returns them."""
     shown = cells.assign(said=[f"{row.rows:,} ({row.share:.0%})" for row in cells.itertuples()])
-    base = alt.Chart(shown, height=ROW_PX * len(labels) + 80).encode(
+    base = alt.Chart(shown, height=ROW_PX * len(labels) + AROUND_PX).encode(
         x=alt.X("predicted:N", title="predicted label", sort=[*labels],
                 axis=alt.Axis(labelAngle=0, labelLimit=110, orient="top")),
         y=alt.Y("actual:N", title="label in the dataset", sort=[*labels], axis=alt.Axis(labelLimit=110)),
@@ -28,7 +30,7 @@ def confusion(cells: pd.DataFrame, labels: tuple[str, ...]) -> alt.LayerChart:
         legend=alt.Legend(format="%", orient="bottom", gradientLength=160),
     )  # fmt: skip
     text_colour = alt.condition(f"datum.share > {DARK_SHARE}", alt.value("white"), alt.value("#222"))
-    chart: alt.LayerChart = base.mark_rect() .encode(color=colour) + base.mark_text(fontSize=14).encode(
+    chart: alt.LayerChart = base.mark_rect().encode(color=colour) + base.mark_text(fontSize=14).encode(
         text="said:N", color=text_colour
     )
     return chart
@@ -47,7 +49,7 @@ def reliability(bins: pd.DataFrame, right: str) -> alt.LayerChart:
     ]  # fmt: skip
     y = alt.Y("right:Q", title=right, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=6))
     bars = alt.Chart(filled).mark_bar(color=PALETTE[0], binSpacing=2).encode(
-        x=_probability("low"), x2="high:Q", y=y, tooltip=tooltip
+        x=_probability("low"), x2="high:Q", y=y, y2=alt.datum(0), tooltip=tooltip
     )  # fmt: skip
     intervals = alt.Chart(filled).mark_rule(color=NEUTRAL, strokeWidth=2).encode(
         x=_probability("probability"), y="right_low:Q", y2="right_high:Q", tooltip=tooltip
@@ -57,7 +59,7 @@ def reliability(bins: pd.DataFrame, right: str) -> alt.LayerChart:
     dashes = alt.Chart(empty).mark_text(text="–", color=NEUTRAL, fontSize=16, baseline="bottom").encode(
         x=_probability("middle"), y=alt.datum(0), tooltip=[alt.Tooltip("rows:Q", title="count")]
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, intervals, diagonal, dashes).properties(height=300)
+    chart: alt.LayerChart = alt.layer(bars, intervals, diagonal, dashes).properties(height=340)
     return chart
 
 
@@ -66,14 +68,14 @@ def reliability_counts(bins: pd.DataFrame, counted: str) -> alt.LayerChart:
     shown = bins.assign(middle=(bins["low"] + bins["high"]) / 2)
     y = alt.Y("rows:Q", title=counted, scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1, tickCount=3))
     bars = alt.Chart(shown).mark_bar(color=NEUTRAL, binSpacing=2).encode(
-        x=_probability("low"), x2="high:Q", y=y,
+        x=_probability("low"), x2="high:Q", y=y, y2=alt.datum(0),
         tooltip=[alt.Tooltip("low:Q", title="probability from", format=".1f"),
                  alt.Tooltip("high:Q", title="to", format=".1f"), alt.Tooltip("rows:Q", title=counted, format=",")],
     )  # fmt: skip
     numbers = alt.Chart(shown).mark_text(dy=-7, color=NEUTRAL).encode(
         x=_probability("middle"), y="rows:Q", text=alt.Text("rows:Q", format=",")
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, numbers).properties(height=150)
+    chart: alt.LayerChart = alt.layer(bars, numbers).properties(height=190)
     return chart
 
 

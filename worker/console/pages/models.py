@@ -13,6 +13,7 @@ from worker.console.queries import JAPAN
 if TYPE_CHECKING:
     import pandas as pd
 
+PICTURE_PX = 460
 FIGURE = st.column_config.NumberColumn(format="%.3f")
 SECTIONS = ("Figures", "Confusion", "Calibration", "Wrong test rows", "Card", "Evaluations", "Compare")
 NOT_MEASURED = (
@@ -205,9 +206,11 @@ def _card(found: Model) -> None:
     if not fetched.markdown:
         text.hint("The artifact of this model has no card.")
         return
-    for caption, picture in fetched.captioned():
-        text.note(caption)
-        st.image(picture, width=720)
+    with st.container(horizontal=True):
+        for caption, picture in fetched.captioned():
+            with st.container(width=PICTURE_PX):
+                text.note(caption)
+                st.image(picture)
     st.html(card.as_html(fetched.markdown))
 
 

@@ -5,14 +5,13 @@ after a key, so that the next tweet follows at once.
 """
 
 import time
-from html import escape
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import streamlit as st
 
 from training.data.columns import MULTI_LABEL_SEPARATOR
-from worker.console import acting, text
+from worker.console import acting, progress_bar, text
 from worker.console.context import Console
 from worker.console.model_queries import champion_task
 from worker.console.queries import JAPAN
@@ -32,7 +31,6 @@ TWEET = (
     "font-size:1.6rem;line-height:1.75;min-height:8rem;padding:1.1rem 1.4rem;border-radius:.6rem;"
     "border:1px solid color-mix(in srgb,currentColor 25%,transparent)"
 )
-BAR = "height:.45rem;border-radius:.3rem;background:color-mix(in srgb,currentColor 15%,transparent)"
 
 
 def render(console: Console) -> None:
@@ -88,7 +86,8 @@ def _review(console: Console, annotator: str) -> None:
 
 
 def _ask(console: Console, annotator: str, question: "Question", labels: list[str], progress: "Progress") -> None:
-    _bar(progress)
+    done = progress.picked - progress.open
+    progress_bar.draw(done / progress.picked, f"{done:,} of {progress.picked:,} picked tweets done")
     shown = st.container()
     st.session_state[SHOWN] = question.tweet_id
     # The keys of the widgets name the tweet: a late press of a key is then never taken for the tweet that follows.
@@ -140,16 +139,6 @@ def _nothing_open(console: Console, annotator: str, progress: "Progress") -> Non
     with st.container(horizontal=True):
         st.button(f"Pick {PICKED_AT_ONCE} more", type="primary", on_click=_pick, args=(console,))
         st.button("Undo", shortcut=UNDO_KEY, on_click=_undo, args=(console, annotator))
-
-
-def _bar(progress: "Progress") -> None:
-    done = progress.picked - progress.open
-    share = 100 * done / progress.picked if progress.picked else 0
-    said = escape(f"{done:,} of {progress.picked:,} picked tweets done")
-    st.html(
-        f'<div style="{text.SOFT}">{said}</div><div style="{BAR}" role="progressbar" aria-valuenow="{share:.0f}">'
-        f'<div style="width:{share:.1f}%;height:100%;border-radius:.3rem;background:{text.BLUE}"></div></div>'
-    )
 
 
 def _figures(progress: "Progress", rate: float | None) -> None:
