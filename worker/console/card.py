@@ -137,9 +137,12 @@ def _line(line: str) -> str:
 
 
 def _table(lines: list[str]) -> str:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not RULE_OF_TABLE.fullmatch(line)]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not RULE_OF_TABLE.fullmatch(line)
+    ]
     cells = "".join(
-        "<tr>" + "".join(f'<td style="{CELL}" dir="auto">{_inline(cell)}</td>' for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f'<td style="{CELL}" dir="auto">{_inline(cell)}</td>' for cell in row) + "</tr>"
+        for row in rows
     )
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse">{cells}</table></div>'
 

@@ -20,12 +20,14 @@ def qualities(frame: pd.DataFrame) -> alt.Chart:
 def _lines(frame: pd.DataFrame, column: str, counted: str, title: str, scale: alt.Scale, form: str) -> alt.Chart:
     lines = list(dict.fromkeys(frame["line"]))
     chart: alt.Chart = (
-        alt.Chart(frame, height=260)
+        alt.Chart(frame, height=320)
         .mark_line(point=len(frame) <= POINTS_BELOW or {"size": 12})
         .encode(
-            x=alt.X("x:Q", title=counted, axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
+            x=alt.X("x:Q", title=counted, scale=alt.Scale(nice=False, zero=False),
+                    axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
             y=alt.Y(f"{column}:Q", title=title, scale=scale),
-            color=alt.Color("line:N", title=None, sort=lines, legend=alt.Legend(orient="top", columns=2),
+            color=alt.Color("line:N", title=None, sort=lines,
+                            legend=alt.Legend(orient="top", columns=2, labelLimit=220),
                             scale=alt.Scale(domain=lines, range=list(PALETTE[: len(lines)]))),
             tooltip=[alt.Tooltip("line:N", title="figure"), alt.Tooltip("x:Q", title=counted, format="d"),
                      alt.Tooltip(f"{column}:Q", title=title, format=form)],

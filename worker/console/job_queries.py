@@ -1,6 +1,6 @@
 """What the page Jobs asks the database, and the loss of each step from the run's TensorBoard files."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ import streamlit as st
 
 from db.models import TrainingJob
 from worker.console.context import Console
+from worker.console.model_queries import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def recent(console: Console) -> list[TrainingJob]:
         f"SELECT {', '.join(COLUMNS)} FROM training_jobs ORDER BY id DESC LIMIT :top",  # noqa: S608 - names of columns
         {"top": NEWEST},
     )
-    return [_job(row) for row in found.to_dict("records")]
+    return [_job(row) for row in records(found)]
 
 
 def job(console: Console, job_id: int) -> TrainingJob | None:
@@ -37,24 +38,25 @@ def job(console: Console, job_id: int) -> TrainingJob | None:
         f"SELECT {', '.join(COLUMNS)} FROM training_jobs WHERE id = :job",  # noqa: S608 - names of columns
         {"job": job_id},
     )
-    return None if found.empty else _job(found.to_dict("records")[0])
+    return None if found.empty else _job(records(found)[0])
 
 
-def _job(row: Mapping[Hashable, Any]) -> TrainingJob:
+def _job(row: Mapping[str, Any]) -> TrainingJob:
     import pandas as pd
 
-    values = {
+    values: dict[str, Any] = {
         str(name): value if isinstance(value, dict) or not pd.isna(value) else None for name, value in row.items()
     }
     for name in ("id", "step", "total_steps", "attempts"):
-        values[name] = None if values[name] is None else int(values[name])
+        if values[name] is not None:
+            values[name] = int(values[name])
     return TrainingJob(**values)
 
 
 def made(console: Console) -> dict[int, int]:
     """The model version of each job that made one."""
     found = console.frame("SELECT job_id, id FROM model_versions WHERE job_id IS NOT NULL")
-    return {int(row.job_id): int(row.id) for row in found.itertuples()}
+    return {int(row["job_id"]): int(row["id"]) for row in records(found)}
 
 
 def epochs(console: Console, job_id: int) -> "pd.DataFrame":

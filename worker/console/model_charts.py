@@ -48,18 +48,20 @@ def reliability(bins: pd.DataFrame, right: str) -> alt.LayerChart:
         alt.Tooltip("right:Q", title=right, format=".3f"), alt.Tooltip("rows:Q", title="count", format=","),
     ]  # fmt: skip
     y = alt.Y("right:Q", title=right, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=6))
-    bars = alt.Chart(filled).mark_bar(color=PALETTE[0], binSpacing=2).encode(
+    bars = alt.Chart(filled).mark_bar(color=PALETTE[0], opacity=0.45, binSpacing=2).encode(
         x=_probability("low"), x2="high:Q", y=y, y2=alt.datum(0), tooltip=tooltip
     )  # fmt: skip
-    intervals = alt.Chart(filled).mark_rule(color=NEUTRAL, strokeWidth=2).encode(
+    intervals = alt.Chart(filled).mark_rule(color=PALETTE[0], strokeWidth=3).encode(
         x=_probability("probability"), y="right_low:Q", y2="right_high:Q", tooltip=tooltip
     )  # fmt: skip
     ends = pd.DataFrame({"low": [0.0, 1.0], "right": [0.0, 1.0]})
-    diagonal = alt.Chart(ends).mark_line(strokeDash=[5, 4], color=PALETTE[1]).encode(x=_probability("low"), y=y)
+    diagonal = (
+        alt.Chart(ends).mark_line(strokeDash=[6, 4], strokeWidth=2, color=PALETTE[1]).encode(x=_probability("low"), y=y)
+    )
     dashes = alt.Chart(empty).mark_text(text="–", color=NEUTRAL, fontSize=16, baseline="bottom").encode(
         x=_probability("middle"), y=alt.datum(0), tooltip=[alt.Tooltip("rows:Q", title="count")]
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, intervals, diagonal, dashes).properties(height=340)
+    chart: alt.LayerChart = alt.layer(bars, intervals, diagonal, dashes, height=340)
     return chart
 
 
@@ -75,7 +77,7 @@ def reliability_counts(bins: pd.DataFrame, counted: str) -> alt.LayerChart:
     numbers = alt.Chart(shown).mark_text(dy=-7, color=NEUTRAL).encode(
         x=_probability("middle"), y="rows:Q", text=alt.Text("rows:Q", format=",")
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, numbers).properties(height=190)
+    chart: alt.LayerChart = alt.layer(bars, numbers, height=190)
     return chart
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from training.data.columns import MULTI_LABEL_SEPARATOR
 from worker.console.context import Console
 
 if TYPE_CHECKING:
@@ -33,10 +34,14 @@ class Model:
     created_at: "pd.Timestamp"
 
 
+def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def aliases(console: Console) -> dict[str, int]:
     """The model version of each alias that is assigned."""
     found = console.frame(NEWEST_ALIASES)
-    return {str(row.alias): int(row.model_version_id) for row in found.itertuples()}
+    return {row["alias"]: int(row["model_version_id"]) for row in records(found)}
 
 
 def leaderboard(console: Console) -> "pd.DataFrame":
@@ -51,7 +56,7 @@ def leaderboard(console: Console) -> "pd.DataFrame":
 
 def model(console: Console, version_id: int) -> Model | None:
     found = console.frame(
-        """SELECT m.id, m.job_id, m.base_model, m.labels, m.artifact_url, m.sha256, m.temperature, m.created_at, j.config
+        """SELECT m.job_id, m.base_model, m.labels, m.artifact_url, m.sha256, m.temperature, m.created_at, j.config
            FROM model_versions AS m LEFT JOIN training_jobs AS j ON j.id = m.job_id
            WHERE m.id = :model AND m.deleted_at IS NULL""",
         {"model": version_id},
@@ -81,7 +86,7 @@ def figures(console: Console, version_id: int) -> dict[tuple[str, str], float]:
     found = console.frame(
         "SELECT metric, label, value FROM test_metrics WHERE model_version_id = :model", {"model": version_id}
     )
-    return {(str(row.metric), str(row.label)): float(row.value) for row in found.itertuples()}
+    return {(row["metric"], row["label"]): float(row["value"]) for row in records(found)}
 
 
 def confusion(console: Console, found: Model) -> "pd.DataFrame":
@@ -93,7 +98,7 @@ def confusion(console: Console, found: Model) -> "pd.DataFrame":
     )
     if cells.empty:
         return pd.DataFrame(columns=["actual", "predicted", "rows", "share"])
-    counts = {(str(row.actual), str(row.predicted)): int(row.n) for row in cells.itertuples()}
+    counts = {(row["actual"], row["predicted"]): int(row["n"]) for row in records(cells)}
     totals = {actual: sum(counts.get((actual, other), 0) for other in found.labels) for actual in found.labels}
     return pd.DataFrame(
         [
@@ -110,8 +115,9 @@ def confusion(console: Console, found: Model) -> "pd.DataFrame":
 def reliability(console: Console, found: Model) -> "pd.DataFrame":
     """Test rows by probability, in bins of equal width: low, high, rows, probability (mean) and right (share).
 
-    `right_low` and `right_high` are the ends of Wilson's 95 % interval. Empty bins have 0 rows and none of these. The probability of a row is that of its predicted label; of a
-    multi-label model each label counts, and is right when the row has the label.
+    `right_low` and `right_high` are the ends of Wilson's 95 % interval. Empty bins have 0 rows and none of these. The
+    probability of a row is that of its predicted label; of a multi-label model each label counts, and is right when the
+    row has the label.
     """
     import pandas as pd
 
@@ -123,9 +129,9 @@ def reliability(console: Console, found: Model) -> "pd.DataFrame":
     )
     if found.task == MULTI_LABEL:
         decided = [
-            (float(share), label in str(row.actual).split("|"))
-            for row in tested.itertuples()
-            for label, share in row.probabilities.items()
+            (float(share), label in row["actual"].split(MULTI_LABEL_SEPARATOR))
+            for row in records(tested)
+            for label, share in row["probabilities"].items()
         ]
     else:
         decided = list(zip(tested["probability"].astype(float), tested["actual"] == tested["predicted"], strict=True))
@@ -179,8 +185,8 @@ def history(console: Console, limit: int = 50) -> "pd.DataFrame":
 
 # Metrics of the whole test split, with the names that pages show.
 SHOWN = (
-    ("accuracy", "Accuracy"), ("f1_macro", "F1 macro"), ("tfidf_f1_macro", "F1 macro of TF-IDF"), ("roc_auc", "ROC-AUC"),
-    ("ece", "Calibration error"), ("log_loss", "Log loss"), ("brier", "Brier score"),
+    ("accuracy", "Accuracy"), ("f1_macro", "F1 macro"), ("tfidf_f1_macro", "F1 macro of TF-IDF"),
+    ("roc_auc", "ROC-AUC"), ("ece", "Calibration error"), ("log_loss", "Log loss"), ("brier", "Brier score"),
     ("quadratic_kappa", "Quadratic kappa"), ("mean_absolute_error", "Mean absolute error"),
     ("root_mean_squared_error", "Root mean squared error"), ("pearson", "Pearson's r"), ("spearman", "Spearman's rho"),
 )  # fmt: skip

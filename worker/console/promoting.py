@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from worker.quality.promotion import PromotionCheck
 
 EFFECT = {
-    "champion": "The champion scores the stream, and the charts show its predictions. Workers use the previous one until "
-    "they have loaded it.",
+    "champion": "The champion scores the stream, and the charts show its predictions. Workers use the previous one "
+    "until they have loaded it.",
     "challenger": "The challenger is compared with the champion. It changes no chart.",
 }
 
@@ -58,7 +58,8 @@ def ask_to_promote(console: Console, version_id: int, alias: str) -> None:
         text.show(f"Model {version_id} becomes the {alias}; {in_place}. {EFFECT[alias]}")
         force = False
         if alias == registry.CHAMPION:
-            check = examine(console, version_id)
+            with st.spinner("Comparing it with the champion"):
+                check = examine(console, version_id)
             for reason in check.reasons:
                 text.warning(f"Against it: {reason}.")
             for warning in check.warnings:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 SKIP_KEY, UNDO_KEY = "S", "U"
 # Labels beyond the ninth have a button without a key.
@@ -33,6 +34,6 @@ def labels_a_minute(times: Sequence[float]) -> float | None:
     Long pauses are left out.
     """
     newest = times[-RATE_LABELS:]
-    gaps = [later - earlier for earlier, later in zip(newest, newest[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(newest)]
     worked = [gap for gap in gaps if gap <= PAUSE_SECONDS]
     return 60 * len(worked) / max(sum(worked), 0.001) if worked else None

@@ -42,7 +42,8 @@ def _changing(console: Console) -> None:
         st.subheader("All jobs", anchor=False)
         st.dataframe(
             [row(job, models) for job in found], hide_index=True,
-            column_config={"submitted (Japan time)": TIME, "job": st.column_config.NumberColumn(format="%d", pinned=True),
+            column_config={"submitted (Japan time)": TIME,
+                           "job": st.column_config.NumberColumn(format="%d", pinned=True),
                            "loss": st.column_config.NumberColumn(format="%.3f")},
         )  # fmt: skip
         chosen = st.selectbox("One job", [job.id for job in found], format_func=lambda i: f"Job {i}", key="jobs_chosen")
@@ -55,7 +56,7 @@ def row(job: TrainingJob, models: dict[int, int]) -> dict[str, Any]:
     return {
         "job": job.id, "kind": job.kind, "state": state_of(job), "model": models.get(job.id),
         "steps": f"{job.step:,} of {job.total_steps:,}" if job.total_steps else "", "loss": job.loss,
-        "submitted (Japan time)": job.submitted_at, "error": job.error,
+        "submitted (Japan time)": job.submitted_at, "error": job.error or "",
     }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ PICTURE_PX = 460
 FIGURE = st.column_config.NumberColumn(format="%.3f")
 SECTIONS = ("Figures", "Confusion", "Calibration", "Wrong test rows", "Card", "Evaluations", "Compare")
 NOT_MEASURED = (
-    "This model has no test figures: no job measured it. `tweetscore models evaluate {id} labelled.csv` measures it on a "
-    "labelled file."
+    "This model has no test figures: no job measured it. `tweetscore models evaluate {id} labelled.csv` measures it on "
+    "a labelled file."
 )
 
 
@@ -28,8 +28,8 @@ def render(console: Console) -> None:
     board = model_queries.leaderboard(console)
     if board.empty:
         text.hint(
-            "There is no model yet. Train one on the page Jobs, with `tweetscore train labelled.csv`, or run `tweetscore "
-            "demo`."
+            "There is no model yet. Train one on the page Jobs, with `tweetscore train labelled.csv`, or run "
+            "`tweetscore demo`."
         )
         return
     _board(console, board)
@@ -39,7 +39,9 @@ def render(console: Console) -> None:
         text.hint(f"Model {chosen} was deleted a moment ago.")
         return
     _promotions(console, board, found)
-    section = st.segmented_control("Show", SECTIONS, default=SECTIONS[0], key="models_section", label_visibility="collapsed")
+    section = st.segmented_control(
+        "Show", SECTIONS, default=SECTIONS[0], key="models_section", label_visibility="collapsed"
+    )
     with acting.showing():
         _draw(console, found, section or SECTIONS[0], board)
 
@@ -66,8 +68,8 @@ def _board(console: Console, board: "pd.DataFrame") -> None:
         },
     )  # fmt: skip
     text.note(
-        "Figures on the test rows of each model's own dataset; only those of the same rows are comparable. “F1 from” and "
-        "“F1 to” are the ends of the 95 % interval of F1 macro. An empty cell was not measured."
+        "Figures on the test rows of each model's own dataset; only those of the same rows are comparable. “F1 from” "
+        "and “F1 to” are the ends of the 95 % interval of F1 macro. An empty cell was not measured."
     )
     with st.expander("History of the aliases"):
         history = model_queries.history(console)
@@ -86,8 +88,9 @@ def _board(console: Console, board: "pd.DataFrame") -> None:
 def _choose(board: "pd.DataFrame") -> int:
     """The model that the visitor chose, or named in the address, or else the champion, or the newest."""
     ids = [int(i) for i in board["model_version_id"]]
-    names = {int(row.model_version_id): _name(row) for row in board.itertuples()}
-    champion = next((int(row.model_version_id) for row in board.itertuples() if "champion" in row.alias), ids[0])
+    rows = model_queries.records(board)
+    names = {int(row["model_version_id"]): _name(row) for row in rows}
+    champion = next((int(row["model_version_id"]) for row in rows if "champion" in row["alias"]), ids[0])
     asked = st.query_params.get("model", "")
     first = int(asked) if asked.isdecimal() and int(asked) in names else champion
     st.subheader("One model", anchor=False)
@@ -97,8 +100,8 @@ def _choose(board: "pd.DataFrame") -> int:
     return int(chosen)
 
 
-def _name(row: Any) -> str:
-    parts = [f"Model {row.model_version_id}", row.alias, row.base_model]
+def _name(row: dict[str, Any]) -> str:
+    parts = [f"Model {row['model_version_id']}", row["alias"], row["base_model"]]
     return " · ".join(str(part) for part in parts if part)
 
 
@@ -136,8 +139,8 @@ def _figures(console: Console, found: Model) -> None:
     measured = model_queries.figures(console, found.id)
     text.facts(
         [
-            ("Base model", found.base_model), ("Job", found.job_id or "imported"), ("Task", found.task.replace("_", " ")),
-            ("Temperature", f"{found.temperature:.3f}"),
+            ("Base model", found.base_model), ("Job", found.job_id or "imported"),
+            ("Task", found.task.replace("_", " ")), ("Temperature", f"{found.temperature:.3f}"),
             ("Created (Japan time)", f"{found.created_at.tz_convert(JAPAN):%Y-%m-%d %H:%M}"),
         ]
     )  # fmt: skip
@@ -150,7 +153,7 @@ def _figures(console: Console, found: Model) -> None:
     if labels := model_queries.of_labels(found, measured):
         st.dataframe(
             labels, hide_index=True,
-            column_config={name: FIGURE for name in ("precision", "recall", "F1")}
+            column_config=dict.fromkeys(("precision", "recall", "F1"), FIGURE)
             | {"test rows": st.column_config.NumberColumn(format="%d")},
         )  # fmt: skip
     text.note("In brackets the 95 % interval of the test rows. Rows of other times and topics can be harder.")
@@ -169,7 +172,9 @@ def _confusion(console: Console, found: Model) -> None:
         text.hint(f"This model has no confusion matrix. {why}".strip())
         return
     st.altair_chart(model_charts.confusion(cells, found.labels))
-    text.note("Test rows by their label in the dataset and the label that the model predicts; right ones are on the diagonal.")
+    text.note(
+        "Test rows by their label in the dataset and the label that the model predicts; right ones are on the diagonal."
+    )
 
 
 def _calibration(console: Console, found: Model) -> None:
@@ -184,8 +189,8 @@ def _calibration(console: Console, found: Model) -> None:
     st.altair_chart(model_charts.reliability(bins, f"share of {counted} that are right"))
     st.altair_chart(model_charts.reliability_counts(bins, counted))
     text.note(
-        "Bars on the dashed line: of the rows with a probability of 0.8, 80 % are right. Bars below it: the model is too "
-        "sure. The thin lines are 95 % intervals; a dash marks a bin without rows."
+        "Bars on the dashed line: of the rows with a probability of 0.8, 80 % are right. Bars below it: the model is "
+        "too sure. The thin lines are 95 % intervals; a dash marks a bin without rows."
     )
 
 
@@ -218,7 +223,8 @@ def _evaluations(console: Console, found: Model) -> None:
     rows = model_queries.evaluations(console, found.id)
     if rows.empty:
         text.hint(
-            f"This model was not evaluated on another file yet: `tweetscore models evaluate {found.id} labelled.csv` does it."
+            "This model was not evaluated on another file yet: "
+            f"`tweetscore models evaluate {found.id} labelled.csv` does it."
         )
         return
     rows["evaluated_at"] = rows["evaluated_at"].dt.tz_convert(JAPAN)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PICKED_AT_ONCE = 50
 LONGEST_NAME = 100
-# In the session: when this visitor gave labels, the question that was undone, the last answer, the labels chosen so far for
-# a tweet that can have several, and the tweet that is shown.
+# In the session: when this visitor gave labels, the question that was undone, the last answer, the labels chosen so far
+# for a tweet that can have several, and the tweet that is shown.
 TIMES, AGAIN, LAST, CHOSEN, SHOWN = (f"review_{name}" for name in ("times", "again", "last", "chosen", "shown"))
 NAME = "annotator"
 TWEET = (
@@ -37,7 +37,8 @@ def render(console: Console) -> None:
     st.title("Review")
     if not console.may("label"):
         text.hint(
-            f"Your access is {console.access!r}: you see how far labelling is. To give labels you need the access 'label'."
+            f"Your access is {console.access!r}: you see how far labelling is. To give labels you need the access "
+            "'label'."
         )
         _look(console)
         return
@@ -135,7 +136,9 @@ def _nothing_open(console: Console, annotator: str, progress: "Progress") -> Non
     if progress.picked:
         text.hint("Every picked tweet that you can label has its labels. Pick more to go on.")
     else:
-        text.hint("No tweet is picked yet. Pick some: a part at random, for figures of quality, the others to learn from.")
+        text.hint(
+            "No tweet is picked yet. Pick some: a part at random, for figures of quality, the others to learn from."
+        )
     with st.container(horizontal=True):
         st.button(f"Pick {PICKED_AT_ONCE} more", type="primary", on_click=_pick, args=(console,))
         st.button("Undo", shortcut=UNDO_KEY, on_click=_undo, args=(console, annotator))
@@ -211,6 +214,8 @@ def _pick(console: Console) -> None:
         acting.require(console, "label")
         picked = review.fill(console.database(), console.settings, PICKED_AT_ONCE)
         if not picked.total():
-            raise BadRequest("no tweet is left to pick: all that the champion scored are picked already; push more tweets")
+            raise BadRequest(
+                "no tweet is left to pick: all that the champion scored are picked already; push more tweets"
+            )
         parts = ", ".join(f"{count} {reason}" for reason, count in picked.items())
         acting.tell(f"Picked {picked.total()} tweets: {parts}.")
