@@ -42,7 +42,7 @@ DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d")
 def whole(url: str, sql: str, parameters: Mapping[str, Any] | None = None) -> "pd.DataFrame":
     """The result of one SELECT, in which `:name` stands for a parameter. Raises `DatabaseError`."""
     with run_query(url, sql, parameters) as (columns, rows):
-        return _frame(columns, list(rows))
+        return of_rows(columns, list(rows))
 
 
 def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
@@ -59,16 +59,16 @@ def in_chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, No
 def _chunks(url: str, sql: str, chunksize: int) -> "Generator[pd.DataFrame, None, None]":
     """First yields an empty frame once the database has executed the query."""
     with run_query(url, sql) as (columns, rows):
-        nothing = _frame(columns, [])
+        nothing = of_rows(columns, [])
         yield nothing
         if not (chunk := list(islice(rows, chunksize))):
             yield nothing
         while chunk:
-            yield _frame(columns, chunk)
+            yield of_rows(columns, chunk)
             chunk = list(islice(rows, chunksize))
 
 
-def _frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "pd.DataFrame":
+def of_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "pd.DataFrame":
     import pandas as pd
 
     values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)

@@ -148,3 +148,37 @@ def probabilities(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
         )
     )  # fmt: skip
     return chart
+
+
+def of_answer(frame: pd.DataFrame, x: str, y: str, colour: str | None, kind: str) -> alt.Chart:
+    """A chart of any frame. Its columns get plain names first: Vega would parse dots and brackets in them."""
+    taken = {"x": frame[x], "y": frame[y], **({"c": frame[colour].astype("str")} if colour else {})}
+    shown = pd.DataFrame(taken)
+    for name in ("x", "y"):
+        if isinstance(shown[name].dtype, pd.DatetimeTZDtype):
+            shown[name] = wall_clock(shown[name])
+        elif pd.api.types.is_datetime64_any_dtype(shown[name]):  # days
+            shown[name] = shown[name].dt.tz_localize("UTC")
+    timed = pd.api.types.is_datetime64_any_dtype(shown["x"])
+    counted = pd.api.types.is_numeric_dtype(shown["x"])
+    if timed:
+        zoned = isinstance(frame[x].dtype, pd.DatetimeTZDtype)
+        across = time_axis("x", f"{x} (Japan time)" if zoned else x)
+    elif counted and kind != "Bars":
+        across = alt.X("x:Q", title=x)
+    else:
+        shown["x"] = shown["x"].astype("str")
+        across = alt.X("x:N", title=x, sort=None, axis=alt.Axis(labelLimit=140, labelOverlap=True))
+    vertical = alt.Y("y:Q", title=y, scale=alt.Scale(zero=kind != "Points"))
+    base = alt.Chart(shown, height=HEIGHT)
+    marked = {
+        "Bars": base.mark_bar, "Line": lambda: base.mark_line(point=True), "Points": base.mark_circle,
+    }[kind]()  # fmt: skip
+    beside = [alt.Tooltip("x", title=x), alt.Tooltip("y", title=y)]
+    encoded: dict[str, Any] = {"x": across, "y": vertical, "tooltip": beside}
+    if colour:
+        order = list(dict.fromkeys(shown["c"]))
+        encoded["color"] = label_color(order, "c")
+        encoded["tooltip"].append(alt.Tooltip("c:N", title=colour))
+    chart: alt.Chart = marked.encode(**encoded)
+    return chart

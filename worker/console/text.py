@@ -5,7 +5,7 @@ and in the labels of widgets, so such text is never passed to these.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -67,6 +67,22 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
         for name, value in pairs
     )
     st.html(f'<div style="display:flex;flex-wrap:wrap;gap:.9rem 2.2rem">{cells}</div>')
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], max_height: str = "none") -> None:
+    """A table whose cells wrap, so that long texts can be read on a phone. None is shown as a dash."""
+    cell = f"padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;{WRAPPING}"
+    lines = "".join(
+        "<tr>"
+        + "".join(f'<td dir="auto" style="{cell}">{"–" if v is None else escape(str(v))}</td>' for v in row)
+        + "</tr>"
+        for row in rows
+    )
+    heads = "".join(f'<th style="{cell};{SOFT}">{escape(name)}</th>' for name in head)
+    st.html(
+        f'<div style="overflow:auto;max-height:{max_height}"><table style="border-collapse:collapse;font-size:.9rem">'
+        f"<tr>{heads}</tr>{lines}</table></div>"
+    )
 
 
 def as_csv(frame: "pd.DataFrame") -> bytes:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from worker.exit_codes import POLLER_DIED_EXIT
@@ -93,6 +94,40 @@ def find_heartbeat(folder: Path, kind: str) -> tuple[str, float] | None:
         return None
     age, pid = min(found)
     return pid, age
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A worker's newest heartbeat. `state`: idle, working, waiting, ending or loading a model."""
+
+    kind: str
+    host: str
+    pid: str
+    age_seconds: float
+    state: str
+    waits_for: str | None
+
+    @property
+    def stale(self) -> bool:
+        return self.age_seconds > STALE_SECONDS
+
+
+def read_heartbeats(folder: Path) -> list[Beat]:
+    """The newest heartbeat of every worker that shares the folder, by kind. Deletes those of dead processes."""
+    _remove_dead(folder)
+    found = []
+    for path in sorted(folder.glob("*-*.json")):
+        host, pid = _host_and_pid(path)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the worker ended, or is writing the file
+            beat, age = json.loads(path.read_text()), max(0.0, time.time() - path.stat().st_mtime)
+            waits_for = beat.get("waits_for")
+            found.append(
+                Beat(
+                    path.name.partition("-")[0], host, pid, age, str(beat.get("state")),
+                    None if waits_for is None else str(waits_for),
+                )
+            )  # fmt: skip
+    return found
 
 
 def find_waiting_reason(folder: Path, kind: str, pid: str) -> str | None:
