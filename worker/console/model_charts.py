@@ -1,5 +1,7 @@
 """Charts of the page Models: confusion matrix and reliability diagram."""
 
+from typing import Any
+
 import altair as alt
 import pandas as pd
 
@@ -61,8 +63,9 @@ def reliability(bins: pd.DataFrame, right: str) -> alt.LayerChart:
     dashes = alt.Chart(empty).mark_text(text="–", color=NEUTRAL, fontSize=16, baseline="bottom").encode(
         x=_probability("middle"), y=alt.datum(0), tooltip=[alt.Tooltip("rows:Q", title="count")]
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, intervals, diagonal, dashes, height=340)
-    return chart
+    layered: Any = alt.layer(bars, intervals, diagonal, dashes, height=340)
+    layers: alt.LayerChart = layered
+    return layers
 
 
 def reliability_counts(bins: pd.DataFrame, counted: str) -> alt.LayerChart:
@@ -77,8 +80,9 @@ def reliability_counts(bins: pd.DataFrame, counted: str) -> alt.LayerChart:
     numbers = alt.Chart(shown).mark_text(dy=-7, color=NEUTRAL).encode(
         x=_probability("middle"), y="rows:Q", text=alt.Text("rows:Q", format=",")
     )  # fmt: skip
-    chart: alt.LayerChart = alt.layer(bars, numbers, height=190)
-    return chart
+    layered: Any = alt.layer(bars, numbers, height=190)
+    layers: alt.LayerChart = layered
+    return layers
 
 
 def _probability(column: str) -> alt.X:
