@@ -19,7 +19,7 @@ from worker.intake.submit_job import prepare_base_model
 from worker.settings import Settings
 
 BLOCKED = (
-    *("openvino", "nncf", "unidic_lite", "datasette", "datasette_dashboards", "s3fs", "flower"),
+    *("openvino", "nncf", "unidic_lite", "streamlit", "s3fs", "flower"),
     *("cleanlab", "optuna"),
 )
 BLOCK = f"import sys\nfor name in {BLOCKED!r}:\n    sys.modules[name] = None\n"
@@ -100,10 +100,10 @@ def test_a_tokenizer_that_needs_unidic_lite_is_refused_when_it_is_loaded(
         load_tokenizer(folder)
 
 
-def test_the_dashboard_names_its_extra(lean: Run) -> None:
-    refused = lean("dashboard")
+def test_the_console_names_its_extra(lean: Run) -> None:
+    refused = lean("console")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        "error: the dashboard needs Datasette (import of datasette_dashboards halted; None in sys.modules); "
-        "`pip install 'tweetscore[dashboard]'`"
+        "error: the console needs Streamlit (import of streamlit halted; None in sys.modules); "
+        "`pip install 'tweetscore[console]'`"
     ]

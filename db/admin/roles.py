@@ -54,7 +54,7 @@ def grant_readonly(database: Database, role: str) -> None:
 
 def _grant(database: Database, role: str, *statements: str, settings: dict[str, str] | None = None) -> None:
     if database.engine.dialect.name != "postgresql":
-        raise DatabaseError("SQLite has no roles; `query` and the dashboard open its file read-only without one")
+        raise DatabaseError("SQLite has no roles; `query` and the console open its file read-only without one")
     if not NAME.fullmatch(role):
         raise DatabaseError(f"{shown(role)} is not a valid role name; use small letters, digits and _")
     try:

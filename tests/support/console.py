@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ from db.models import Label
 from db.session import Database
 from tests.support.rows import assign, letter_row, make_version, write
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["negative", "neutral", "positive"]
 HOSTILE = (
     "<img src=x onerror=\"document.title='taken'\"> 映画が良い & 楽しい",
@@ -40,7 +42,7 @@ def fill(database: Database, tweets: int = 400, days: float = 7.0, now: datetime
     scored: list[dict[str, Any]] = []
     for i in range(tweets):
         at = now - timedelta(days=days) * (1 - i / tweets) ** 2 - timedelta(minutes=5)
-        text = HOSTILE[i % 4] if i % 10 == 0 else f"{rng.choice(TEXTS)}。{i}"
+        text = HOSTILE[i // 10 % 4] if i % 10 == 0 else f"{rng.choice(TEXTS)}。{i}"
         rows.append(
             {
                 "tweet_id": f"{1_700_000_000_000_000_000 + i}", "text": text, "author_id": f"{1000 + i % 7}",

@@ -152,7 +152,7 @@ def probabilities(frame: pd.DataFrame, labels: Sequence[str]) -> alt.Chart:
 
 def of_answer(frame: pd.DataFrame, x: str, y: str, colour: str | None, kind: str) -> alt.Chart:
     """A chart of any frame. Its columns get plain names first: Vega would parse dots and brackets in them."""
-    taken = {"x": frame[x], "y": frame[y], **({"c": frame[colour].astype("str")} if colour else {})}
+    taken = {"x": frame[x], "y": frame[y], **({"c": list(map(str, frame[colour]))} if colour else {})}
     shown = pd.DataFrame(taken)
     for name in ("x", "y"):
         if isinstance(shown[name].dtype, pd.DatetimeTZDtype):
@@ -167,7 +167,7 @@ def of_answer(frame: pd.DataFrame, x: str, y: str, colour: str | None, kind: str
     elif counted and kind != "Bars":
         across = alt.X("x:Q", title=x)
     else:
-        shown["x"] = shown["x"].astype("str")
+        shown["x"] = list(map(str, shown["x"]))
         across = alt.X("x:N", title=x, sort=None, axis=alt.Axis(labelLimit=140, labelOverlap=True))
     vertical = alt.Y("y:Q", title=y, scale=alt.Scale(zero=kind != "Points"))
     base = alt.Chart(shown, height=HEIGHT)

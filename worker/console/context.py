@@ -13,7 +13,7 @@ import streamlit as st
 from db import frames
 from db.session import Database
 from worker.connections import open_sql
-from worker.settings import Access, Settings, load_settings
+from worker.settings import Access, Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ class Console:
 
     def database(self) -> Database:
         """The database for writing, shared by all visitors. Raises `DatabaseError`."""
-        return _database(self.settings.sql_url)
+        return _database(self.settings.sql_url, self.settings)
 
 
 @st.cache_data(ttl=FRESH_SECONDS, show_spinner=False, max_entries=500)
@@ -48,5 +48,5 @@ def _frame(url: str, sql: str, parameters: dict[str, Any]) -> "pd.DataFrame":
 
 
 @st.cache_resource(show_spinner=False)
-def _database(url: str) -> Database:
-    return open_sql(load_settings())
+def _database(url: str, _settings: Settings) -> Database:  # the underscore keeps the settings out of the key
+    return open_sql(_settings)

@@ -43,7 +43,7 @@ def serve(settings: Settings, host: str, port: int, proxy: str | None, notify: C
             "and the settings below it, or name with --behind-proxy the address of a proxy that checks the visitors"
         )
     port = _free_port(host, port)
-    options = stream_options(host, port, public) | {"secrets.files": _secrets_files(settings)}
+    options = stream_options(host, port, public) | {"secrets.files": secrets_files(settings)}
     # Streamlit would ask a public web service for this machine's address when a page of another origin connects.
     net_util.get_external_ip = lambda: None
     # The folder `pages` holds modules, not scripts of Streamlit's older kind.
@@ -108,7 +108,7 @@ def _free_port(host: str, port: int) -> int:
         raise BadRequest(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
 
 
-def _secrets_files(settings: Settings) -> list[str]:
+def secrets_files(settings: Settings) -> list[str]:
     """Write the sign-in settings to the file that Streamlit reads them from. Raises `BadSettings` when one is unset."""
     path = settings.run / "console-secrets.toml"
     values = {field: getattr(settings, field) for field in OIDC_FIELDS}

@@ -6,7 +6,7 @@ import streamlit as st
 
 from worker.console import text
 from worker.console.context import Console
-from worker.settings import Settings, load_settings
+from worker.settings import Access, Settings, load_settings
 
 
 def enter() -> Console:
@@ -31,12 +31,7 @@ def leave(console: Console) -> None:
 
 def _admitted(settings: Settings, user: dict[str, object]) -> Console:
     """The console of a visitor whom the provider signed in; refuses those who are not in the list of users."""
-    mail = str(user.get("email") or "").lower()
-    name = mail or str(user.get("sub") or "")
-    if not settings.console_users:
-        return Console(settings, settings.console_access, name)
-    # A provider may let people enter the address of somebody else, and reports it as not verified.
-    access = settings.console_users.get(mail) if user.get("email_verified", True) in (True, "true") else None
+    name, access = admit(settings, user)
     if access is None:
         st.title("tweetscore")
         text.problem(
@@ -46,3 +41,14 @@ def _admitted(settings: Settings, user: dict[str, object]) -> Console:
         st.button("Sign out", on_click=st.logout)
         st.stop()
     return Console(settings, access, name)
+
+
+def admit(settings: Settings, user: dict[str, object]) -> tuple[str, Access | None]:
+    """The visitor's name, and what the visitor may do: None for one who is not in the list of users."""
+    mail = str(user.get("email") or "").lower()
+    name = mail or str(user.get("sub") or "")
+    if not settings.console_users:
+        return name, settings.console_access
+    # A provider may let people enter the address of somebody else, and reports it as not verified.
+    verified = user.get("email_verified", True) in (True, "true")
+    return name, settings.console_users.get(mail) if verified else None

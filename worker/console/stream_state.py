@@ -33,18 +33,18 @@ class StreamState:
 
 
 def read(settings: Settings) -> StreamState:
-    return _read(settings)
+    return _read(settings, stream_url(settings), settings.stream_key, settings.group)
 
 
 @st.cache_data(ttl=FRESH_SECONDS, show_spinner=False)
-def _read(_settings: Settings) -> StreamState:  # the underscore keeps the settings out of the key: there is one set
+def _read(_settings: Settings, url: str, key: str, group: str) -> StreamState:
     if _settings.embedded and embedded_valkey.find(_settings.home) is None:
         reason = embedded_valkey.failure_reason(_settings.home)
         return StreamState(problem=reason or "no server runs here; start `tweetscore up`")
     try:
-        with connect_briefly(stream_url(_settings)) as client:
-            stream = Stream(client, _settings.stream_key, _settings.group)
-            consumers = list_consumers(client, _settings.stream_key, _settings.group)
+        with connect_briefly(url) as client:
+            stream = Stream(client, key, group)
+            consumers = list_consumers(client, key, group)
             return StreamState(stream.depth(), stream.oldest(), tuple(consumers))
     except StreamError as error:
         return StreamState(problem=str(error))

@@ -71,7 +71,9 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], max_height: str = "none") -> None:
     """A table whose cells wrap, so that long texts can be read on a phone. None is shown as a dash."""
-    cell = f"padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;{WRAPPING}"
+    # `anywhere` would let the columns shrink to one letter.
+    wrapping = WRAPPING.replace("anywhere", "break-word")
+    cell = f"padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;{wrapping}"
     lines = "".join(
         "<tr>"
         + "".join(f'<td dir="auto" style="{cell}">{"–" if v is None else escape(str(v))}</td>' for v in row)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from worker.exit_codes import describe_exit
 from worker.settings import Settings, environment_name
@@ -110,10 +111,15 @@ class Supervisor:
 def child_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for a child process, so that settings given in code apply there too."""
     given = settings.model_dump(exclude_none=True, exclude_defaults=True)
-    values = {
-        name: ":".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in given.items()
-    }
-    return {environment_name(name): value for name, value in values.items()}
+    return {environment_name(name): _as_variable(value) for name, value in given.items()}
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ":".join(map(str, value))
+    if isinstance(value, dict):
+        return ",".join(f"{name}={part}" for name, part in value.items())
+    return str(value)
 
 
 def limit_spin_waiting() -> None:

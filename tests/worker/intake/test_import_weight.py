@@ -13,11 +13,11 @@ from typer.main import get_command
 from worker.cli.main import PANELS, app
 
 COMMAND = {
-    "torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "datasette",
+    "torch", "transformers", "celery", "numpy", "pandas", "scipy", "sklearn", "psycopg", "alembic", "streamlit",
     "sqlalchemy", "pydantic_settings", "redis", "valkey", "fsspec", "optuna",
 }  # fmt: skip
 SCORER = {
-    "pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "openvino", "nncf", "alembic", "datasette", "botocore",
+    "pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "openvino", "nncf", "alembic", "streamlit", "botocore",
     "optuna",
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from db.models import Base
 from db.readonly import STATEMENT_TIMEOUT_MS, run_query
 from db.schema_page import EXAMPLES
 from db.views import VIEWS, sql_type
-from worker.console import charts, text
+from worker.console import charts, queries, text
 from worker.console.context import Console
 from worker.console.queries import JAPAN
 
@@ -39,6 +39,8 @@ def render(console: Console) -> None:
     if refusal := why_not(console):
         text.warning(refusal)
         return
+    if queries.champion(console) is None:
+        text.hint("The tables are empty so far. Run `tweetscore demo`, or `tweetscore train` and `tweetscore push`.")
     left, right = st.columns((3, 2), gap="large")
     with left:
         _box(console)
@@ -193,7 +195,7 @@ def _chart(frame: pd.DataFrame) -> None:
 
 def suggest(frame: pd.DataFrame) -> tuple[str, str | None, str | None, str]:
     """Columns for x, y and colour, and the kind: a line over times, points of two numbers, or else bars."""
-    names = list(frame.columns)
+    names = [name for name in frame.columns if frame[name].notna().any()] or list(frame.columns)
     times = [name for name in names if pd.api.types.is_datetime64_any_dtype(frame[name])]
     numbers = [
         name for name in names

@@ -177,7 +177,7 @@ def act(console: Console, what: str, ids: list[str] | None) -> int:
 
 def _machine(console: Console) -> None:
     st.subheader("Disk and database")
-    disk, schema = system_state.disk(console), system_state.schema(console)
+    schema, disk = system_state.schema(console), system_state.disk(console)
     text.facts(
         [
             ("Free on the disk of the home", f"{system_state.size(disk.free)} of {system_state.size(disk.total)}"),
