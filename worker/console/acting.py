@@ -7,7 +7,7 @@ import streamlit as st
 
 from db.errors import TweetscoreError
 from worker.console import text
-from worker.console.context import Console
+from worker.console.context import Console, forget
 from worker.errors import BadRequest
 from worker.settings import Access
 
@@ -38,6 +38,7 @@ def telling() -> Iterator[None]:
     """Turn an error that names a remedy into a sentence on the page, the same as on the command line."""
     try:
         yield
+        forget()
     except TweetscoreError as error:
         tell(str(error), done=False)
 

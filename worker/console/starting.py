@@ -13,7 +13,7 @@ from db import jobs
 from db.models import utc_now
 from training.config import LOSSES, PRESETS
 from worker.console import acting, job_queries, text
-from worker.console.context import Console
+from worker.console.context import Console, forget
 from worker.console.queries import JAPAN
 from worker.errors import BadRequest
 from worker.intake.job_progress import nudge_worker
@@ -95,6 +95,7 @@ def start(console: Console, given: Given) -> int:
                 since=given.since, topic=given.topic, **given.options,
             )  # fmt: skip
             job, notes = queued.job, queued.notes
+    forget()
     acting.tell(f"Job {job.id} is queued{nudge_worker(console.settings)}.")
     for note in [*notes, *(job.data_report or {}).get("notes", ())]:
         acting.tell(f"Note: {note}.")

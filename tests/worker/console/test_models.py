@@ -26,9 +26,9 @@ from training.errors import BadArtifact
 from training.store.paths import file_sha256
 from training.store.sealed_folder import new_sealed_folder, read_sums
 from worker.connections import model_store
-from worker.console import card, comparing, model_queries, promoting
+from worker.console import acting, card, comparing, model_queries, promoting
 from worker.console.pages.models import SECTIONS
-from worker.settings import load_settings
+from worker.settings import Access, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def two(database: Database) -> tuple[int, int]:
 def aliases(database: Database) -> list[tuple[str, int]]:
     with database.read() as session:
         rows = session.execute(select(ModelAlias.alias, ModelAlias.model_version_id).order_by(ModelAlias.id))
-        return [tuple(row) for row in rows]
+        return [(alias, version) for alias, version in rows]
 
 
 def test_every_section_of_a_model_is_drawn(
@@ -89,7 +89,7 @@ def test_without_a_model_the_page_names_the_next_step(sqlite: Database, monkeypa
 def test_a_model_without_test_figures_has_every_section(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     make_version(sqlite)
     app = draw("models", monkeypatch, sqlite)
-    assert "`tweetscore models evaluate 1 labelled.csv`" in html(app)
+    assert "<code>tweetscore models evaluate 1 labelled.csv</code>" in html(app)
     for section in SECTIONS:
         app.session_state["models_section"] = section
         assert not app.run().exception, section
@@ -147,7 +147,7 @@ def test_a_worse_model_is_promoted_by_force_alone_and_rolled_back(
     good, bad = two
     console = console_of(database)
     told: list[str] = []
-    monkeypatch.setattr(promoting.acting, "tell", lambda sentence, done=True: told.append(sentence))
+    monkeypatch.setattr(acting, "tell", lambda sentence, done=True: told.append(sentence))
     promoting.promote(console, bad, "champion", force=False)
     assert aliases(database) == [("champion", good)]
     promoting.promote(console, bad, "champion", force=True)
@@ -161,13 +161,15 @@ def test_a_worse_model_is_promoted_by_force_alone_and_rolled_back(
 
 
 @pytest.mark.parametrize("access", ["look", "label"])
-def test_who_may_not_operate_promotes_nothing(access: str, sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_not_operate_promotes_nothing(
+    access: Access, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = add_tested_version(sqlite, 30)
     app = draw("models", monkeypatch, sqlite, access)
     assert not app.exception
     assert not any("champion" in label or "challenger" in label for label in buttons(app))
     told: list[str] = []
-    monkeypatch.setattr(promoting.acting, "tell", lambda sentence, done=True: told.append(sentence))
+    monkeypatch.setattr(acting, "tell", lambda sentence, done=True: told.append(sentence))
     promoting.promote(console_of(sqlite, access), version, "champion", force=True)
     promoting.roll_back(console_of(sqlite, access), "champion")
     assert [f"your access is {access!r}" in sentence for sentence in told] == [True, True]

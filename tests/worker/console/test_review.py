@@ -42,12 +42,12 @@ def scored(database: Database, tweets: int = 8) -> list[str]:
 def labels_in(database: Database) -> list[tuple[str, str, str]]:
     with database.read() as session:
         rows = session.execute(select(Label.annotator, Label.label, Label.source).order_by(Label.id))
-        return [tuple(row) for row in rows]
+        return [(annotator, label, source) for annotator, label, source in rows]
 
 
 def shown_tweet(app: AppTest) -> str:
     """The id that the keys of the buttons name."""
-    return next(button.key.split()[0] for button in app.button if button.label == "Skip")
+    return next(str(button.key).split()[0] for button in app.button if button.label == "Skip")
 
 
 def test_tweets_are_picked_labelled_skipped_and_undone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
