@@ -33,8 +33,10 @@ def browser() -> Iterator[Browser]:
         opened = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
         )
+        expect.set_options(timeout=PATIENCE_MS)
         yield opened
         opened.close()
+        expect.set_options(timeout=5_000)
 
 
 class Visitor:

@@ -140,8 +140,12 @@ def _nothing_open(console: Console, annotator: str, progress: "Progress") -> Non
             "No tweet is picked yet. Pick some: a part at random, for figures of quality, the others to learn from."
         )
     with st.container(horizontal=True):
-        st.button(f"Pick {PICKED_AT_ONCE} more", type="primary", on_click=_pick, args=(console,))
+        wanted = st.button(f"Pick {PICKED_AT_ONCE} more", type="primary")
         st.button("Undo", shortcut=UNDO_KEY, on_click=_undo, args=(console, annotator))
+    if wanted:
+        with st.spinner("Picking tweets"):  # clusters them, which takes seconds
+            _pick(console)
+        st.rerun()
 
 
 def _figures(progress: "Progress", rate: float | None) -> None:
