@@ -23,7 +23,7 @@ LAYERS = [
     "worker.console", "worker.cli",
     "worker",
 ]  # fmt: skip
-LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FOLDER = 400, 60, 16
+LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FOLDER = 400, 60, 20
 
 
 def sources() -> dict[str, Path]:

@@ -20,7 +20,7 @@ def submit_training(
     """Queue a fine-tuning job and nudge a training worker. Returns the job's id.
 
     With `from_labels` it trains on the stored tweets that people labelled, besides the rows of `dataset` if there is
-    one; `since` (an aware datetime) and `topic` select tweets. `options` are fields of `training.config.TrainConfig`.
+    one; `since` (a datetime) and `topic` select tweets. `options` are fields of `training.config.TrainConfig`.
     The nudge is optional: without a broker the job waits in SQL for the next worker. Raises `TweetscoreError` when the
     job cannot succeed.
     """

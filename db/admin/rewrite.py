@@ -18,8 +18,8 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from db.errors import DatabaseError
 from db.session import Database
 
-# Tables with text of tweets or predictions about them.
-TABLES = ("tweets", "predictions", "dead_letters")
+# Tables with text of tweets, or with predictions or labels of them.
+TABLES = ("tweets", "predictions", "dead_letters", "labels", "review_tweets", "review_asks")
 # Time for retries of what is in use. One try waits only briefly for a lock, since other transactions queue behind it.
 PATIENCE_SECONDS = 60.0
 LOCK_MS = 2_000

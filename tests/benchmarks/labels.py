@@ -32,7 +32,7 @@ from training.data.dataset import Dataset, Rows, Split, read_rows, split_rows
 from training.evaluation.calibration import calibration_error, fit_temperature
 from training.evaluation.decisions import Floats, to_probabilities
 from training.evaluation.metrics import metrics
-from training.evaluation.to_label import pick_to_label
+from training.evaluation.to_label import parts, pick_to_label, spread_over
 from training.jobs.run import Prepared, prepare
 from training.loop.checkpoints import Checkpoints
 from training.loop.fit import Hooks, fit
@@ -44,6 +44,7 @@ from training.store.cache import Cache
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder
 from worker.cli.options import pairs
+from worker.labelling.review import RANDOM_SHARE
 
 LABELLED = ROOT.parent / "shared" / "data" / "tweets-2011-labelled.csv"
 LABELS = ["negative", "neutral", "positive"]
@@ -112,8 +113,32 @@ class Bench:
         """As `default`, but the product chooses what to label, from the probabilities of the model without labels."""
         if count in (0, len(self.pool)):
             return self.default(count, seed)
-        probabilities = to_probabilities(torch.from_numpy(self._ours([], seed)[1]), "single_label").numpy()
-        return self._ours(pick_to_label(self.pool.texts, probabilities, count, seed), seed)[0]
+        return self._ours(pick_to_label(self.pool.texts, self._unlearned(seed), count, seed), seed)[0]
+
+    def review(self, count: int, seed: int) -> Floats:
+        """As `chosen`, but as `tweetscore review` picks without a challenger; the tweets have no topics."""
+        if count in (0, len(self.pool)):
+            return self.default(count, seed)
+        return self._ours(self.review_picks(count, seed), seed)[0]
+
+    def review_picks(self, count: int, seed: int) -> list[int]:
+        """Rows of the pool: a random half, then a spread over the rest, then the least certain of what is left."""
+        wanted, probabilities = parts(count, RANDOM_SHARE, ["uncertain", "spread"]), self._unlearned(seed)
+        picked = self.draw(wanted["random"], seed)
+        for reason in ("spread", "uncertain"):
+            rest = [i for i in range(len(self.pool)) if i not in picked]
+            texts = [self.pool.texts[i] for i in rest]
+            if reason == "spread":
+                found = spread_over(texts, [None] * len(rest), wanted[reason], seed)
+            else:
+                found = pick_to_label(texts, probabilities[rest], wanted[reason], seed)
+            picked = [*picked, *(rest[i] for i in found)]
+        return picked
+
+    def _unlearned(self, seed: int) -> Floats:
+        """Probabilities (N, K) of the pool by the model without own labels."""
+        probabilities: Floats = to_probabilities(torch.from_numpy(self._ours([], seed)[1]), "single_label").numpy()
+        return probabilities
 
     def _ours(self, own: Sequence[int], seed: int) -> tuple[Floats, Floats]:
         """Logits of the test tweets and of the pool."""
@@ -188,6 +213,7 @@ class Bench:
 WAYS = {
     "default": "tweetscore, labels drawn at random",
     "chosen": "tweetscore, labels chosen by it",
+    "review": "tweetscore, labels picked by review",
     "trainer": "Hugging Face Trainer",
     "tfidf": "TF-IDF and logistic regression",
     "setfit": "SetFit, own labels alone",

@@ -28,12 +28,15 @@ def test_every_way_is_measured(tiny_encoder: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(labels, "POOL_ROWS", 60)
     monkeypatch.setattr(sample, "LABELLED", rows(tmp_path / "sample.csv", 60, start=1_000))
     bench = Bench(BaseModelFolder("tiny", tiny_encoder), {"epochs": 1}, tmp_path, rows(tmp_path / "real.csv", 90))
-    points = measure(bench, ["default", "chosen", "tfidf", "trainer"], [0, 40], [1])
+    points = measure(bench, ["default", "chosen", "review", "tfidf", "trainer"], [0, 40], [1])
     assert [(point.way, point.labels) for point in points] == [
-        (way, count) for way in ("default", "chosen", "tfidf", "trainer") for count in (0, 40)
+        (way, count) for way in ("default", "chosen", "review", "tfidf", "trainer") for count in (0, 40)
     ]
     assert all(0 <= value <= 1 for point in points for value in point.values)
-    assert points[5].mean == 1.0  # TF-IDF reads the words
+    picked = bench.review_picks(40, 1)
+    assert len(set(picked)) == 40
+    assert picked[:20] == bench.draw(20, 1)
+    assert points[7].mean == 1.0  # TF-IDF reads the words
     assert 0 <= bench.scaled_error(1) <= 1
     draw(points, tmp_path / "labels.png", "tiny")
     assert (tmp_path / "labels.png").stat().st_size > 10_000

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, labels, models, output, quality, tweets
+from worker.cli import data, db, dead_letters, jobs, labels, models, output, quality, review, tweets
 from worker.cli.output import Json
 from worker.cli.training import adapt, distil, train, tune
 from worker.cli.training.submitted import owned_broker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The groups of `tweetscore --help`, and the order of the commands in them.
 PANELS = {
     "Run": ("demo", "up", "worker"),
-    "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "tensorboard"),
+    "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "review", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "quality", "export", "console"),
     "Operate": ("doctor", "health", "db", "delete"),
@@ -59,6 +59,7 @@ app.add_typer(dead_letters.app, name="dead")
 app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
 app.add_typer(labels.app, name="label")
+app.add_typer(review.app, name="review")
 TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
 TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, quality.quality)
 for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS):

@@ -5,9 +5,8 @@ Half of the picks are random: figures of quality count these alone, since the ot
 A draw includes tweets that were picked for another reason or labelled before. They count as random from then on, with
 the label that they have: a sample without them would lack the tweets that the model is least certain of. Every draw has
 a fixed size, so the other reasons replace what it drew of known tweets. Its tweets get places in random order among all
-picks of that time, and questions are asked in that order. Until all are answered, a fair sample is the random picks up
-to the last place that was answered: the labels of known tweets at later places are there already, those of new ones are
-not.
+picks of that time, and questions are asked in that order. So the random picks before the first one without an answer
+are a uniform sample too. At later places only the known tweets have a label yet.
 """
 
 import random
@@ -82,7 +81,8 @@ def fill(
 ) -> Counter[str]:
     """Pick up to `count` more tweets and return the number of new questions by reason.
 
-    The seed is that of order, second readers and clusters; the database draws the random tweets. Raises `NotFound`
+    The seed is that of order, second readers and clusters; the database draws the random tweets. A draw may be of known
+    tweets, which are no new questions. Raises `NotFound`
     without a champion or without its predictions, and `BadRequest` for numbers out of range and for a champion that
     predicts a number.
     """

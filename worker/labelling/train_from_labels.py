@@ -5,7 +5,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,12 @@ def submit_from_labels(
     """Enqueue a job on the tweets that people labelled, and on the rows of `dataset`.
 
     A tweet has the label that most annotators gave it. What a model proposed is not used. A row of the file whose text
-    people gave another label is left out. `since` is the time a tweet was written, or else received.
-    Raises what `submit_training` raises, and `BadDataset` when no such tweet is labelled.
+    people gave another label is left out. `since` is the time a tweet was written, or else received; one
+    without a zone is in UTC. Raises what `submit_training` raises, and `BadDataset` when no such tweet is labelled.
     """
     config = job_config(settings, preset, options)
+    if since is not None and since.tzinfo is None:
+        since = since.replace(tzinfo=UTC)
     with database.read() as session:
         stored = labels.labelled(session, since, topic)
     if not stored:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.evaluation.to_label import CANDIDATES, pick_to_label
+from training.evaluation.to_label import CANDIDATES, parts, pick_to_label, spread_over
 
 TOPICS = (
     "電車が止まって駅で待っています",
@@ -37,3 +37,20 @@ def test_exactly_as_many_as_wanted_each_once(count: int) -> None:
 
 def test_few_texts_are_all_picked() -> None:
     assert pick_to_label(["一", "二"], probabilities_of([0.5, 0.1]), 5) == [1, 0]
+
+
+def test_a_spread_covers_the_groups_evenly_and_within_them_every_kind_of_text() -> None:
+    texts = [f"{TOPICS[i % 2]}{'！' * (i % 5)}" for i in range(60)] + [f"{topic}。" for topic in TOPICS[2:]]
+    groups = ["大"] * 60 + ["小", None]
+    picked = spread_over(texts, groups, 6, seed=1)
+    assert len(set(picked)) == 6
+    assert {60, 61} <= set(picked)  # groups of one text
+    assert {index % 2 for index in picked if index < 60} == {0, 1}
+    assert len(set(spread_over(["同じ"] * 20, [None] * 20, 5))) == 5
+    assert spread_over(texts[:3], groups[:3], 5) == [0, 1, 2]
+
+
+def test_the_random_share_is_taken_first_and_the_rest_divided_evenly() -> None:
+    assert parts(100, 0.5, ["uncertain", "spread"]) == {"random": 50, "uncertain": 25, "spread": 25}
+    assert parts(10, 0.25, ["a", "b", "c"]) == {"random": 2, "a": 3, "b": 3, "c": 2}
+    assert parts(3, 1, ["a", "b"]) == {"random": 3, "a": 0, "b": 0}
