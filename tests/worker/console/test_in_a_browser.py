@@ -120,9 +120,9 @@ def test_every_key_of_review_does_what_it_says(world: World, visitor: Visitor) -
     name_again.click()
     now = page.evaluate(PLACE)
     name.press_sequentially("3s")
-    expect(name).to_have_value("us1233s")
+    expect(name).to_have_value("3sus123")
     assert (page.evaluate(PLACE), len(labels_in(world.database))) == (now, 3)
-    assert page.title() == "Review"
+    assert page.title() == "tweetscore"
     visitor.alone()
 
 
