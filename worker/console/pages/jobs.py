@@ -54,7 +54,7 @@ def _changing(console: Console) -> None:
 
 def row(job: TrainingJob, models: dict[int, int]) -> dict[str, Any]:
     return {
-        "job": job.id, "kind": job.kind, "state": state_of(job), "model": models.get(job.id),
+        "job": job.id, "kind": job.kind, "state": state_of(job), "model": str(models.get(job.id, "")),
         "steps": f"{job.step:,} of {job.total_steps:,}" if job.total_steps else "", "loss": job.loss,
         "submitted (Japan time)": job.submitted_at, "error": job.error or "",
     }  # fmt: skip
