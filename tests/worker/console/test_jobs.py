@@ -17,8 +17,9 @@ from tests.support.console_pages import add_tested_version, buttons, console_of,
 from tests.support.job_rows import epoch_metric, submit
 from tests.support.rows import tweet_row, url_of, write
 from training.reporting.tensorboard import TensorBoardWriter
-from worker.console import acting, job_queries, starting
-from worker.console.starting import BOTH, FILE, LABELS, Given, file_name
+from worker.console import acting
+from worker.console.job import job_queries, starting
+from worker.console.job.starting import BOTH, FILE, LABELS, Given, file_name
 from worker.errors import BadRequest
 from worker.settings import Access
 

@@ -26,7 +26,8 @@ from training.errors import BadArtifact
 from training.store.paths import file_sha256
 from training.store.sealed_folder import new_sealed_folder, read_sums
 from worker.connections import model_store
-from worker.console import acting, card, comparing, model_queries, promoting
+from worker.console import acting
+from worker.console.model import card, comparing, model_queries, promoting
 from worker.console.pages.models import SECTIONS
 from worker.settings import Access, load_settings
 

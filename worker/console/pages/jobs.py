@@ -6,8 +6,9 @@ import streamlit as st
 
 from db.models import FINISHED_STATES, TrainingJob
 from training.evaluation.epoch import quality_names
-from worker.console import acting, job_charts, job_queries, progress_bar, starting, text
+from worker.console import acting, progress_bar, text
 from worker.console.context import Console
+from worker.console.job import job_charts, job_queries, starting
 from worker.console.queries import JAPAN
 from worker.intake.job_progress import pace, task_of
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from db.registry import ALIASES
-from worker.console import acting, card, comparing, model_charts, model_queries, promoting, text
+from worker.console import acting, text
 from worker.console.context import Console
-from worker.console.model_queries import CONTINUOUS, MULTI_LABEL, Model
+from worker.console.model import card, comparing, model_charts, model_queries, promoting
+from worker.console.model.model_queries import CONTINUOUS, MULTI_LABEL, Model
 from worker.console.queries import JAPAN
 
 if TYPE_CHECKING:

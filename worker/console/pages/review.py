@@ -13,7 +13,7 @@ import streamlit as st
 from training.data.columns import MULTI_LABEL_SEPARATOR
 from worker.console import acting, progress_bar, text
 from worker.console.context import Console
-from worker.console.model_queries import champion_task
+from worker.console.model.model_queries import champion_task
 from worker.console.queries import JAPAN
 from worker.console.review_keys import SKIP_KEY, UNDO_KEY, button_text, keys_of, labels_a_minute
 from worker.errors import BadRequest

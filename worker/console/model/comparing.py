@@ -6,9 +6,10 @@ import streamlit as st
 
 from db import registry
 from training.data.columns import VALUE
-from worker.console import acting, model_queries, text
+from worker.console import acting, text
 from worker.console.context import Console
-from worker.console.model_queries import Model
+from worker.console.model import model_queries
+from worker.console.model.model_queries import Model
 
 if TYPE_CHECKING:
     from worker.quality.comparison import LiveComparison

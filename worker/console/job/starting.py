@@ -12,8 +12,9 @@ import streamlit as st
 from db import jobs
 from db.models import utc_now
 from training.config import LOSSES, PRESETS
-from worker.console import acting, job_queries, text
+from worker.console import acting, text
 from worker.console.context import Console, forget
+from worker.console.job import job_queries
 from worker.console.queries import JAPAN
 from worker.errors import BadRequest
 from worker.intake.job_progress import nudge_worker

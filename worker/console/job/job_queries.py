@@ -8,7 +8,7 @@ import streamlit as st
 
 from db.models import TrainingJob
 from worker.console.context import Console
-from worker.console.model_queries import records
+from worker.console.model.model_queries import records
 
 if TYPE_CHECKING:
     import pandas as pd
