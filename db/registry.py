@@ -100,20 +100,25 @@ def rollback(session: Session, alias: str) -> tuple[int, int]:
 
     Raises `NotFound` when there is no previous version that still exists.
     """
-    now = assigned(session, alias)
-    before = session.scalar(
-        select(ModelAlias.model_version_id)
-        .join(ModelVersion)
-        .where(ModelAlias.alias == alias, ModelAlias.model_version_id != now, ModelVersion.deleted_at.is_(None))
-        .order_by(ModelAlias.id.desc())
-        .limit(1)
-    )
+    now, before = assigned(session, alias), previous(session, alias)
     if now is None or before is None:
         raise NotFound(
             f"no other model was the {alias} before; set one with `tweetscore models promote ID --alias {alias}`"
         )
     assign(session, alias, before)
     return now, before
+
+
+def previous(session: Session, alias: str) -> int | None:
+    """The version that `rollback` returns an alias to; None without one that still exists."""
+    now = assigned(session, alias)
+    return session.scalar(
+        select(ModelAlias.model_version_id)
+        .join(ModelVersion)
+        .where(ModelAlias.alias == alias, ModelAlias.model_version_id != now, ModelVersion.deleted_at.is_(None))
+        .order_by(ModelAlias.id.desc())
+        .limit(1)
+    )
 
 
 def history(session: Session) -> list[ModelAlias]:

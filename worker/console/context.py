@@ -42,6 +42,11 @@ class Console:
         return _database(self.settings.sql_url, self.settings)
 
 
+def forget() -> None:
+    """Drop the answers that are shown again, because something was written."""
+    _frame.clear()
+
+
 @st.cache_data(ttl=FRESH_SECONDS, show_spinner=False, max_entries=500)
 def _frame(url: str, sql: str, parameters: dict[str, Any]) -> "pd.DataFrame":
     return frames.whole(url, sql, parameters)

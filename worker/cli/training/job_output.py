@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from worker.cli import output
+from worker.intake.job_progress import pace, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,34 +60,6 @@ def follow(database: "Database", job_id: int, watch: Callable[[], None] = lambda
                 return job
             watch()
             time.sleep(POLL_SECONDS)
-
-
-def pace(job: "TrainingJob") -> str:
-    """Return loss, samples per second and time left, as far as they are known."""
-    parts = [] if job.loss is None else [f"loss {job.loss:.3f}"]
-    if job.state == "running" and job.samples_per_second and job.total_steps and job.data_report:
-        parts.append(f"{job.samples_per_second:.0f} samples/s")
-        left = _rows_to_train(job) * (1 - job.step / job.total_steps)
-        parts.append(f"{timedelta(seconds=round(left / job.samples_per_second))} left")
-    return ", ".join(parts)
-
-
-def task_of(job: "TrainingJob") -> str:
-    task: str = job.config.get("task", "single_label")
-    return task
-
-
-def _rows_to_train(job: "TrainingJob") -> float:
-    """Return the rows that a job trains on in all, each counted as often as it is used."""
-    report = job.data_report or {}
-    learned: float = report.get("sample_row_passes", 0)
-    if passes := report.get("row_passes"):
-        return learned + float(passes)
-    sizes, folds = report["sizes"], job.config.get("folds")
-    rows: float = sizes["train"]
-    if folds:  # each row is used in all folds but one, there too for training or for validation
-        rows += (folds - 1) * sum(sizes.values()) * sizes["train"] / (sizes["train"] + sizes["valid"])
-    return learned + rows * int(report.get("epochs", job.config["epochs"]))
 
 
 def epoch_line(epoch: "EpochMetric", task: str) -> str:

@@ -8,6 +8,7 @@ from db.errors import public_url
 from worker.cli import output
 from worker.cli.jobs import follow_job, report_job
 from worker.cli.training import job_output
+from worker.intake.job_progress import nudge_worker
 
 if TYPE_CHECKING:
     from db.models import TrainingJob
@@ -33,16 +34,6 @@ def submitted(settings: "Settings", database: "Database", job: "TrainingJob", wa
         nudge(make_app(settings), TRAINING)
         job = follow_job(database, job.id, json, lambda: None)
     report_job(database, job, json)
-
-
-def nudge_worker(settings: "Settings") -> str:
-    """Nudge a training worker. Returns a hint when none can be reached."""
-    from worker.app import TRAINING, make_app, nudge
-    from worker.stream import embedded_valkey
-
-    no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
-    nudged = not no_server and nudge(make_app(settings), TRAINING)
-    return "" if nudged else "; it waits for a worker: `tweetscore up`"
 
 
 @contextmanager

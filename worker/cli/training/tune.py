@@ -8,7 +8,7 @@ import typer
 
 from worker.cli import output
 from worker.cli.output import Json
-from worker.cli.training.submitted import nudge_worker
+from worker.intake.job_progress import nudge_worker
 
 if TYPE_CHECKING:
     from training.tuning.study import TrialResult
