@@ -71,7 +71,7 @@ print(*sys.modules)"""
         "worker.cli.training.adapt", "worker.cli.training.distil",
         "worker.cli.training.job_output", "worker.cli.training.submitted", "worker.cli.training.train",
         "worker.cli.training.tune",
-        "worker.errors", "worker.scoring",
+        "worker.errors", "worker.intake", "worker.intake.job_progress", "worker.scoring",
         "worker.scoring.engine_choice",
     }  # fmt: skip
 
