@@ -116,6 +116,13 @@ class Settings(BaseSettings):
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="another worker claims a record that its worker has not renewed for this long"
     )
+    shadow_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the tweets that the challenger scores too, after the champion; dropped while more tweets "
+        "wait than a window holds",
+    )
     linger_seconds: float = Field(10, ge=0, le=3600, description="an idle scoring task ends after this long")
     watch_seconds: float = Field(1, gt=0, le=3600, description="interval at which an idle worker polls for work")
     high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
