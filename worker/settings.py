@@ -174,6 +174,16 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is served on")
 
+    webhook_url: str | None = Field(
+        None,
+        description="address (http or https) that events are sent to: jobs ended, champions changed, drift, dead "
+        "letters; unset: none",
+    )
+    webhook_secret: str | None = Field(
+        None, repr=False, description="secret that signs the events, which the receiver knows too"
+    )
+    webhook_secret_file: Path | None = Field(None, description="file with that secret")
+
     failpoints: str = Field(
         "", description="points in the code at which a worker dies, sleeps or fails, for tests of faults"
     )
@@ -210,6 +220,15 @@ class Settings(BaseSettings):
                 connect(value).close()
             except StreamError as error:
                 raise ValueError(str(error)) from error
+        return value or None
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _webhook_scheme(cls, value: str | None) -> str | None:
+        if value:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+                raise ValueError("it must begin with http:// or https:// and name a host, without a user")
         return value or None
 
     @field_validator("database_url", "reader_url")
@@ -301,27 +320,40 @@ def load_settings(**overrides: Any) -> Settings:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
-    return settings.model_copy(update={f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD})
+    secret = settings.webhook_secret or _read_secret(settings, "webhook_secret_file")
+    if settings.webhook_url and not secret:
+        raise BadSettings(
+            "TWEETSCORE_WEBHOOK_URL is set without a secret; set TWEETSCORE_WEBHOOK_SECRET or "
+            "TWEETSCORE_WEBHOOK_SECRET_FILE too"
+        )
+    passwords = {f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD}
+    return settings.model_copy(update={**passwords, "webhook_secret": secret})
 
 
 def _with_password(settings: Settings, name: str) -> str | None:
     """Add the password from its file to a URL that has none."""
     url: str | None = getattr(settings, f"{name}_url")
-    file: Path | None = getattr(settings, f"{name}_password_file")
-    if url is None or file is None:
+    password = None if url is None else _read_secret(settings, f"{name}_password_file")
+    if url is None or password is None:
         return url
-    try:
-        password = file.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        name_of_file = environment_name(f"{name}_password_file")
-        raise BadSettings(
-            f"{name_of_file} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
-        ) from error
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     if ":" in user or not at:
         return url
     return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
+def _read_secret(settings: Settings, field: str) -> str | None:
+    """The content of the file that a field names; None when it names none."""
+    file: Path | None = getattr(settings, field)
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise BadSettings(
+            f"{environment_name(field)} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
+        ) from error
 
 
 def environment_name(field: str) -> str:

@@ -28,6 +28,7 @@ GROUPS = {
     "retention_days": "Retention",
     "stall_seconds": "Workers and jobs",
     "metrics_port": "Metrics",
+    "webhook_url": "Webhook",
     "failpoints": "Fault rehearsal",
 }
 INTRODUCTION = f"""\

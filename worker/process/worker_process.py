@@ -28,6 +28,8 @@ from worker.maintenance.maintenance_thread import (
     scoring_maintenance,
     training_maintenance,
 )
+from worker.maintenance.webhook import receiver_from
+from worker.maintenance.webhook_events import WebhookWatch
 from worker.process.heartbeat import Heartbeat
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.process.schema_gate import DatabaseGate
@@ -79,6 +81,10 @@ class WorkerProcess:
     def start(self) -> None:
         self._poller.start()
         MaintenanceThread(self.maintenance_tasks(), self.stopping, self.gate.is_open).start()
+        if (receiver := receiver_from(self.settings)) is not None:
+            # A thread of its own: deleting old rows may take hours.
+            watch = WebhookWatch(self.database, self.settings.run, receiver, self.stopping, self.gate.is_open)
+            MaintenanceThread([watch.run], self.stopping, self.gate.is_open).start()
         self._heartbeat.start()
         self._grace_timer.start()
 
