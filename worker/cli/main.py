@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, models, output, tweets, webhook
+from worker.cli import data, db, dead_letters, jobs, models, output, top, tweets, webhook
 from worker.cli.output import Json
 from worker.cli.training import adapt, distil, tune
 from worker.cli.training.submitted import owned_broker, submitted
@@ -30,7 +30,7 @@ PANELS = {
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "export", "dashboard"),
-    "Operate": ("doctor", "health", "webhook", "db", "delete"),
+    "Operate": ("top", "doctor", "health", "webhook", "db", "delete"),
 }
 
 
@@ -60,7 +60,7 @@ app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
 app.add_typer(webhook.app, name="webhook")
 TRAINING_COMMANDS = (adapt.adapt, distil.distil, tune.tune)
-for command in (*TRAINING_COMMANDS, tweets.push, tweets.score, tweets.rescore, data.export, data.delete):
+for command in (*TRAINING_COMMANDS, tweets.push, tweets.score, tweets.rescore, data.export, data.delete, top.top):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

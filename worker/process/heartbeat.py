@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from worker.exit_codes import POLLER_DIED_EXIT
@@ -93,6 +94,37 @@ def find_heartbeat(folder: Path, kind: str) -> tuple[str, float] | None:
         return None
     age, pid = min(found)
     return pid, age
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of life of a worker that shares this home."""
+
+    kind: str
+    host: str
+    pid: str
+    state: str
+    waits_for: str | None
+    age_seconds: float
+
+    @property
+    def stale(self) -> bool:
+        return self.age_seconds > STALE_SECONDS
+
+
+def read_heartbeats(folder: Path) -> list[Beat]:
+    """Return the last heartbeats, without those of this host's dead processes. Deletes nothing."""
+    found = []
+    for path in sorted(folder.glob("*-*.json")):
+        host, pid = _host_and_pid(path)
+        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the worker ended, or is writing the file
+            beat, age = json.loads(path.read_text()), max(0.0, time.time() - path.stat().st_mtime)
+            waits_for = beat.get("waits_for")
+            kind = path.stem.partition("-")[0]
+            found.append(Beat(kind, host, pid, str(beat.get("state")), waits_for and str(waits_for), age))
+    return found
 
 
 def find_waiting_reason(folder: Path, kind: str, pid: str) -> str | None:

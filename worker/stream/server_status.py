@@ -11,6 +11,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
+from worker.stream.redis_client import converted
+
 TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.01
 LONGEST_POLL_SECONDS = 0.25
@@ -30,6 +32,32 @@ class Loading:
         percent = "" if self.percent is None else f", {self.percent:.0f} %"
         left = "" if self.seconds_left is None or self.seconds_left < 0 else f", about {self.seconds_left} s left"
         return f"loading{percent}{left}"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A member of a consumer group, the records that it holds, and the seconds since it last asked for any."""
+
+    name: str
+    pending: int
+    idle_seconds: float
+
+
+def consumers(client: "redis.Redis", key: str, group: str) -> list[Consumer]:
+    """The consumers of a group, those that hold records first; none when the stream or the group does not exist."""
+    with converted():
+        try:
+            found: Any = client.xinfo_consumers(key, group)
+        except redis.ResponseError as error:
+            if "no such key" not in str(error) and "NOGROUP" not in str(error):
+                raise
+            return []
+    members = [Consumer(_name(row["name"]), int(row["pending"]), int(row["idle"]) / 1000) for row in found]
+    return sorted(members, key=lambda member: (-member.pending, member.idle_seconds))
+
+
+def _name(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def connect_socket(socket: Path, timeout: float = TIMEOUT_SECONDS) -> "redis.Redis":

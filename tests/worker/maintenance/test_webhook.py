@@ -259,7 +259,7 @@ def test_one_worker_at_a_time_looks_and_another_takes_over(watched: Watched, mon
         stopping.set()
         thread.join(PATIENCE_SECONDS)
     assert done == [True]
-    assert not locked(watched)
+    wait_until(lambda: not locked(watched))  # PostgreSQL frees it when it notices that the connection is closed
 
 
 def locked(watched: Watched) -> bool:
