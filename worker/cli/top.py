@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from worker.process.overview import DatabaseState, Overview, StreamState
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-BAR_WIDTH = 10
+BAR_WIDTH = 6
 ROWS = 8
+# Of a column that is not cut off in a narrow terminal.
+WIDEST = 26
 QUIT = ("q", "Q")
 STYLES = {
     "working": "green", "loading a model": "yellow", "waiting": "yellow", "ending": "yellow", "running": "cyan",
@@ -157,7 +159,7 @@ def _rate(database: "DatabaseState") -> "RenderableType":
     line = Text.assemble((f"{database.tweets_per_second:,.0f} a second", "bold green"), no_wrap=True)
     if any(database.rates):
         line.append("   ").append(sparkline(database.rates), "cyan")
-        line.append(f" {minutes} min, at most {max(database.rates):,.0f}")
+        line.append(f" {minutes} min, max {max(database.rates):,.0f}")
     else:
         line.append(f"   none in the last {minutes} minutes")
     return line
@@ -253,10 +255,12 @@ def _grid(rows: "Sequence[tuple[Any, ...]]") -> "Table":
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
-    for _ in rows[0]:
-        table.add_column(no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    for column in list(zip(*cells, strict=True))[:-1]:
+        table.add_column(no_wrap=True, overflow="ellipsis", min_width=min(WIDEST, max(map(len, column))))
+    table.add_column(no_wrap=True, overflow="ellipsis")  # cut first
+    for row in cells:
+        table.add_row(*row)
     return table
 
 

@@ -25,7 +25,7 @@ from worker.stream.server_status import Consumer, consumers
 from worker.stream.stream import Depth, Stream
 
 # The last periods of the rate and of the labels, and their lengths.
-RATE = RATE_PERIODS, RATE_SECONDS = 40, 15
+RATE = RATE_PERIODS, RATE_SECONDS = 30, 20
 LABELS = LABEL_PERIODS, LABEL_SECONDS = 30, 60
 # The rate now, and the times of the stages, are means over this long.
 NOW_SECONDS = 30
