@@ -1,8 +1,8 @@
 """The challenger scores a share of the tweets in the shadow of the champion: after its commit, in threads of its own.
 
 The challenger never delays the champion. It gets tweets whose windows are committed and acknowledged, runs with a lower
-CPU priority, and is the first to give way: tweets are dropped when its queue is full, and when more records wait than
-one window holds. Its errors are counted and never reach the pipeline. A stop drops what is queued.
+CPU priority, and is the first to give way: it waits while the champion is busy, and tweets are dropped when its queue is
+full, and when more records wait than one window holds. Its errors are counted and never reach the pipeline. A stop drops what is queued.
 """
 
 import logging
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 QUEUED_WINDOWS = 4
 # Scored at once; before each chunk the backlog is checked again.
 CHUNK_TWEETS = 16
+# The challenger waits while more records than this wait for the champion or are held by it: with a whole window in
+# progress the champion needs all cores, whatever the priorities. A steady trickle holds fewer.
+QUIET_RECORDS = 64
+QUIET_POLL_SECONDS = 0.02
 # How often the alias is looked up.
 CHECK_SECONDS = 1.0
 # Pauses after an error: they double up to the longest.
@@ -132,9 +136,10 @@ class Shadow:
         failpoint.passing("shadowing")
         rows: list[dict[str, Any]] = []
         for start in range(0, len(tweets), CHUNK_TWEETS):
+            quiet = self._wait_until_quiet()
             if self._stopping.is_set():
                 return
-            if self._backlog() > self._window_tweets:
+            if not quiet:
                 metrics.shadow_dropped.labels("busy").inc(len(tweets) - start)
                 break
             rows += self._rows(model, tweets[start : start + CHUNK_TWEETS])
@@ -153,6 +158,18 @@ class Shadow:
             self._absent = self._model is None and not self.challenger.assigned
             self._checked_at = time.monotonic()
         return self._model
+
+    def _wait_until_quiet(self) -> bool:
+        """Wait while the champion is busy. Returns False when the tweets are to be dropped: more records wait than a
+        window holds, or the worker stops."""
+        while not self._stopping.is_set():
+            backlog = self._backlog()
+            if backlog > self._window_tweets:
+                return False
+            if backlog <= QUIET_RECORDS:
+                return True
+            self._stopping.wait(QUIET_POLL_SECONDS)
+        return False
 
     def _check_due(self) -> bool:
         return time.monotonic() - self._checked_at >= CHECK_SECONDS

@@ -10,7 +10,7 @@ from tests.support.bench import DRAINED, Bench, draining, wire
 from tests.support.rows import assign
 from tests.support.shadows import WINDOW_TWEETS, counts, scored_by, shadowed, two_models
 from worker.scoring import shadow as shadow_module
-from worker.scoring.shadow import QUEUED_WINDOWS, Shadow, in_share
+from worker.scoring.shadow import QUEUED_WINDOWS, QUIET_RECORDS, Shadow, in_share
 
 
 def test_challenger_scores_its_share_of_the_same_tweets_in_every_worker_and_none_once_it_is_champion(
@@ -43,10 +43,17 @@ def test_challenger_scores_its_share_of_the_same_tweets_in_every_worker_and_none
     assert "swapped" in scored_by(bench, versions.challenger) & scored_by(bench, versions.champion)
 
 
-def test_tweets_of_the_challenger_are_dropped_while_more_records_wait_than_a_window_holds(lite: Bench) -> None:
+def test_challenger_waits_while_the_champion_is_busy_and_drops_tweets_while_more_wait_than_a_window_holds(
+    lite: Bench,
+) -> None:
     versions = two_models(lite)
-    waiting = [WINDOW_TWEETS + 1]
-    with shadowed(lite, backlog=lambda: waiting[0]) as worker:
+    waiting, asked = [WINDOW_TWEETS + 1], [0]
+
+    def backlog() -> int:
+        asked.append(waiting[0])
+        return waiting[0]
+
+    with shadowed(lite, backlog=backlog) as worker:
         with counts("dropped", 20, reason="busy"):
             lite.stream.publish([wire(f"busy {i}") for i in range(20)])
             assert worker.drain() == 20
@@ -54,6 +61,9 @@ def test_tweets_of_the_challenger_are_dropped_while_more_records_wait_than_a_win
         with counts("tweets", 5):
             lite.stream.publish([wire(f"free {i}") for i in range(5)])
             assert worker.drain() == 5
+            wait_until(lambda: asked[-2:] == [WINDOW_TWEETS, WINDOW_TWEETS])  # it waits for the champion
+            assert scored_by(lite, versions.challenger) == set()
+            waiting[0] = QUIET_RECORDS
     assert scored_by(lite, versions.challenger) == {f"free {i}" for i in range(5)}
     assert len(scored_by(lite, versions.champion)) == 25
 
