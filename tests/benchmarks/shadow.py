@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -78,10 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         without, beside = systems
         wait_for_challenger(beside, versions[1], source)
         without.score(tweets(50, source))
-        for name, measure in (
-            ("tweets a second, full stream", lambda system: throughput(system, options.tweets, source)),
-            ("ms of a single tweet", lambda system: latency_ms(system, options.single_tweets, source)),
-        ):
+        measures: dict[str, Callable[[System], float]] = {
+            "tweets a second, full stream": lambda system: throughput(system, options.tweets, source),
+            "ms of a single tweet": lambda system: latency_ms(system, options.single_tweets, source),
+        }
+        for name, measure in measures.items():
             before = shadow_rows(beside, versions[1])
             pairs: list[tuple[float, float]] = []
             for number in range(options.rounds):

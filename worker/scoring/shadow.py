@@ -1,8 +1,9 @@
 """The challenger scores a share of the tweets in the shadow of the champion: after its commit, in threads of its own.
 
 The challenger never delays the champion. It gets tweets whose windows are committed and acknowledged, runs with a lower
-CPU priority, and is the first to give way: it waits while the champion is busy, and tweets are dropped when its queue is
-full, and when more records wait than one window holds. Its errors are counted and never reach the pipeline. A stop drops what is queued.
+CPU priority, and is the first to give way: it waits while the champion is busy, and tweets are dropped when its queue
+is full, and when more records wait than one window holds. Its errors are counted and never reach the pipeline. A stop
+drops what is queued.
 """
 
 import logging
