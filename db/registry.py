@@ -24,8 +24,8 @@ from db.models import (
     utc_now,
 )
 
-CHAMPION = "champion"
-ALIASES = (CHAMPION, "challenger")
+CHAMPION, CHALLENGER = "champion", "challenger"
+ALIASES = (CHAMPION, CHALLENGER)
 
 
 def add_version(

@@ -22,9 +22,9 @@ BUSY_TIMEOUT_MS = 30_000
 # Size of the PostgreSQL connection pool, one per process. A scoring worker uses connections in the thread that stores,
 # the one that checks the champion and the poller; a training worker for the job and its heartbeat; both for `/metrics`,
 # whose figures of quality take a second one for seconds.
-# The overflow covers short work such as retention. With at most five each, a server of 100 connections serves nineteen
-# workers.
-POOL_SIZE, POOL_OVERFLOW = 3, 2
+# The overflow covers short work such as retention and the challenger, and one connection for as long as the worker
+# looks for webhook events. With at most six each, a server of 100 connections serves sixteen workers.
+POOL_SIZE, POOL_OVERFLOW = 3, 3
 # SQLite reports almost every error as operational. After one of these the same statement may succeed later.
 SQLITE_AWAY = frozenset(
     getattr(sqlite3, f"SQLITE_{name}")

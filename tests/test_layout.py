@@ -17,13 +17,14 @@ LAYERS = [
     "training.store", "training.text", "training.data", "training.model", "training.evaluation", "training.reporting",
     "training.loop", "training.tuning", "training.jobs",
     "worker.errors", "worker.exit_codes", "worker.engine_names",
-    "worker.stream", "worker.settings", "worker.settings_page", "worker.connections", "worker.app",
+    "worker.secret_files", "worker.stream", "worker.settings", "worker.settings_page", "worker.connections",
+    "worker.app",
     "worker.scoring", "worker.quality", "worker.intake", "worker.maintenance", "worker.labelling", "worker.process",
     "worker.tasks",
     "worker.console", "worker.cli",
     "worker",
 ]  # fmt: skip
-LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FOLDER = 400, 60, 20
+LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FOLDER = 400, 60, 16
 
 
 def sources() -> dict[str, Path]:

@@ -53,6 +53,8 @@ OTHER_POINTS = {
     "folded": "the predictions of a fold are saved, its checkpoints still exist",
     "device": "a batch is about to run on the device",
     "labelled": "the labels that a model gave to a chunk of rows are stored beside the checkpoints",
+    "shadowing": "the challenger is about to score a share of the tweets of stored windows",
+    "shadowed": "the challenger has scored them, nothing is stored",
     "starting": "a worker process begins to start",
     "taken": "a training worker took a Celery message from its queue, nothing is stored",
     "accepted": "the message's request is in the database, Celery has not received the message",

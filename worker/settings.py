@@ -8,7 +8,7 @@ SQLite file in the home. An empty variable counts as unset, as in a compose file
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from fsspec.registry import known_implementations
 from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
@@ -21,9 +21,11 @@ from training.errors import BadConfig
 from training.store.store import is_remote, local_path
 from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
+from worker.secret_files import read_secret, with_password
 from worker.stream.redis_client import connect
 
 WITH_PASSWORD = ("redis", "database", "reader")
+SECRETS = ("console_oidc_client_secret", "webhook_secret")
 Access = Literal["look", "label", "operate"]
 CALLBACK = "/oauth2callback"
 
@@ -118,6 +120,13 @@ class Settings(BaseSettings):
     min_idle_seconds: float = Field(
         60, gt=0, le=86_400, description="another worker claims a record that its worker has not renewed for this long"
     )
+    shadow_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the tweets that the challenger scores too, after the champion; dropped while more tweets "
+        "wait than a window holds",
+    )
     linger_seconds: float = Field(10, ge=0, le=3600, description="an idle scoring task ends after this long")
     watch_seconds: float = Field(1, gt=0, le=3600, description="interval at which an idle worker polls for work")
     high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
@@ -194,6 +203,15 @@ class Settings(BaseSettings):
         description="e-mail addresses that may sign in, separated by `,`, each with `=look`, `=label` or `=operate` if "
         "it differs from `TWEETSCORE_CONSOLE_ACCESS`; unset: everybody whom the provider signs in",
     )
+    webhook_url: str | None = Field(
+        None,
+        description="address (http or https) that events are sent to: jobs ended, champions changed, drift, dead "
+        "letters; unset: none",
+    )
+    webhook_secret: str | None = Field(
+        None, repr=False, description="secret that signs the events, which the receiver knows too"
+    )
+    webhook_secret_file: Path | None = Field(None, description="file with that secret")
 
     failpoints: str = Field(
         "", description="points in the code at which a worker dies, sleeps or fails, for tests of faults"
@@ -268,12 +286,12 @@ class Settings(BaseSettings):
             raise ValueError(f"it must be one of {', '.join(PRESETS)}")
         return value
 
-    @field_validator("console_oidc_metadata_url", "console_oidc_redirect_url")
+    @field_validator("console_oidc_metadata_url", "console_oidc_redirect_url", "webhook_url")
     @classmethod
     def _http(cls, value: str | None, info: ValidationInfo) -> str | None:
         parts = urlsplit(value or "")
-        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
-            raise ValueError("it must begin with https:// or http:// and name a host")
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None):
+            raise ValueError("it must begin with https:// or http:// and name a host, without a user")
         if value and info.field_name == "console_oidc_redirect_url" and parts.path != CALLBACK:
             raise ValueError(f"it must end with {CALLBACK} right after the host, as in https://host{CALLBACK}")
         return value
@@ -343,33 +361,25 @@ def load_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
     urls = {f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD}
-    secret = settings.console_oidc_client_secret
-    if secret is None and settings.console_oidc_client_secret_file is not None:
-        secret = _read_secret(settings.console_oidc_client_secret_file, "console_oidc_client_secret_file")
-    return settings.model_copy(update={**urls, "console_oidc_client_secret": secret})
+    secrets = {name: getattr(settings, name) or _in_file(settings, f"{name}_file") for name in SECRETS}
+    if settings.webhook_url and not secrets["webhook_secret"]:
+        raise BadSettings(
+            "TWEETSCORE_WEBHOOK_URL is set without a secret; set TWEETSCORE_WEBHOOK_SECRET or "
+            "TWEETSCORE_WEBHOOK_SECRET_FILE too"
+        )
+    return settings.model_copy(update={**urls, **secrets})
 
 
 def _with_password(settings: Settings, name: str) -> str | None:
-    """Add the password from its file to a URL that has none."""
     url: str | None = getattr(settings, f"{name}_url")
-    file: Path | None = getattr(settings, f"{name}_password_file")
-    if url is None or file is None:
-        return url
-    password = _read_secret(file, f"{name}_password_file")
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    if ":" in user or not at:
-        return url
-    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+    password = None if url is None else _in_file(settings, f"{name}_password_file")
+    return url if url is None or password is None else with_password(url, password)
 
 
-def _read_secret(file: Path, field: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        raise BadSettings(
-            f"{environment_name(field)} is {shown(str(file))}: it cannot be read ({type(error).__name__})"
-        ) from error
+def _in_file(settings: Settings, field: str) -> str | None:
+    """The content of the file that a field names; None when it names none."""
+    file: Path | None = getattr(settings, field)
+    return None if file is None else read_secret(file, environment_name(field))
 
 
 def environment_name(field: str) -> str:

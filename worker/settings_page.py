@@ -29,6 +29,7 @@ GROUPS = {
     "stall_seconds": "Workers and jobs",
     "metrics_port": "Metrics",
     "console_access": "Console",
+    "webhook_url": "Webhook",
     "failpoints": "Fault rehearsal",
 }
 INTRODUCTION = f"""\

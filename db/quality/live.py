@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, aliased
 
 from db.errors import DatabaseError
-from db.labels import PROPOSED
+from db.labelling.labels import PROPOSED
 from db.models import (
     Label,
     ModelVersion,

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Bench:
 
     def __init__(self, database: Database, stream: Stream, raw: "redis.Redis", tiny: Any, promote: Any) -> None:
         self.database, self.stream, self.raw, self.tiny = database, stream, raw, tiny
-        self.promote = lambda: promote(database)
+        self.promote: Callable[[], int] = lambda: promote(database)
 
     def worker(
         self, champion: Champion | None = None, *, kind: type[Pipeline] = Pipeline, holds: type[Stream] = Stream,

@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from db.errors import NotFound, TweetscoreError, public_url
-from worker.cli import data, db, dead_letters, jobs, labels, models, output, quality, review, tweets
+from worker.cli import data, db, dead_letters, jobs, models, output, quality, top, tweets, webhook
+from worker.cli.labelling import labels, review
 from worker.cli.output import Json
 from worker.cli.training import adapt, distil, train, tune
 from worker.cli.training.submitted import owned_broker
@@ -30,7 +31,7 @@ PANELS = {
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "review", "tensorboard"),
     "Score": ("push", "score", "rescore", "dead"),
     "Ask": ("query", "quality", "export", "console"),
-    "Operate": ("doctor", "health", "db", "delete"),
+    "Operate": ("top", "doctor", "health", "webhook", "db", "delete"),
 }
 
 
@@ -60,8 +61,9 @@ app.add_typer(db.app, name="db")
 app.add_typer(data.app, name="data")
 app.add_typer(labels.app, name="label")
 app.add_typer(review.app, name="review")
+app.add_typer(webhook.app, name="webhook")
 TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
-TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, quality.quality)
+TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, quality.quality, top.top)
 for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS):
     app.command(command.__name__)(command)
 

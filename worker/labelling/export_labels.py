@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from db import labels, registry
+from db import registry
 from db.errors import plain
+from db.labelling import labels
 from db.models import Label
 from db.session import Database
 from training.data.columns import MULTI_LABEL_SEPARATOR

@@ -6,8 +6,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from db import jobs, labels, predictions, registry
+from db import jobs, predictions, registry
 from db.errors import listed, shown
+from db.labelling import labels
 from db.models import Tweet, utc_now
 from db.session import Database
 from training.data.columns import MULTI_LABEL_SEPARATOR

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from db import jobs, labels, predictions, registry, review
+from db import jobs, predictions, registry
 from db.base import utc_now
 from db.errors import NotFound, listed, shown
+from db.labelling import labels, review
 from db.models import ModelVersion, ReviewAsk
 from db.session import Database
 from training.data.columns import MULTI_LABEL_SEPARATOR

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from db import labels
 from db.errors import listed, shown
+from db.labelling import labels
 from db.models import TrainingJob, utc_now
 from db.session import Database
 from training.config import TrainConfig

@@ -37,7 +37,8 @@ RETRY_SECONDS = 60.0
 # Rows deleted in one transaction. It holds SQLite's write lock, which scoring workers wait for.
 CHUNK_ROWS = 500
 PAUSE_SECONDS = 0.2
-LOCK_NUMBER = 7413953
+# PostgreSQL's advisory locks of tasks that run in one worker at a time.
+LOCK_NUMBERS = {"maintenance": 7413953, "webhook": 7413954}
 
 # Begins a transaction.
 Begin = Callable[[], AbstractContextManager[Session]]
@@ -144,17 +145,17 @@ def compact_rollup(begin: Begin, stopping: threading.Event) -> None:
 
 
 @contextmanager
-def maintenance_lock(database: Database, folder: Path) -> Iterator[Begin | None]:
+def maintenance_lock(database: Database, folder: Path, name: str = "maintenance") -> Iterator[Begin | None]:
     """Yield a function that begins transactions, or None while another worker holds the lock.
 
-    The lock is released when its process ends.
+    `name` is one of `LOCK_NUMBERS`. The lock is released when its process ends.
     """
     if database.engine.dialect.name == "sqlite":
-        with _locked(folder / "maintenance.lock") as acquired:
+        with _locked(folder / f"{name}.lock") as acquired:
             yield database.begin if acquired else None
         return
     with database.engine.connect() as connection:
-        acquired = connection.scalar(text(f"SELECT pg_try_advisory_lock({LOCK_NUMBER})"))
+        acquired = connection.scalar(text(f"SELECT pg_try_advisory_lock({LOCK_NUMBERS[name]})"))
         connection.commit()
         try:
             yield sessionmaker(connection).begin if acquired else None

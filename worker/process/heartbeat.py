@@ -103,9 +103,9 @@ class Beat:
     kind: str
     host: str
     pid: str
-    age_seconds: float
     state: str
     waits_for: str | None
+    age_seconds: float
 
     @property
     def stale(self) -> bool:
@@ -113,20 +113,17 @@ class Beat:
 
 
 def read_heartbeats(folder: Path) -> list[Beat]:
-    """The newest heartbeat of every worker that shares the folder, by kind. Deletes those of dead processes."""
-    _remove_dead(folder)
+    """Return the last heartbeats, without those of this host's dead processes. Deletes nothing."""
     found = []
     for path in sorted(folder.glob("*-*.json")):
         host, pid = _host_and_pid(path)
+        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+            continue
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the worker ended, or is writing the file
             beat, age = json.loads(path.read_text()), max(0.0, time.time() - path.stat().st_mtime)
             waits_for = beat.get("waits_for")
-            found.append(
-                Beat(
-                    path.name.partition("-")[0], host, pid, age, str(beat.get("state")),
-                    None if waits_for is None else str(waits_for),
-                )
-            )  # fmt: skip
+            kind = path.stem.partition("-")[0]
+            found.append(Beat(kind, host, pid, str(beat.get("state")), waits_for and str(waits_for), age))
     return found
 
 

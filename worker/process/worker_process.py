@@ -28,6 +28,8 @@ from worker.maintenance.maintenance_thread import (
     scoring_maintenance,
     training_maintenance,
 )
+from worker.maintenance.webhook import receiver_from
+from worker.maintenance.webhook_events import WebhookWatch
 from worker.process.heartbeat import Heartbeat
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.process.schema_gate import DatabaseGate
@@ -36,6 +38,7 @@ from worker.process.watchdog import SLOW_STALL_FACTOR, StallDetector, end_after,
 from worker.scoring.champion import Champion
 from worker.scoring.pipeline import Limits, Pipeline
 from worker.scoring.scoring_model import serving_from
+from worker.scoring.shadow import Shadow
 from worker.settings import Settings
 from worker.stream.redis_client import connect_briefly
 from worker.stream.stream import Depth, Stream
@@ -78,6 +81,10 @@ class WorkerProcess:
     def start(self) -> None:
         self._poller.start()
         MaintenanceThread(self.maintenance_tasks(), self.stopping, self.gate.is_open).start()
+        if (receiver := receiver_from(self.settings)) is not None:
+            # A thread of its own: deleting old rows may take hours.
+            watch = WebhookWatch(self.database, self.settings.run, receiver, self.stopping, self.gate.is_open)
+            MaintenanceThread([watch.run], self.stopping, self.gate.is_open).start()
         self._heartbeat.start()
         self._grace_timer.start()
 
@@ -209,9 +216,19 @@ class ScoringWorker(WorkerProcess):
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         device = self.claim()
-        self.champion = Champion(self.database, serving_from(settings, device))
-        self.pipeline = Pipeline(self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open)
+        serving = serving_from(settings, device)
+        self.champion = Champion(self.database, serving)
+        self.shadow = Shadow(
+            self.database, serving, settings.shadow_share, self._backlog, settings.window_tweets, self.stopping
+        )
+        self.pipeline = Pipeline(
+            self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open, self.shadow.offer
+        )
         self._stall_detector = StallDetector(settings.stall_seconds)
+
+    def start(self) -> None:
+        super().start()
+        self.shadow.start()
 
     def work(self) -> int:
         return self.pipeline.drain()
@@ -230,6 +247,12 @@ class ScoringWorker(WorkerProcess):
         if since is not None and time.monotonic() - since > longest:
             return f"a model has been loading for more than {longest:g} s"
         return self._stall_detector.check(self.pipeline.holds, self.pipeline.alive_at, self._depth)
+
+    def _backlog(self) -> int:
+        """Records that wait for the champion, and those that it holds."""
+        depth = self._depth()
+        waiting = 0 if depth is None else depth.length if depth.lag is None else depth.lag
+        return waiting + len(self.pipeline.held)
 
     def _depth(self) -> Depth | None:
         try:
@@ -256,6 +279,7 @@ class ScoringWorker(WorkerProcess):
         return not self.stream.depth().idle
 
     def close(self) -> None:
+        self.shadow.close()
         self.champion.close()
         try:
             self.stream.leave()

@@ -1,4 +1,5 @@
-"""The champion model of a database: load it, replace it when the alias moves, retry when loading fails."""
+"""The models that the aliases of a database point to: load one, replace it when its alias moves, retry when loading
+fails."""
 
 import logging
 import threading
@@ -6,8 +7,10 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from sqlalchemy.orm import Session
+
 from db import registry
-from db.models import ModelVersion
+from db.models import ModelAlias, ModelVersion
 from db.session import Database
 from training.errors import StoreUnavailable
 from worker.scoring.backoff import Pause
@@ -31,33 +34,36 @@ class Loading:
     model: "Future[ScoringModel]"
 
 
-class Champion:
-    """The champion of a database. When the alias moves, the old model keeps scoring while the new one is loaded and
-    warmed up."""
+class AliasedModel:
+    """The model version that an alias of a database points to. When the alias moves, the old model keeps scoring while
+    the new one is loaded and warmed up."""
 
-    def __init__(self, database: Database, serving: Serving) -> None:
+    alias: str
+    # Logged when no model can serve.
+    without_model: str
+
+    def __init__(self, database: Database, serving: Serving, loader: ThreadPoolExecutor | None = None) -> None:
         self._database = database
         self._serving = serving
         self._active: UpgradableModel | None = None
         self._loading: Loading | None = None
         self._pause = Pause()  # after an assignment whose model could not be loaded
-        self._absence_logged = False
         self._lock = threading.Lock()
-        self._loader = ThreadPoolExecutor(1, "load")
+        self._loader = loader or ThreadPoolExecutor(1, "load")
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
     def current(self) -> ScoringModel | None:
-        """The model to score the next window with; None without a champion, which is logged once.
+        """The model to score the next window with; None when there is none.
 
         Blocks only while no model can serve. A failure to load is logged, never raised.
         """
         with self._lock:  # the poller of the worker calls this too
             while True:
                 with self._database.read() as session:
-                    assigned = registry.assignment(session, registry.CHAMPION)
+                    assigned = self._assignment(session)
                     version = registry.get(session, assigned.model_version_id) if assigned else None
                 if assigned is None or version is None:
-                    self._log_absence()
+                    self._on_absence()
                     return None
                 wanted = self.version_id != version.id and self._pause.over(assigned.id)
                 if self._loading is None and wanted:
@@ -83,29 +89,38 @@ class Champion:
         if (active := self._active) is not None:
             active.close()
 
+    def _assignment(self, session: Session) -> ModelAlias | None:
+        """The assignment whose model is to be loaded; None when there is nothing to score with."""
+        return registry.assignment(session, self.alias)
+
+    def _load(self, version: ModelVersion) -> ScoringModel:
+        return load_model(version, self._serving)
+
+    def _on_absence(self) -> None:
+        """Called when there is no assignment."""
+
     def _start_loading(self, assignment: int, version: ModelVersion) -> None:
         self.loading_since = time.monotonic()
-        self._loading = Loading(assignment, version.id, self._loader.submit(load_model, version, self._serving))
+        self._loading = Loading(assignment, version.id, self._loader.submit(self._load, version))
 
     def _finish_loading(self, loading: Loading, wanted: bool) -> None:
-        """Make the loaded model the champion, unless the alias has moved on in the meantime."""
+        """Let the loaded model score, unless the alias has moved on in the meantime."""
         try:
             model = loading.model.result()
             if wanted:
                 if self._active is not None:
                     self._active.stop()
                 self._active = UpgradableModel(model)
-                self._absence_logged = False
                 freeze_loaded_objects()
-                log.info("model %d is the champion now", loading.version_id)
+                log.info("model %d is the %s now", loading.version_id, self.alias)
         except Exception as error:
             # Any error may be temporary: memory that is short, a disk or a mount that fails.
             pause = self._begin_pause(error, loading)
-            effect = f"model {self.version_id} keeps scoring" if self._active else "tweets wait in the stream"
+            effect = f"model {self.version_id} keeps scoring" if self._active else self.without_model
             # Log only the text: the traceback refers to the caller's model and would keep its memory.
             log.error(
-                "the champion, model %d, cannot be loaded, %s; trying again in %.0f s (%s: %s)",
-                loading.version_id, effect, pause, type(error).__name__, first_line(error),
+                "the %s, model %d, cannot be loaded, %s; trying again in %.0f s (%s: %s)",
+                self.alias, loading.version_id, effect, pause, type(error).__name__, first_line(error),
             )  # fmt: skip
         finally:
             self._loading = self.loading_since = None
@@ -116,7 +131,15 @@ class Champion:
         longest = FIRST_PAUSE_SECONDS if isinstance(error, StoreUnavailable) else LONGEST_PAUSE_SECONDS
         return self._pause.begin(loading.assignment, FIRST_PAUSE_SECONDS, longest)
 
-    def _log_absence(self) -> None:
+
+class Champion(AliasedModel):
+    """The model that scores the stream."""
+
+    alias = registry.CHAMPION
+    without_model = "tweets wait in the stream"
+    _absence_logged = False
+
+    def _on_absence(self) -> None:
         if not self._absence_logged:
             log.warning(
                 "there is no champion yet: tweets wait in the stream; train a model, then "
@@ -124,6 +147,37 @@ class Champion:
             )
             self._absence_logged = True
             self._loader.submit(_preload)
+
+
+class Challenger(AliasedModel):
+    """The model that scores a share of the tweets after the champion; none while both aliases name the same version.
+
+    It runs on the engine that a trial on this machine has selected before, else on float32 torch. It starts no trial,
+    which would take the champion's cores.
+    """
+
+    alias = registry.CHALLENGER
+    without_model = "only the champion scores"
+    # Whether there was one at the last look, loaded or not.
+    assigned = False
+
+    def _assignment(self, session: Session) -> ModelAlias | None:
+        found = registry.assignment(session, self.alias)
+        if found is not None and found.model_version_id == registry.assigned(session, registry.CHAMPION):
+            found = None
+        self.assigned = found is not None
+        return found
+
+    def _load(self, version: ModelVersion) -> ScoringModel:
+        model = super()._load(version)
+        model.start_trial = None
+        return model
+
+    def _on_absence(self) -> None:
+        if self._active is not None:
+            log.info("model %d is not the challenger any more", self._active.model.version_id)
+            self._active = None
+            freeze_loaded_objects()
 
 
 def _preload() -> None:

@@ -12,15 +12,15 @@ log = logging.getLogger(__name__)
 
 
 class HeldRecords:
-    """Ids of pending records; true while there are any."""
+    """Ids of pending records, in the order in which they were read."""
 
     def __init__(self, stream: Stream, renew_seconds: float) -> None:
         self._stream = stream
         self._renew_seconds = renew_seconds
         self._ids: dict[str, None] = {}  # ordered
 
-    def __bool__(self) -> bool:
-        return bool(self._ids)
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def add(self, ids: Iterable[str]) -> None:
         self._ids.update(dict.fromkeys(ids))

@@ -13,9 +13,17 @@ buried = Counter("tweetscore_buried", "records put into dead_letters")
 tokens = Counter("tweetscore_tokens", "tokens of the texts scored")
 padded_tokens = Counter("tweetscore_padded_tokens", "tokens that the device processed, padding included")
 padding = Gauge("tweetscore_padding_ratio", "padded tokens over tokens of the last window; 1: no padding")
+shadow_tweets = Counter("tweetscore_shadow_tweets", "tweets that the challenger scored and committed")
+shadow_dropped = Counter(
+    "tweetscore_shadow_dropped",
+    "tweets of its share that it did not score, by reason",
+    ["reason"],
+)
 stages = Histogram("tweetscore_stage_seconds", "seconds of a window in a stage", ["stage"], buckets=BUCKETS)
 for stage in STAGES:
     stages.labels(stage)  # exported from the start, so that rates can be computed
+for reason in ("busy", "failed"):
+    shadow_dropped.labels(reason)
 
 
 def count(window: Window) -> None:

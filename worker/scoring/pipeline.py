@@ -63,14 +63,16 @@ class Pipeline:
 
     def __init__(
         self, stream: Stream, database: Database, champion: Champion, limits: Limits, stopping: threading.Event,
-        may_read: Callable[[], bool] = lambda: True,
+        may_read: Callable[[], bool] = lambda: True, after_commit: Callable[[Window], None] = lambda window: None,
     ) -> None:  # fmt: skip
+        """`after_commit` gets each window that was stored and acknowledged; it must neither block nor raise."""
         self.stream = stream
         self.database = database
         self.champion = champion
         self.limits = limits
         self.stopping = stopping
         self.may_read = may_read
+        self.after_commit = after_commit
         self.held = HeldRecords(stream, limits.min_idle_seconds / 3)
         # Last progress by `time.monotonic`: records were read, a window was committed, or waits for the database.
         self.alive_at = time.monotonic()
@@ -185,6 +187,8 @@ class Pipeline:
         failpoint.passing("trimmed", window.texts)
         self._throughput.add(window)
         metrics.count(window)
+        if not window.alone:  # what failed the champion, or its worker, may do so to the challenger
+            self.after_commit(window)
         return len(window.tweets)
 
     def commit(self, window: Window) -> None:
@@ -226,7 +230,7 @@ class Pipeline:
         An attempt is counted before it starts, so that a record that kills the process is buried at the fourth.
         """
         while not self.stopping.is_set():
-            window = Window([record], model)
+            window = Window([record], model, alone=True)
             if self.stream.count_isolated(record.id) > MAX_ISOLATED_ATTEMPTS:
                 window.dead.append(dead_letter(record, f"{reason} {MAX_ISOLATED_ATTEMPTS} times"))
             failpoint.passing("counted")

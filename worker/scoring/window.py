@@ -25,10 +25,14 @@ LOG_SECONDS = 10.0
 
 @dataclass
 class Window:
-    """Records scored by one model: tweets to score, dead letters to bury, and the milliseconds of each stage."""
+    """Records scored by one model: tweets to score, dead letters to bury, and the milliseconds of each stage.
+
+    `alone` marks a record that is scored alone because its window failed or a worker ended.
+    """
 
     records: list[Record]
     model: ScoringModel
+    alone: bool = False
     started_at: datetime = field(default_factory=utc_now)
     tweets: list[tuple[Record, Tweet]] = field(default_factory=list)
     dead: list[dict[str, Any]] = field(default_factory=list)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import streamlit as st
 
-from db import jobs, labels, registry
+from db import jobs, registry
+from db.labelling import labels
 from db.models import EpochMetric, TrainingJob, utc_now
 from db.session import Database
 from tests.support.console import HOSTILE

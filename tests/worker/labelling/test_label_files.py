@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from db import jobs, labels
+from db import jobs
+from db.labelling import labels
 from db.models import Tweet
 from db.session import Database
-from tests.db.test_labels import give, label_row
+from tests.db.labelling.test_labels import give, label_row
 from tests.support.rows import NOON, assign, make_version, prediction_row, tweet_row, write
 from worker.errors import BadLabels, BadRequest
 from worker.labelling.export_labels import export_labels

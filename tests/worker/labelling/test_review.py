@@ -17,9 +17,9 @@ from threading import Barrier
 import pytest
 from sqlalchemy import select, update
 
-from db import labels
 from db.base import utc_now
 from db.errors import NotFound
+from db.labelling import labels
 from db.models import Label, ReviewAsk, ReviewTweet, TrainingJob
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS

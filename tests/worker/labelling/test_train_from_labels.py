@@ -13,7 +13,7 @@ import pytest
 import worker
 from db import jobs
 from db.session import Database
-from tests.db.test_labels import give, label_row
+from tests.db.labelling.test_labels import give, label_row
 from tests.support.rows import NOON, tweet_row, write
 from training.errors import BadDataset
 from training.jobs.run import run_next_job

@@ -4,7 +4,7 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
-from db import labels, review
+from db.labelling import labels, review
 from db.models import ReviewTweet
 from db.session import Database
 from tests.support.rows import NOON, make_version, prediction_row, tweet_row, write

@@ -5,8 +5,9 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from db import labels, predictions
+from db import predictions
 from db.admin import upkeep
+from db.labelling import labels
 from db.models import Label, ReviewAsk, ReviewTweet
 from db.session import Database
 from tests.support.rows import NOON, make_version, tweet_row, write

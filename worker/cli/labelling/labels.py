@@ -97,7 +97,7 @@ def label_import(
 @app.command("status")
 def label_status(json: Json = False) -> None:
     """Count the labels by source, annotator and label, and the labelled tweets."""
-    from db import labels
+    from db.labelling import labels
     from worker.connections import open_sql
     from worker.settings import load_settings
 

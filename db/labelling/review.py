@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Row, and_, func, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session, aliased
 
-from db.labels import PROPOSED
+from db.labelling.labels import PROPOSED
 from db.models import Label, Prediction, ReviewAsk, ReviewTweet, Tweet
 from db.predictions import present
 
