@@ -158,7 +158,7 @@ def maintenance_lock(database: Database, folder: Path, name: str = "maintenance"
         acquired = connection.scalar(text(f"SELECT pg_try_advisory_lock({LOCK_NUMBERS[name]})"))
         connection.commit()
         try:
-            yield sessionmaker(connection).begin if acquired else None
+            yield sessionmaker(connection, expire_on_commit=False).begin if acquired else None
         finally:
             if acquired:
                 connection.invalidate()  # closing the connection releases the lock in any state

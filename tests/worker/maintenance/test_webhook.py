@@ -252,9 +252,10 @@ def test_one_worker_at_a_time_looks_and_another_takes_over(watched: Watched, mon
     try:
         wait_until(lambda: marked(watched))
         assert watched.another().run() is False
-        job = ended_job(watched.database, "succeeded")
-        wait_until(lambda: watched.requests.got)
-        assert [event["job"] for event in watched.requests.take()] == [job]
+        for _ in range(2):  # it goes on looking
+            job = ended_job(watched.database, "succeeded")
+            wait_until(lambda: watched.requests.got or done)
+            assert [event["job"] for event in watched.requests.take()] == [job]
     finally:
         stopping.set()
         thread.join(PATIENCE_SECONDS)
