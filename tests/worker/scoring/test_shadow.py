@@ -117,9 +117,10 @@ def test_a_stop_drops_what_the_challenger_has_queued(lite: Bench) -> None:
 
 def test_a_challenger_computes_with_a_lower_priority_than_the_champion(lite: Bench) -> None:
     two_models(lite)
-    with counts("tweets", 1), shadowed(lite) as worker:
-        lite.stream.publish([wire(1)])
-        worker.drain()
+    with shadowed(lite) as worker:
+        with counts("tweets", 1):
+            lite.stream.publish([wire(1)])
+            worker.drain()
         shadow: Shadow = worker.after_commit.__self__  # type: ignore[attr-defined]
         thread = shadow._computing.submit(threading.get_native_id).result()
         assert os.getpriority(os.PRIO_PROCESS, thread) == os.getpriority(os.PRIO_PROCESS, 0) + shadow_module.NICENESS
