@@ -6,13 +6,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from db import migrate
 from db.session import open_database
 from tests.support.commands import command
-from tests.support.console import CHROMIUM, fill
+from tests.support.console import fill
 from tests.support.provider import CLIENT, provider
+from tests.worker.console.conftest import PATIENCE_MS
 from worker.settings import load_settings
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,6 @@ NAMES = ("Overview", "Tweets", "Review", "Models", "Jobs", "Ask", "Health")
 DESK = {"viewport": {"width": 1300, "height": 900}, "color_scheme": "light"}
 AGENT = "Mozilla/5.0 (Linux; Android 15; Mobile) Chromium"
 PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "user_agent": AGENT}
-PATIENCE_MS = 60_000
 IDLE = "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
 
 
@@ -37,18 +37,6 @@ def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with command(home.parent / "log", {"home": home}, "console", "--port", "0") as running:
         running.says("Ctrl-C")
         yield running.said().split()[0]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium; on Debian: apt install chromium")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
-        )
-        yield opened
-        opened.close()
 
 
 class Watched:

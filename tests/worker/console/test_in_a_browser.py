@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import select
 
 from db import registry
@@ -13,30 +13,15 @@ from db.models import Label, ReviewAsk, TrainingJob
 from db.session import Database
 from tests.conftest import wait_until, write_labelled
 from tests.support.commands import command, worker
-from tests.support.console import CHROMIUM
 from tests.support.console_pages import add_tested_version, score_hostile
 from tests.support.rows import assign
 from tests.support.world import World, on_sqlite
+from tests.worker.console.conftest import PATIENCE_MS
 
 pytestmark = pytest.mark.slow
-PATIENCE_MS = 60_000
 LABELS = ("negative", "neutral", "positive")
 PLACE = "() => document.querySelector('[class*=st-key-review-tweet-]')?.className.match(/review-tweet-(\\d+)/)[1]"
 IDLE = "() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium; on Debian: apt install chromium")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
-        )
-        expect.set_options(timeout=PATIENCE_MS)
-        yield opened
-        opened.close()
-        expect.set_options(timeout=5_000)
 
 
 class Visitor:
