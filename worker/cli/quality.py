@@ -172,4 +172,4 @@ def _print_comparison(found: "LiveComparison") -> None:
         )
     output.line(f"all labels: {found.labelled.sentence(one, other)}")
     output.line(f"labels of tweets picked at random: {found.random.sentence(one, other)}")
-    _blind("labels that one of the models was trained on, which flatter it; other picks than random are not typical")
+    _blind("which labels are in a file that one of the models was trained on; other picks than random are not typical")
