@@ -170,7 +170,7 @@ def test_a_job_goes_from_an_upload_to_a_model(world: World, visitor: Visitor, tm
         wait_until(lambda: world.job(1).finished_at is not None)
         # The page changes by itself.
         expect(page.get_by_text("48 training, 6 validation, 6 test")).to_be_visible()
-        expect(page.get_by_text("succeeded").first).to_be_visible()
+        expect(page.get_by_text("succeeded").filter(visible=True).first).to_be_visible()
         expect(page.locator("[data-testid=stVegaLiteChart]")).to_have_count(2)
     with world.database.read() as session:
         job = session.get_one(TrainingJob, 1)
