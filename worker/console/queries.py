@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 import pandas as pd
 
-from db.views import VIEWS
 from worker.console.context import Console
 
 Render = Callable[[Console], None]
@@ -68,8 +67,3 @@ def stamp(at: datetime) -> str:
 
 def is_sqlite(console: Console) -> bool:
     return console.settings.query_url.startswith("sqlite")
-
-
-def has_view(name: str) -> bool:
-    """Whether this release has a view."""
-    return any(view.name == name for view in VIEWS)

@@ -105,10 +105,8 @@ def scored_per_minute(console: Console, now: datetime | None = None) -> pd.DataF
 
 
 def live_quality(console: Console, version_id: int) -> pd.DataFrame:
-    """Rows of `v_live_quality` of the champion, the shortest period first; empty in a release without the view."""
-    if not queries.has_view("v_live_quality"):
-        return pd.DataFrame()
-    return console.frame(
+    """Rows of `v_live_quality` of the champion, the shortest period first."""
+    return console.slow_frame(
         "SELECT * FROM v_live_quality WHERE model_version_id = :version ORDER BY days", {"version": version_id}
     )
 
