@@ -148,7 +148,7 @@ class Bench:
         config = make_config("fast", base_model=self.encoder.name, seed=seed, **self.options)
         tweets = self.pool.take(own) if len(own) else self.sample
         data = split_rows(Rows(tweets.texts, tweets.labels, list(range(len(tweets)))), config)
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self._learned(data, config, folder) as base:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self.learned(data, config, folder) as base:
             prepared = prepare(base, data, config.for_rows(len(data.train)), "cpu")
             fit(
                 prepared.model, prepared.fit_inputs(data), device=prepared.device, hooks=Hooks(),
@@ -158,7 +158,7 @@ class Bench:
         self._known[tuple(own), seed] = logits
         return logits
 
-    def _learned(self, data: Dataset, config: TrainConfig, folder: str) -> AbstractContextManager[BaseModelFolder]:
+    def learned(self, data: Dataset, config: TrainConfig, folder: str) -> AbstractContextManager[BaseModelFolder]:
         checkpoints, device = Checkpoints(Path(folder) / "sample"), pick_device("cpu")
         return sample_trained(
             self.cache, self.encoder, data, config, device, checkpoints, lambda *step: None, lambda *rows: None
