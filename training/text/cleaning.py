@@ -20,7 +20,8 @@ HASHTAG = re.compile(r"(?<!\w)[#＃](?=[^\W\d])")
 # Modifiers of emoji: variation selectors, joiners, skin tones, and the tags of flags.
 EMOJI_VARIATION = re.compile("[\ufe0e\ufe0f\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
 # Runs of more than three equal characters, digits excepted: ｗｗｗｗｗ, ーーーー, !!!!!!, 😭😭😭😭.
-REPEATED = re.compile(r"([^\d\s])\1{3,}")
+# Written out, since `\1{3,}` takes three times as long on text without any.
+REPEATED = re.compile(r"([^\d\s])\1\1\1+")
 
 
 def _clean_v1(text: str) -> str:

@@ -32,7 +32,7 @@ from worker.scoring.window import (
     dead_letter,
     log_context,
     stored_predictions,
-    tweet_rows,
+    tweet_columns,
     window_row,
 )
 from worker.stream.stream import MAX_ISOLATED_ATTEMPTS, Record, Stream
@@ -199,8 +199,8 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    predictions.add_tweets(session, tweet_rows(window))
-                    predictions.add_predictions(session, stored_predictions(window, window.scores))
+                    predictions.add_tweet_columns(session, tweet_columns(window))
+                    predictions.add_prediction_columns(session, stored_predictions(window, window.scores))
                     predictions.bury(session, window.dead)
                     # The row of the window is part of the transaction, so `store_ms` ends before the commit.
                     window.set_time("store", began)
