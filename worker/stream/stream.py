@@ -17,10 +17,11 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import redis
 
 from worker.errors import StreamDenied, StreamError, StreamFull
@@ -45,8 +46,7 @@ LONGEST_BLOCK_MS = 5_000
 STILL_IN_LOG = "the deleted records are still in the append-only file"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One delivery of a stream entry.
 
     `payload` is its field `tweet`, None when it has none; `fields` holds all fields.
@@ -55,7 +55,7 @@ class Record:
     id: str
     payload: bytes | None
     deliveries: int
-    fields: dict[bytes, bytes] = field(default_factory=dict)
+    fields: dict[bytes, bytes] = {}
 
     @property
     def received_at(self) -> datetime:
@@ -374,7 +374,7 @@ class Stream:
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:
     """Build a record from the script's flat list of field names and values."""
-    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    named = {fields[0]: fields[1]} if len(fields) == 2 else dict(zip(fields[::2], fields[1::2], strict=True))
     return Record(_text(id_), named.get(FIELD), deliveries, named)
 
 

@@ -79,7 +79,9 @@ def parse_object(value: Any) -> Tweet:
     id_ = _first(value, ID_COLUMNS)
     if id_ is None:
         raise BadRecord("the tweet has no id")
-    text = next((value[key] for key in TEXT_COLUMNS if value.get(key) is not None), None)
+    text = value.get("text")
+    if text is None:
+        text = next((value[key] for key in TEXT_COLUMNS if value.get(key) is not None), None)
     if text is None:
         raise BadRecord("the tweet has no text")
     return Tweet(
