@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 STAGES = ("read", "tokenise", "forward", "store")
 LOG_SECONDS = 10.0
+# A window has more tweets only while a long backlog waits and the model is fast.
+USUAL_WINDOW_TWEETS = 512
 
 
 @dataclass

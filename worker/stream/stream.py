@@ -96,6 +96,7 @@ class Vanished:
 class Stream:
     def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
         self._redis = client
+        self.unread: int | None = None  # records that were left for all consumers after the last `read`, if known
         self.key = key
         self.group = group
         self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
@@ -186,12 +187,13 @@ class Stream:
     def _read_new(self, count: int) -> tuple[list[Record], Any]:
         """Return new records and the stream's last generated id; None for the id when the group had to be created."""
         try:
-            entries, last_id, vanished = self._run("read", self.group, self.consumer, count)
+            entries, last_id, vanished, lag = self._run("read", self.group, self.consumer, count)
         except redis.ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             self.ensure_group()
             return [], None
+        self.unread = None if lag is None else max(0, lag - len(entries))
         self._warn_vanished(vanished, "before they were read")
         return [_record(id_, fields, 1) for id_, fields in entries], last_id
 
@@ -232,7 +234,9 @@ class Stream:
     def renew(self, ids: Sequence[str]) -> int:
         """Reset the idle time of this consumer's records. Returns how many of them it still holds."""
         with converted():
-            return int(self._run("renew", self.group, self.consumer, *ids)) if ids else 0
+            # In parts, since the server answers nobody else during a script.
+            parts = [ids[start : start + CLAIM_CHUNK] for start in range(0, len(ids), CLAIM_CHUNK)]
+            return sum(int(self._run("renew", self.group, self.consumer, *part)) for part in parts)
 
     def count_isolated(self, id_: str, by: int = 1) -> int:
         """Count an attempt to score a suspect alone, before it begins; returns the attempts so far.
