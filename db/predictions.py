@@ -1,26 +1,40 @@
 """Queries of tweets, predictions, scoring windows and dead letters. The caller owns the transaction."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, inspect, or_, select, text
-from sqlalchemy.dialects import sqlite
+from msgspec.json import encode
+from sqlalchemy import JSON, ColumnElement, Dialect, LargeBinary, Row, delete, func, or_, select
 from sqlalchemy.orm import Session
 
+from db.base import UtcDateTime
 from db.errors import NotFound
 from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
+
+# Name of a column -> its values, one per row.
+Columns = Mapping[str, Sequence[Any]]
 
 
 def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert tweets whose id is new. A tweet that exists keeps its first text and time of arrival."""
-    _insert_missing(session, Tweet, rows)
+    _add_rows(session, Tweet, rows)
 
 
 def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert predictions whose (tweet, model version) is new, so that a replay changes nothing."""
-    _insert_missing(session, Prediction, rows)
+    _add_rows(session, Prediction, rows)
+
+
+def add_tweet_columns(session: Session, columns: Columns) -> None:
+    """`add_tweets` for the rows of a window, given by column."""
+    _add_columns(session, Tweet, columns)
+
+
+def add_prediction_columns(session: Session, columns: Columns) -> None:
+    """`add_predictions` for the rows of a window, given by column."""
+    _add_columns(session, Prediction, columns)
 
 
 def unscored(
@@ -72,7 +86,7 @@ def _unscored(model_version_id: int, since: datetime | None, until: datetime) ->
 
 def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert dead letters whose record id is new."""
-    _insert_missing(session, DeadLetter, rows)
+    _add_rows(session, DeadLetter, rows)
 
 
 def add_window(session: Session, row: dict[str, Any]) -> None:
@@ -146,32 +160,43 @@ def delete_tweets(
     return ids
 
 
-def _insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+def _add_rows(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        _add_columns(session, model, {name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _add_columns(session: Session, model: type[Base], columns: Columns) -> None:
+    """Insert rows whose key is new. One statement for the driver: SQLAlchemy's own work per row would cost as much as
+    the database's."""
+    table: Any = model.__table__
+    connection = session.connection()
+    values = [_bound(table.c[name].type, column, connection.dialect) for name, column in columns.items()]
+    names = list(columns)
+    # Row locks are taken in key order, so that two workers with the same tweets wait and do not deadlock.
+    key = itemgetter(*(names.index(column.name) for column in table.primary_key))
+    rows = sorted(zip(*values, strict=True), key=key)
     if not rows:
         return
-    # Row locks are taken in key order, so that two workers with the same tweets wait and do not deadlock.
-    keys = [str(column.key) for column in inspect(model).primary_key]
-    ordered = sorted(rows, key=lambda row: tuple(row[key] for key in keys))
-    # Inserting into the table instead of the class avoids the ORM's work per row.
-    table: Any = model.__table__
-    if session.get_bind().dialect.name == "sqlite":
-        session.execute(sqlite.insert(table).on_conflict_do_nothing(), ordered)
+    into = f"INSERT INTO {table.name} ({', '.join(names)})"
+    if connection.dialect.name == "sqlite":
+        marks = ", ".join("?" * len(names))
+        connection.exec_driver_sql(f"{into} VALUES ({marks}) ON CONFLICT DO NOTHING", rows)
     else:
         # One statement with one parameter; the statement triggers run once.
-        columns = ", ".join(ordered[0])
-        session.execute(
-            text(
-                f"INSERT INTO {table.name} ({columns}) SELECT {columns} "  # noqa: S608 - names of the schema
-                f"FROM json_populate_recordset(NULL::{table.name}, CAST(:rows AS json)) ON CONFLICT DO NOTHING"
-            ),
-            {"rows": json.dumps(ordered, ensure_ascii=False, default=_as_text)},
-        )
+        source = f"json_populate_recordset(NULL::{table.name}, CAST(%(rows)s AS json))"
+        given = encode([dict(zip(names, row, strict=True)) for row in rows]).decode()
+        chosen = f"SELECT {', '.join(names)} FROM {source} ON CONFLICT DO NOTHING"  # noqa: S608 - names of the schema
+        connection.exec_driver_sql(f"{into} {chosen}", {"rows": given})
 
 
-def _as_text(value: Any) -> str:
-    """A time or bytes in PostgreSQL's text format."""
-    if isinstance(value, bytes):
-        return f"\\x{value.hex()}"
-    if value.tzinfo is None:
-        raise ValueError(f"{value!r} has no time zone; use an aware datetime in UTC")
-    return str(value.isoformat())
+def _bound(kind: Any, values: Sequence[Any], dialect: Dialect) -> Sequence[Any]:
+    """Values of a column in the form that the driver, or JSON for PostgreSQL, takes."""
+    if isinstance(kind, UtcDateTime):
+        # Few distinct ones: a window is scored at one time, and records arrive many in a millisecond.
+        times = {value: kind.process_bind_param(value, dialect) for value in set(values)}
+        return [times[value] for value in values]
+    if isinstance(kind, JSON) and dialect.name == "sqlite":
+        return [None if value is None else encode(value).decode() for value in values]
+    if isinstance(kind, LargeBinary) and dialect.name != "sqlite":
+        return [f"\\x{value.hex()}" for value in values]
+    return values

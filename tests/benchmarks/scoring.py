@@ -32,7 +32,7 @@ from worker.scoring.engine_selection import choice_folder, load_engine
 from worker.scoring.engine_trial import TrialRequest, run_trial
 from worker.scoring.engines import Batch, hardware
 from worker.scoring.scoring_model import ScoringModel
-from worker.settings import load_settings
+from worker.scoring.window import USUAL_WINDOW_TWEETS
 
 # Real tweets if the file exists beside the project; else the sample's.
 REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
@@ -101,7 +101,7 @@ class Measured:
     @cached_property
     def batches(self) -> list[list[Batch]]:
         """The batches of a worker's windows: tokenised, without equal rows, sorted, padded."""
-        windows = _chunks(self.model.tokenise(self.bench.texts), load_settings().window_tweets)
+        windows = _chunks(self.model.tokenise(self.bench.texts), USUAL_WINDOW_TWEETS)
         cut = []
         for window in windows:
             rows = list(dict.fromkeys(map(tuple, window)))

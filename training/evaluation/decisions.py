@@ -4,6 +4,8 @@ For continuous tasks the arrays named probabilities hold the model's outputs (N,
 evaluation and scoring, so it does not import scikit-learn.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -48,7 +50,14 @@ def choose(probabilities: Floats, task: str) -> Choices:
     return chosen
 
 
-def label_text(chosen: Choices, labels: list[str]) -> str:
+def label_texts(chosen: Choices, labels: list[str]) -> list[str]:
+    """Return the `label_text` of every row of (N, K)."""
+    rows = list(map(tuple, chosen.tolist()))
+    texts = {row: label_text(row, labels) for row in set(rows)}
+    return [texts[row] for row in rows]
+
+
+def label_text(chosen: Iterable[int], labels: list[str]) -> str:
     """Return the names of a row's labels (K,), joined by `|` as stored in the database; empty for no label."""
     return MULTI_LABEL_SEPARATOR.join(label for label, taken in zip(labels, chosen, strict=True) if taken)
 

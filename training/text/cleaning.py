@@ -21,20 +21,30 @@ HASHTAG = re.compile(r"(?<!\w)[#＃](?=[^\W\d])")
 EMOJI_VARIATION = re.compile("[\ufe0e\ufe0f\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
 # Runs of more than three equal characters, digits excepted: ｗｗｗｗｗ, ーーーー, !!!!!!, 😭😭😭😭.
 REPEATED = re.compile(r"([^\d\s])\1{3,}")
+# Most texts have no run of any character, and this is found out in a seventh of the time.
+RUN = re.compile(r"(.)\1\1\1")
 
 
 def _clean_v1(text: str) -> str:
     """Resolve HTML entities, drop links and mentions (they carry no sentiment), collapse white space."""
     plain = html.unescape(text)
-    kept = " ".join(MENTION.sub(" ", URL.sub(" ", plain)).split())
+    kept = URL.sub(" ", plain)
+    if "@" in kept or "＠" in kept:  # several times as fast as the pattern, which tries every position
+        kept = MENTION.sub(" ", kept)
+    kept = " ".join(kept.split())
     # A tweet that is only a link must still be scored, so keep it.
     return kept or " ".join(plain.split())
 
 
 def _clean_v2(text: str) -> str:
     """Version 1, then: remove the mark of hashtags, unify variants of emoji, limit repeated characters to three."""
-    kept = EMOJI_VARIATION.sub("", HASHTAG.sub("", _clean_v1(text)))
-    return REPEATED.sub(r"\1\1\1", kept) or text
+    kept = _clean_v1(text)
+    if "#" in kept or "＃" in kept:
+        kept = HASHTAG.sub("", kept)
+    kept = EMOJI_VARIATION.sub("", kept)
+    if RUN.search(kept):
+        kept = REPEATED.sub(r"\1\1\1", kept)
+    return kept or text
 
 
 def _clean_neologdn(text: str) -> str:

@@ -93,6 +93,7 @@ def score_file(
     Raises `NotFound` when no model is named and there is no champion.
     """
     from worker.scoring.scoring_model import open_model, serving_from
+    from worker.scoring.window import USUAL_WINDOW_TWEETS
 
     with database.read() as session:
         wanted = model_id if model_id is not None else registry.assigned(session, registry.CHAMPION)
@@ -101,7 +102,8 @@ def score_file(
         version = registry.get(session, wanted)
     with open_table(file) as table, ExitStack() as stack:
         model = None
-        for window in batched(_valid_tweets(table, report, need_id=False), settings.window_tweets):
+        size = min(settings.window_tweets, USUAL_WINDOW_TWEETS)  # shows progress soon
+        for window in batched(_valid_tweets(table, report, need_id=False), size):
             model = model or stack.enter_context(open_model(version, serving_from(settings)))
             predictions = model.current().score([tweet.text for tweet in window])
             yield ScoredTweets(version.id, window, predictions, table.position(), table.size)

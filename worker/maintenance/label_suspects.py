@@ -24,6 +24,7 @@ from worker.errors import BadRequest
 from worker.intake.submit_job import local_copy
 from worker.maintenance.export import cell
 from worker.scoring.scoring_model import open_model, serving_from
+from worker.scoring.window import USUAL_WINDOW_TWEETS
 from worker.settings import Settings
 
 COLUMNS = ("row", "given", "suggested", "corrected", "text")
@@ -131,8 +132,9 @@ def _from_model(settings: Settings, version: ModelVersion, rows: Rows, progress:
         spec = model.current().spec
         config = _with_labels(spec.config, spec.labels)
         names = [labels_of_row(rows.labels[i], rows.row_numbers[i], config) for i in kept]
-        for start in range(0, len(kept), settings.window_tweets):
-            window = kept[start : start + settings.window_tweets]
+        size = min(settings.window_tweets, USUAL_WINDOW_TWEETS)  # shows progress soon
+        for start in range(0, len(kept), size):
+            window = kept[start : start + size]
             serving = model.current()
             probabilities.append(serving.forward(serving.tokenise([rows.texts[i] for i in window])).probabilities)
             progress(start + len(window), len(kept))

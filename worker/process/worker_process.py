@@ -39,6 +39,7 @@ from worker.scoring.champion import Champion
 from worker.scoring.pipeline import Limits, Pipeline
 from worker.scoring.scoring_model import serving_from
 from worker.scoring.shadow import Shadow
+from worker.scoring.window import USUAL_WINDOW_TWEETS
 from worker.settings import Settings
 from worker.stream.redis_client import connect_briefly
 from worker.stream.stream import Depth, Stream
@@ -218,9 +219,9 @@ class ScoringWorker(WorkerProcess):
         device = self.claim()
         serving = serving_from(settings, device)
         self.champion = Champion(self.database, serving)
-        self.shadow = Shadow(
-            self.database, serving, settings.shadow_share, self._backlog, settings.window_tweets, self.stopping
-        )
+        # A backlog of more than a usual window is a load under which the challenger gives way.
+        most_waiting = min(settings.window_tweets, USUAL_WINDOW_TWEETS)
+        self.shadow = Shadow(self.database, serving, settings.shadow_share, self._backlog, most_waiting, self.stopping)
         self.pipeline = Pipeline(
             self.stream, self.database, self.champion, limits, self.stopping, self.gate.is_open, self.shadow.offer
         )

@@ -26,13 +26,14 @@ from worker.scoring.held_records import HeldRecords
 from worker.scoring.overlap import OverlappedSteps
 from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import (
+    USUAL_WINDOW_TWEETS,
     ThroughputLog,
     Window,
     add_tweets,
     dead_letter,
     log_context,
     stored_predictions,
-    tweet_rows,
+    tweet_columns,
     window_row,
 )
 from worker.stream.stream import MAX_ISOLATED_ATTEMPTS, Record, Stream
@@ -47,6 +48,12 @@ WINDOW_BYTES = 8 * 1024 * 1024
 CONSUMER_IDLE_FACTOR = 10
 # The first window after a pause; each next one is twice as large, so that the device starts while others are read.
 FIRST_WINDOW_TWEETS = 64
+# A window above the usual size takes at most this part of the backlog, so that several workers share it, and at most
+# this long on the device, so that a worker that is stopped ends in time and a crash repeats little.
+BACKLOG_PARTS = 8
+LARGE_WINDOW_SECONDS = 2.0
+# A failed window with more records is scored in halves first.
+SCORED_ALONE_AT_ONCE = 8
 # Scored to find out whether the device works.
 PROBE = "今日はいい天気です。"
 
@@ -80,6 +87,7 @@ class Pipeline:
         self._claimed_at = -float("inf")
         self._device_times = threading.Lock()
         self._device_left_at = 0.0
+        self._tweets_per_second = 0.0  # of the device, in the last window
 
     def drain(self) -> int:
         """Score until the stream has been empty for `linger_seconds`. Returns the number of tweets scored.
@@ -125,7 +133,7 @@ class Pipeline:
                 return False, None
             began = time.perf_counter()
             records = self.read(min(size, self.limits.window_tweets), block_ms)
-            size = _next_size(records, size, self.limits.window_tweets)
+            size = self.next_size(records, size)
             if records:
                 self.hold(records)
                 failpoint.passing("read")
@@ -145,14 +153,34 @@ class Pipeline:
         """Return records that another worker stopped renewing, if there are any; else read new ones."""
         now = time.monotonic()
         if now - self._claimed_at >= self.limits.min_idle_seconds / 3:
-            records = self.stream.claim_idle(round(1000 * self.limits.min_idle_seconds), count)
+            # Never a large window: if one of the records ends the worker, all of them are scored alone.
+            records = self.stream.claim_idle(
+                round(1000 * self.limits.min_idle_seconds), min(count, USUAL_WINDOW_TWEETS)
+            )
             if records:
                 log.info("claimed %d records of a worker that stopped renewing them", len(records))
                 return records
             self._claimed_at = now
             # Remove idle consumers that hold no records; a live one registers again on its next read.
             self.stream.sweep(round(CONSUMER_IDLE_FACTOR * 1000 * self.limits.min_idle_seconds))
-        return self.stream.read(count, block_ms)
+        return self.read_new(count, block_ms)
+
+    def read_new(self, count: int, block_ms: int) -> list[Record]:
+        """Read up to `count` new records, in parts of the usual size and none after `WINDOW_BYTES`."""
+        records: list[Record] = []
+        while True:
+            part = self.stream.read(min(count - len(records), USUAL_WINDOW_TWEETS), None if records else block_ms)
+            records += part
+            if len(part) < USUAL_WINDOW_TWEETS or len(records) >= count or _payload_bytes(records) >= WINDOW_BYTES:
+                return records
+
+    def next_size(self, records: list[Record], size: int) -> int:
+        """How many records to read after a window: twice as many, within the limits."""
+        if not records:
+            return FIRST_WINDOW_TWEETS
+        large = min((self.stream.unread or 0) // BACKLOG_PARTS, int(LARGE_WINDOW_SECONDS * self._tweets_per_second))
+        within_bytes = max(1, WINDOW_BYTES * len(records) // max(1, _payload_bytes(records)))
+        return min(2 * size, self.limits.window_tweets, max(USUAL_WINDOW_TWEETS, large), within_bytes)
 
     @log_context
     def tokenise(self, window: Window) -> None:
@@ -171,6 +199,7 @@ class Pipeline:
         with self._device_times:
             window.set_time("forward", max(began, self._device_left_at))
             self._device_left_at = time.perf_counter()
+            self._tweets_per_second = 1000 * len(window.tweets) / max(0.001, window.ms["forward_ms"])
         failpoint.passing("forwarded", window.texts)
 
     @log_context
@@ -199,8 +228,8 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    predictions.add_tweets(session, tweet_rows(window))
-                    predictions.add_predictions(session, stored_predictions(window, window.scores))
+                    predictions.add_tweet_columns(session, tweet_columns(window))
+                    predictions.add_prediction_columns(session, stored_predictions(window, window.scores))
                     predictions.bury(session, window.dead)
                     # The row of the window is part of the transaction, so `store_ms` ends before the commit.
                     window.set_time("store", began)
@@ -217,9 +246,28 @@ class Pipeline:
     # --- windows that failed, and records that may have killed a worker
 
     def isolate(self, window: Window, error: BaseException) -> int:
-        """Score each record of a failed window alone. Raises when device, database or stream failed instead."""
+        """Score a failed window in halves until the records that fail are found, and these alone. Raises when device,
+        database or stream failed instead."""
         self.raise_unless_record_failed(window, error)
-        return self.score_each_alone(window, _failed_alone(error))
+        records, model = window.records, window.model
+        if len(records) <= SCORED_ALONE_AT_ONCE:
+            return self.score_each_alone(window, _failed_alone(error))
+        middle = len(records) // 2
+        return sum(self.score_part(Window(part, model, alone=True)) for part in (records[:middle], records[middle:]))
+
+    def score_part(self, part: Window) -> int:
+        if self.stopping.is_set():
+            return 0
+        try:
+            return self.score_at_once(part)
+        except Exception as error:
+            return self.isolate(part, error)
+
+    def score_at_once(self, window: Window) -> int:
+        """Run a window through all steps, without those of others between."""
+        self.tokenise(window)
+        self.forward(window)
+        return self.store(window)
 
     def score_each_alone(self, window: Window, reason: str) -> int:
         return sum(self.score_alone(record, window.model, reason) for record in window.records)
@@ -235,9 +283,7 @@ class Pipeline:
                 window.dead.append(dead_letter(record, f"{reason} {MAX_ISOLATED_ATTEMPTS} times"))
             failpoint.passing("counted")
             try:
-                self.tokenise(window)
-                self.forward(window)
-                return self.store(window)
+                return self.score_at_once(window)
             except Exception as error:
                 try:
                     self.raise_unless_record_failed(window, error)
@@ -258,7 +304,9 @@ class Pipeline:
         if not window.tweets or not isinstance(error, Exception):
             raise error  # nothing was scored, or the process is being stopped
         window.model.score([PROBE])
-        log.warning("a window of %d records failed (%s); scoring each alone", len(window.records), type(error).__name__)
+        log.warning(
+            "a window of %d records failed (%s); looking for the cause", len(window.records), type(error).__name__
+        )
 
     # --- the records held
 
@@ -276,9 +324,5 @@ def _failed_alone(error: BaseException) -> str:
     return f"scoring it alone failed ({type(error).__name__})"
 
 
-def _next_size(records: list[Record], size: int, window_tweets: int) -> int:
-    """How many records to read after a window: twice as many, within `WINDOW_BYTES` at their present size."""
-    if not records:
-        return FIRST_WINDOW_TWEETS
-    read_bytes = sum(len(record.payload or b"") for record in records)
-    return min(2 * size, window_tweets, max(1, WINDOW_BYTES * len(records) // max(1, read_bytes)))
+def _payload_bytes(records: list[Record]) -> int:
+    return sum(len(record.payload or b"") for record in records)

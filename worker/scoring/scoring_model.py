@@ -22,7 +22,7 @@ from db.models import ModelVersion, utc_now
 from training.data.columns import VALUE
 from training.data.numbers import TargetScale
 from training.errors import BadArtifact
-from training.evaluation.decisions import Floats, choose, confidence, label_text, to_probabilities
+from training.evaluation.decisions import Floats, choose, confidence, label_texts, to_probabilities
 from training.model.artifact import Artifact, Spec, load_artifact
 from training.model.batching import pad_arrays, plan_batches
 from training.model.devices import free_bytes, pick_device
@@ -38,6 +38,9 @@ from worker.scoring.engines import Engine, Logits
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
+
+# Name of a column of `predictions` -> its values, one per tweet.
+Columns = dict[str, list[Any]]
 
 # A command that ends sooner gains nothing from a trial of engines.
 TRIAL_AFTER_SECONDS = 30.0
@@ -129,48 +132,55 @@ class ScoringModel:
 
     def score(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Texts -> label, probability, score_signed and the probability of every label."""
-        return describe(self.spec, self.forward(self.tokenise(texts)).probabilities)
+        return _rows(describe(self.spec, self.forward(self.tokenise(texts)).probabilities))
 
 
-def describe(spec: Spec, probabilities: Floats) -> list[dict[str, Any]]:
-    """Probabilities (N, K) -> the columns of a prediction; `score_signed` is the mean polarity, None without any."""
+def describe(spec: Spec, probabilities: Floats) -> Columns:
+    """Probabilities (N, K) -> columns of predictions; `score_signed` is the mean polarity, None without any."""
     if spec.scale is not None:
         return _describe_values(spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
-    sure = confidence(probabilities, chosen, spec.config.task)
-    rows = []
-    for i, values in enumerate(probabilities):
-        by_label = dict(zip(spec.labels, map(float, values), strict=True))
-        signed = None
-        if spec.polarity is not None:
-            signed = sum(spec.polarity[label] * value for label, value in by_label.items())
-            signed = max(-1.0, min(1.0, signed))
-        rows.append(
-            {
-                "label": label_text(chosen[i], spec.labels),
-                "probability": float(sure[i]),
-                "score_signed": signed,
-                "probabilities": by_label,
-            }
-        )
-    return rows
+    signed: list[float | None] = [None] * len(probabilities)
+    if spec.polarity is not None:
+        polarity = np.array([spec.polarity[label] for label in spec.labels], np.float64)
+        signed = (probabilities.astype(np.float64) @ polarity).clip(-1.0, 1.0).tolist()
+    return {
+        "label": label_texts(chosen, spec.labels),
+        "probability": confidence(probabilities, chosen, spec.config.task).tolist(),
+        "score_signed": signed,
+        "probabilities": [dict(zip(spec.labels, row, strict=True)) for row in probabilities.tolist()],
+    }
 
 
-def _describe_values(scale: TargetScale, outputs: Floats) -> list[dict[str, Any]]:
-    """Outputs (N, 1) of a continuous model -> the columns of a prediction: the only label is `value`."""
-    return [
-        {"label": VALUE, "probability": 1.0, "score_signed": scale.signed(value), "probabilities": {VALUE: value}}
-        for value in scale.values(outputs)[:, 0].tolist()
-    ]
+def _describe_values(scale: TargetScale, outputs: Floats) -> Columns:
+    """Outputs (N, 1) of a continuous model -> columns of predictions: the only label is `value`."""
+    values = scale.values(outputs)[:, 0].tolist()
+    return {
+        "label": [VALUE] * len(values),
+        "probability": [1.0] * len(values),
+        "score_signed": [scale.signed(value) for value in values],
+        "probabilities": [{VALUE: value} for value in values],
+    }
+
+
+def prediction_columns(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> Columns:
+    """The columns of `predictions` for tweets in the order of `scores`, one value per tweet."""
+    return {
+        "tweet_id": list(tweet_ids),
+        "model_version_id": [model.version_id] * len(tweet_ids),
+        "scored_at": [utc_now()] * len(tweet_ids),
+        "unknown_share": model.unknown_shares(scores.rows),
+        **describe(model.spec, scores.probabilities),
+    }
 
 
 def prediction_rows(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
-    """Rows of `predictions` for tweets in the order of `scores`."""
-    now, described = utc_now(), describe(model.spec, scores.probabilities)
-    return [
-        {"tweet_id": id_, "model_version_id": model.version_id, "scored_at": now, "unknown_share": share, **columns}
-        for id_, share, columns in zip(tweet_ids, model.unknown_shares(scores.rows), described, strict=True)
-    ]
+    """`prediction_columns` as rows."""
+    return _rows(prediction_columns(model, tweet_ids, scores))
+
+
+def _rows(columns: Columns) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)

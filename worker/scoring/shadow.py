@@ -2,8 +2,8 @@
 
 The challenger never delays the champion. It gets tweets whose windows are committed and acknowledged, runs with a lower
 CPU priority, and is the first to give way: it waits while the champion is busy, and tweets are dropped when its queue
-is full, and when more records wait than one window holds. Its errors are counted and never reach the pipeline. A stop
-drops what is queued.
+is full, and when more records wait than a usual window holds. Its errors are counted and never reach the pipeline. A
+stop drops what is queued.
 """
 
 import logging
@@ -63,15 +63,15 @@ class Shadow:
     """The challenger's thread in one scoring worker."""
 
     def __init__(
-        self, database: Database, serving: Serving, share: float, backlog: Callable[[], int], window_tweets: int,
+        self, database: Database, serving: Serving, share: float, backlog: Callable[[], int], most_waiting: int,
         stopping: threading.Event,
     ) -> None:  # fmt: skip
         """`share` is that of the tweets, 0 to 1. `backlog` returns how many records wait for the champion or are held
-        by it; with more than `window_tweets` of them tweets are dropped."""
+        by it; with more than `most_waiting` of them tweets are dropped."""
         self._database = database
         self._share = share
         self._backlog = backlog
-        self._window_tweets = window_tweets
+        self._most_waiting = most_waiting
         self._stopping = stopping
         # Loads the model, so that threads of an engine inherit its priority, and runs it. Python code that takes locks
         # of the interpreter or the database for long runs in `_thread`, whose priority is normal: a thread of low
@@ -161,11 +161,11 @@ class Shadow:
         return self._model
 
     def _wait_until_quiet(self) -> bool:
-        """Wait while the champion is busy. Returns False when the tweets are to be dropped: more records wait than a
-        window holds, or the worker stops."""
+        """Wait while the champion is busy. Returns False when the tweets are to be dropped: more than
+        `most_waiting` records wait, or the worker stops."""
         while not self._stopping.is_set():
             backlog = self._backlog()
-            if backlog > self._window_tweets:
+            if backlog > self._most_waiting:
                 return False
             if backlog <= QUIET_RECORDS:
                 return True

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import wraps
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.scoring.scoring_model import Scores, ScoringModel, prediction_rows
+from worker.scoring.scoring_model import Columns, Scores, ScoringModel, prediction_columns
 from worker.stream.stream import Record
 from worker.stream.tweet_record import OPTIONAL, Tweet, pack_fields, parse_payload
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 STAGES = ("read", "tokenise", "forward", "store")
 LOG_SECONDS = 10.0
+# A window has more tweets only while a long backlog waits and the model is fast.
+USUAL_WINDOW_TWEETS = 512
 
 
 @dataclass
@@ -88,21 +91,20 @@ def dead_letter(record: Record, reason: str) -> dict[str, Any]:
     }
 
 
-def tweet_rows(window: Window) -> list[dict[str, Any]]:
-    return [
-        {
-            "tweet_id": tweet.id,
-            "text": tweet.text,
-            **{key: getattr(tweet, key) for key in OPTIONAL},
-            "tweet_created_at": tweet.created_at,
-            "received_at": record.received_at,
-        }
-        for record, tweet in window.tweets
-    ]
+def tweet_columns(window: Window) -> Columns:
+    """The columns of `tweets`, one value per tweet of the window."""
+    tweets = [tweet for _, tweet in window.tweets]
+    return {
+        "tweet_id": [tweet.id for tweet in tweets],
+        "text": [tweet.text for tweet in tweets],
+        **{key: list(map(attrgetter(key), tweets)) for key in OPTIONAL},
+        "tweet_created_at": [tweet.created_at for tweet in tweets],
+        "received_at": [record.received_at for record, _ in window.tweets],
+    }
 
 
-def stored_predictions(window: Window, scores: Scores) -> list[dict[str, Any]]:
-    return prediction_rows(window.model, [tweet.id for _, tweet in window.tweets], scores)
+def stored_predictions(window: Window, scores: Scores) -> Columns:
+    return prediction_columns(window.model, [tweet.id for _, tweet in window.tweets], scores)
 
 
 def window_row(window: Window, scores: Scores, worker: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import redis
 
 from worker.errors import StreamDenied, StreamError, StreamFull
@@ -45,8 +46,7 @@ LONGEST_BLOCK_MS = 5_000
 STILL_IN_LOG = "the deleted records are still in the append-only file"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One delivery of a stream entry.
 
     `payload` is its field `tweet`, None when it has none; `fields` holds all fields.
@@ -55,7 +55,7 @@ class Record:
     id: str
     payload: bytes | None
     deliveries: int
-    fields: dict[bytes, bytes] = field(default_factory=dict)
+    fields: dict[bytes, bytes] = {}
 
     @property
     def received_at(self) -> datetime:
@@ -96,6 +96,7 @@ class Vanished:
 class Stream:
     def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
         self._redis = client
+        self.unread: int | None = None  # records that were left for all consumers after the last `read`, if known
         self.key = key
         self.group = group
         self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
@@ -186,12 +187,13 @@ class Stream:
     def _read_new(self, count: int) -> tuple[list[Record], Any]:
         """Return new records and the stream's last generated id; None for the id when the group had to be created."""
         try:
-            entries, last_id, vanished = self._run("read", self.group, self.consumer, count)
+            entries, last_id, vanished, lag = self._run("read", self.group, self.consumer, count)
         except redis.ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             self.ensure_group()
             return [], None
+        self.unread = None if lag is None else max(0, lag - len(entries))
         self._warn_vanished(vanished, "before they were read")
         return [_record(id_, fields, 1) for id_, fields in entries], last_id
 
@@ -232,7 +234,9 @@ class Stream:
     def renew(self, ids: Sequence[str]) -> int:
         """Reset the idle time of this consumer's records. Returns how many of them it still holds."""
         with converted():
-            return int(self._run("renew", self.group, self.consumer, *ids)) if ids else 0
+            # In parts, since the server answers nobody else during a script.
+            parts = [ids[start : start + CLAIM_CHUNK] for start in range(0, len(ids), CLAIM_CHUNK)]
+            return sum(int(self._run("renew", self.group, self.consumer, *part)) for part in parts)
 
     def count_isolated(self, id_: str, by: int = 1) -> int:
         """Count an attempt to score a suspect alone, before it begins; returns the attempts so far.
@@ -374,7 +378,7 @@ class Stream:
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:
     """Build a record from the script's flat list of field names and values."""
-    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    named = {fields[0]: fields[1]} if len(fields) == 2 else dict(zip(fields[::2], fields[1::2], strict=True))
     return Record(_text(id_), named.get(FIELD), deliveries, named)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sqlalchemy import text
 
-from db.models import DeadLetter
+from db.models import DeadLetter, ScoringWindow
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, Killed, wire
 from tests.support.world import on_postgresql
@@ -60,6 +60,16 @@ def test_text_that_fails_is_buried_alone(bench: Bench) -> None:
     assert set(reasons) == {wire("poison", POISON), b"no tweet"}
     assert "failed (RuntimeError) 3 times" in reasons[wire("poison", POISON)]
     assert bench.stream.depth().idle
+
+
+def test_few_forwards_find_the_record_that_fails_among_many(lite: Bench) -> None:
+    champion = lite.holding(Fragile)
+    lite.stream.publish([wire(i, POISON if i == 77 else f"今日は嬉しい{i}") for i in range(60, 124)])
+    assert lite.worker(champion).drain() == 63
+    assert [row["payload"] for row in lite.dead()] == [wire(77, POISON)]
+    # The halves that do not contain it, of 32 to 8 records, and those beside it one by one.
+    assert [row["tweets"] for row in lite.rows(ScoringWindow) if row["tweets"] > 1] == [16, 8, 32]
+    assert len(lite.rows(ScoringWindow)) == 3 + 8
 
 
 def test_record_that_kills_its_worker_is_scored_alone_and_buried_the_fourth_time(lite: Bench) -> None:

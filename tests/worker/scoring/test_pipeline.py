@@ -16,6 +16,7 @@ from db.session import Database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.support.bench import DRAINED, Bench, Killed, Slow, draining, wire
 from training.model.batching import plan_batches
+from worker.scoring import pipeline
 from worker.scoring.overlap import WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import Pipeline
 from worker.scoring.scoring_model import Scores, ScoringModel
@@ -235,6 +236,40 @@ def test_first_windows_are_small_and_grow_while_there_is_more(lite: Bench) -> No
     lite.stream.publish([wire(i) for i in range(500)])
     lite.worker(window_tweets=200).drain()
     assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [64, 128, 200, 108]
+
+
+def test_windows_exceed_the_usual_size_only_while_they_are_a_small_part_of_what_waits(
+    lite: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "USUAL_WINDOW_TWEETS", 8)
+    monkeypatch.setattr(pipeline, "FIRST_WINDOW_TWEETS", 2)
+    lite.promote()
+    lite.stream.publish([wire(i) for i in range(400)])
+    lite.worker(window_tweets=40).drain()
+    sizes = [row["tweets"] for row in lite.rows(ScoringWindow)]
+    left = [400 - sum(sizes[:number]) for number in range(len(sizes))]  # before each window
+    assert sizes[:3] == [2, 4, 8]
+    assert 16 < max(sizes) <= 40
+    assert all(size <= max(8, waiting / pipeline.BACKLOG_PARTS + 1) for size, waiting in zip(sizes, left, strict=True))
+    assert sum(sizes) == len(lite.scored()) == 400
+    assert lite.stream.depth() == DRAINED
+
+
+def test_a_slow_model_keeps_to_the_usual_windows(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "USUAL_WINDOW_TWEETS", 8)
+    monkeypatch.setattr(pipeline, "LARGE_WINDOW_SECONDS", 0.0001)
+    lite.promote()
+    lite.stream.publish([wire(i) for i in range(300)])
+    lite.worker(window_tweets=40).drain()
+    assert max(row["tweets"] for row in lite.rows(ScoringWindow)[4:]) == 8
+
+
+def test_a_large_window_ends_early_when_its_records_are_large(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "USUAL_WINDOW_TWEETS", 8)
+    monkeypatch.setattr(pipeline, "WINDOW_BYTES", 8 * len(wire(10)))
+    lite.stream.ensure_group()
+    lite.stream.publish([wire(i) for i in range(10, 42)])
+    assert len(lite.worker(window_tweets=40).read_new(32, 10)) == 8
 
 
 def test_what_was_scored_is_said_in_the_log(lite: Bench, caplog: pytest.LogCaptureFixture) -> None:

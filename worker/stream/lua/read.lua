@@ -6,7 +6,8 @@
 -- ARGV[1]      the group
 -- ARGV[2]      the consumer
 -- ARGV[3]      maximum number of records; 0 reads none and only counts
--- Returns the records, the last id that the stream generated, and how many vanished since the last call.
+-- Returns the records, the last id that the stream generated, how many vanished since the last call, and how many were
+-- unread before this call, nil when the server does not report it.
 --
 -- The books store `last`, the last id that was delivered to the group, and `settled`, how many records up to it were
 -- delivered or are otherwise accounted for. When the stream holds no record up to `last`, the number of records that are
@@ -26,17 +27,17 @@ local function named(list)
     return found
 end
 
-local function last_delivered()
+local function last_delivered_and_lag()
     local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
     for _, fields in ipairs(groups['err'] and {} or groups) do
         local group = named(fields)
         if group['name'] == ARGV[1] then
-            return group['last-delivered-id']
+            return group['last-delivered-id'], group['lag']
         end
     end
 end
 
-local last = last_delivered()
+local last, lag = last_delivered_and_lag()
 if last == nil then
     return redis.error_reply('NOGROUP there is no such group')
 end
@@ -69,4 +70,4 @@ end
 if known and #records > 0 then
     redis.call('HSET', KEYS[2], LAST, records[#records][1], SETTLED, settled + #records)
 end
-return {records, stream['last-generated-id'], vanished}
+return {records, stream['last-generated-id'], vanished, lag or false}
