@@ -97,12 +97,10 @@ def _measured(
     """Return the rows that can be scored, and the figures that a job computes on its test rows."""
     with store.fetched(version.artifact_url, version.sha256) as folder:
         if is_cascade(folder):
-            return _cascade_figures(
-                store, version, load_cascade(folder, version.sha256), rows, labels, device, progress
-            )
+            spec = load_cascade(folder, version.sha256)
+            return _cascade_figures(store, version, spec, rows, labels, device, progress)
         artifact = load_artifact(folder, version.sha256)
-    spec = artifact.spec
-    read = evaluation_rows(rows, spec.labels, spec.config, labels, spec.scale)
+    read = evaluation_rows(rows, artifact.spec.labels, artifact.spec.config, labels, artifact.spec.scale)
     return read, _figures(artifact, read, device, progress)
 
 
