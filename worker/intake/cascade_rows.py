@@ -157,6 +157,6 @@ def _check_enough(choosing: LabelledTexts, labels: Sequence[str], name: str) -> 
     if len(choosing) < FEWEST_ROWS or absent:
         lacking = f", and none of the label {absent[0]}" if absent else ""
         raise BadDataset(
-            f"{name} have {len(choosing)} rows that neither model learned{lacking}; a threshold needs at least "
+            f"{name}: {len(choosing)} rows that neither model learned{lacking}; a threshold needs at least "
             f"{FEWEST_ROWS}, of every label: give more with --rows FILE"
         )
