@@ -18,7 +18,7 @@ from training.evaluation.calibration import fit_temperature
 from training.evaluation.decisions import Floats
 
 TASK = "single_label"
-# Thresholds of the curve, evenly spread over the share of rows passed on. With a larger share a cascade is hardly faster
+# Thresholds of the curve, evenly spread over the share of rows passed on. With more rows a cascade is hardly faster
 # than its teacher.
 POINTS, LARGEST_SHARE = 91, 0.9
 # The percentile of the bootstrap that must reach the wanted ratio.
