@@ -96,7 +96,8 @@ def labelled(session: Session, version_id: int, days: int) -> list[LabelledTweet
 def unseen(tweet_id: Any, *version_ids: int) -> ColumnElement[bool]:
     """Whether the labels of a tweet were given after the jobs of these versions had read labels to train on.
 
-    The jobs of a cascade are those of its student and its teacher. Nothing tells which labels are in a file that a version was trained on.
+    The jobs of a cascade are those of its student and its teacher. Nothing tells which labels are in a file that a
+    version was trained on.
     """
     parts = (
         select(part).where(Cascade.model_version_id.in_(version_ids))
