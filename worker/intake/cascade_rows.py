@@ -111,7 +111,7 @@ def cascade_rows(
     choosing = given.without(trained_on)
     if dropped := len(given) - len(choosing):
         notes.append(
-            f"{dropped:,} of {len(given):,} rows are left out: models {student.id} or {teacher.id} learned them"
+            f"{dropped:,} of {len(given):,} rows are left out: model {student.id} or {teacher.id} learned them"
         )
     _check_enough(choosing, labels, name)
     test = LabelledTexts(Split([], np.zeros((0, len(labels)), np.float32), []), [])
