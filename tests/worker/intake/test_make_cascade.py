@@ -12,11 +12,11 @@ import pytest
 import worker
 from db import registry
 from db.errors import InUse, NotFound
-from db.models import Cascade, ModelVersion
+from db.models import ModelVersion
 from db.session import Database
 from tests.conftest import LABELS
 from tests.support.cascades import Pair, make_pair, tweets
-from tests.support.rows import make_version
+from tests.support.rows import cascade_row, make_version
 from training.data.dataset import read_rows
 from training.errors import BadArtifact, BadConfig, BadDataset
 from training.evaluation.cascade import NoThreshold
@@ -152,9 +152,8 @@ def test_by_default_the_rows_are_those_that_neither_job_trained_on(
 
 def test_the_parts_of_a_cascade_can_be_deleted_only_after_it(database: Database) -> None:
     student, teacher, cascade = (make_version(database) for _ in range(3))
-    row = {"threshold": 0.5, "planned_share": 0.2, "keep": 0.9, "bound": "estimate", "rows": 100, "curve": []}
     with database.begin() as session:
-        registry.add_cascade(session, Cascade(model_version_id=cascade, student_id=student, teacher_id=teacher, **row))
+        registry.add_cascade(session, cascade_row(cascade, student, teacher))
     for part in (student, teacher):
         with database.begin() as session, pytest.raises(InUse, match=f"`tweetscore models delete {cascade}`"):
             registry.mark_deleted(session, part, False)
@@ -163,7 +162,7 @@ def test_the_parts_of_a_cascade_can_be_deleted_only_after_it(database: Database)
             assert registry.mark_deleted(session, version, False).deleted_at is not None
     other = make_version(database)
     with database.begin() as session, pytest.raises(NotFound, match=f"model {student} was deleted"):
-        registry.add_cascade(session, Cascade(model_version_id=other, student_id=student, teacher_id=teacher, **row))
+        registry.add_cascade(session, cascade_row(other, student, teacher))
 
 
 def test_python_makes_a_cascade_with_the_settings_of_the_environment(pair: Pair) -> None:
