@@ -164,6 +164,12 @@ def cascade(session: Session, version_id: int) -> Cascade | None:
     return session.get(Cascade, version_id)
 
 
+def made_of(session: Session, version: ModelVersion) -> list[ModelVersion]:
+    """The models that compute: the student and the teacher of a cascade, or the version itself."""
+    found = cascade(session, version.id)
+    return [version] if found is None else [get(session, id_) for id_ in (found.student_id, found.teacher_id)]
+
+
 def cascades_with(session: Session, version_id: int) -> list[int]:
     """The cascades that use a version and are not deleted, oldest first."""
     query = select(Cascade.model_version_id).join(ModelVersion, ModelVersion.id == Cascade.model_version_id)

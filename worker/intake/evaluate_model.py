@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sqlalchemy.orm import Session
 
 from db import registry
 from db.errors import listed
@@ -57,7 +56,7 @@ def evaluate_model(
     """
     with database.read() as session:
         version = registry.usable(session, version_id)
-        jobs_of = [job_of(session, model) for model in _made_of(session, version)]
+        jobs_of = [job_of(session, model) for model in registry.made_of(session, version)]
     with local_copy(dataset) as path:
         name, sha256, rows = path.name, file_sha256(path), read_rows(path)
     read, figures = _measured(model_store(settings), version, rows, labels, pick_device(settings.device), progress)
@@ -78,12 +77,6 @@ def evaluate_with_settings(version_id: int, dataset: str, labels: dict[str, str]
     finally:
         database.close()
     return {metric: value for (metric, label), value in figures.items() if not label}
-
-
-def _made_of(session: Session, version: ModelVersion) -> list[ModelVersion]:
-    """The models that compute: the student and the teacher of a cascade, or the version itself."""
-    found = registry.cascade(session, version.id)
-    return [version] if found is None else [registry.get(session, i) for i in (found.student_id, found.teacher_id)]
 
 
 def _measured(
