@@ -124,8 +124,8 @@ def models_show(model: Model, json: Json = False) -> None:
         }
         output.as_json({**output.fields(version), **written})
         return
-    origin = f"of job {version.job_id}" if version.job_id else "" if cascade else "(imported)"
-    output.line(" ".join(f"model {version.id} {origin}: {version.base_model} {version.base_revision or ''}".split()))
+    origin = f" of job {version.job_id}" if version.job_id else "" if cascade else " (imported)"
+    output.line(f"model {version.id}{origin}: {version.base_model} {version.base_revision or ''}")
     output.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
     if version.deleted_at:
         output.console.print(f"deleted {version.deleted_at:%Y-%m-%d %H:%M:%S}", style="yellow")

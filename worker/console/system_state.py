@@ -57,7 +57,7 @@ def schema(console: Console) -> Schema:
 
 
 def engines(console: Console) -> list[Choice]:
-    """The engines that were tried for the champion, one choice for each kind of machine; of a cascade for both models."""
+    """The engines that were tried for the champion, or for both models of a cascade: one choice per kind of machine."""
     with console.database().read() as session:
         version_id = registry.assigned(session, registry.CHAMPION)
         if version_id is None:

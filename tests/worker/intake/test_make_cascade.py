@@ -22,6 +22,7 @@ from training.errors import BadArtifact, BadConfig, BadDataset
 from training.evaluation.cascade import NoThreshold
 from training.evaluation.metrics import metrics
 from training.jobs.run import run_next_job
+from training.jobs.unlabelled.teacher import find_teacher
 from training.model.cascade import load_cascade
 from worker.connections import training_context
 from worker.errors import BadRequest
@@ -57,9 +58,7 @@ def test_the_command_makes_a_version_that_show_and_list_describe(pair: Pair, twe
         assert "chosen" in printed
     assert "no test figures: `tweetscore models evaluate 3 labelled.csv`" in done.stdout
     assert "note: what model 1 was trained on is not known, since no job trained it" in done.stdout
-    assert shown.startswith("model 3 : cascade of models 1 and 2\n") or shown.startswith(
-        "model 3: cascade of models 1 and 2\n"
-    )
+    assert shown.startswith("model 3: cascade of models 1 and 2")
     assert "a part of model 3, a cascade" in tweetscore("models", "show", "2").stdout
     read = json.loads(tweetscore("models", "show", "3", "--json").stdout)
     assert read["cascade"]["curve"] == row.curve
@@ -106,6 +105,8 @@ def test_models_that_do_not_fit_and_rows_that_are_too_few_are_refused(pair: Pair
     refused(BadDataset, "none of the label negative", pair.student, pair.teacher, file=str(few))
     with pair.database.read() as session:
         assert session.query(ModelVersion).count() == 4
+        with pytest.raises(BadConfig, match="teacher 3 is a cascade; name the model that it passes tweets on to, 2"):
+            find_teacher(session, cascade, LABELS)
     assert sorted(p.name for p in (pair.settings.home / "models").iterdir() if p.name.startswith("cascade")) == [
         registry_name(pair.database, cascade)
     ]
