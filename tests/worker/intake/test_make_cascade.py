@@ -5,6 +5,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_by_default_the_rows_are_those_that_neither_job_trained_on(
     part.write_text("label,text\n" + "\n".join(lines[:200]) + "\n", encoding="utf-8")
     given = settings.model_copy(update={"base_model": str(tiny_encoder), "read_roots": (tmp_path, tiny_encoder.parent)})
     for dataset in (part, whole):
-        options = {"epochs": 1, "add_sample": False, "baseline": False, "base_model": str(tiny_encoder)}
+        options: dict[str, Any] = {"epochs": 1, "add_sample": False, "baseline": False, "base_model": str(tiny_encoder)}
         submit_training(given, home_database, dataset, "fast", **options)
         assert run_next_job(home_database, training_context(given), "here", threading.Event()) is not None
     made = make_cascade(given, home_database, 1, 2, keep=0.3, bound="estimate")

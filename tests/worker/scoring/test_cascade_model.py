@@ -91,16 +91,16 @@ def test_a_cascade_takes_over_and_hands_back_without_losing_a_tweet(bench: Bench
         bench.stream.publish([wire(published[0] + i, text) for i, text in enumerate(tweets(4))])
         published[0] += 4
 
-    class GoesOnUntilAllHaveScored(Pipeline):
-        seen: list[int] = []  # noqa: RUF012 - of one test
+    seen: list[int] = []
 
+    class GoesOnUntilAllHaveScored(Pipeline):
         def store(self, window: Window) -> int:
             scored = super().store(window)
-            if window.model.version_id not in self.seen:
-                self.seen.append(window.model.version_id)
-                if len(self.seen) < len(order):
-                    assign(bench.database, order[len(self.seen)])
-            if len(self.seen) < len(order):
+            if window.model.version_id not in seen:
+                seen.append(window.model.version_id)
+                if len(seen) < len(order):
+                    assign(bench.database, order[len(seen)])
+            if len(seen) < len(order):
                 more()
             return scored
 
@@ -109,7 +109,7 @@ def test_a_cascade_takes_over_and_hands_back_without_losing_a_tweet(bench: Bench
     worker = bench.worker(kind=GoesOnUntilAllHaveScored, window_tweets=4)
     with draining(worker):
         pass
-    assert worker.seen == order
+    assert seen == order
     rows = bench.rows(Prediction)
     assert len(rows) == published[0]
     by = {version: [row["decided_by"] for row in rows if row["model_version_id"] == version] for version in order}
@@ -159,7 +159,7 @@ def with_teacher(pair: Pair, kind: type[ScoringModel]) -> CascadeModel:
     """A cascade whose teacher is of another kind."""
     model = load_model(pair.cascade().version, CPU)
     assert isinstance(model, CascadeModel)
-    model.teacher.__class__ = kind  # type: ignore[assignment]
+    model.teacher.__class__ = kind
     return model
 
 
