@@ -141,7 +141,7 @@ def with_mood(tree: Path) -> None:
         r"(    replied_to_id: .*\n)",
         r'\1    mood: Mapped[str] = mapped_column(default="?")\n',
     )
-    edit(tree / "worker" / "scoring" / "window.py", r'("text": tweet.text,)', r'\1 "mood": "seen",')
+    edit(tree / "worker" / "scoring" / "window.py", r'("text": \[.*\],)', r'\1 "mood": ["seen"] * len(tweets),')
 
 
 def edit(path: Path, pattern: str, by: str) -> None:
