@@ -29,7 +29,7 @@ class NotFound(TweetscoreError):
 
 
 class InUse(TweetscoreError):
-    """Raised when deleting a model version that an alias points to."""
+    """Raised when deleting a model version that an alias points to or a cascade uses."""
 
 
 class JobNotRetryable(TweetscoreError):

@@ -14,6 +14,7 @@ from db.base import Base, utc_now
 from db.label_models import Label, ReviewAsk, ReviewTweet
 from db.registry_models import (
     BaseModel,
+    Cascade,
     ConfusionCell,
     Evaluation,
     EvaluationMetric,
@@ -27,6 +28,7 @@ from db.registry_models import (
 __all__ = [
     "Base",
     "BaseModel",
+    "Cascade",
     "ConfusionCell",
     "DeadLetter",
     "EpochMetric",
@@ -116,6 +118,10 @@ class Prediction(Base):
     scored_at: Mapped[datetime] = mapped_column(comment="Time at which the prediction was made, UTC.")
     unknown_share: Mapped[float | None] = mapped_column(
         comment="Share of the text's tokens that the model does not know, 0 to 1. NULL for rows of releases before 0.2."
+    )
+    decided_by: Mapped[int | None] = mapped_column(
+        comment="The model version whose probabilities these are: the student or the teacher of a cascade. NULL for "
+        "any other model."
     )
 
 
@@ -270,6 +276,9 @@ class ScoringWindow(Base):
     tokenise_ms: Mapped[float] = mapped_column(comment="Milliseconds spent cleaning and tokenising the texts.")
     forward_ms: Mapped[float] = mapped_column(comment="Milliseconds spent in the forward passes of the model.")
     store_ms: Mapped[float] = mapped_column(comment="Milliseconds spent writing the rows, without the commit.")
+    passed_on: Mapped[int | None] = mapped_column(
+        comment="Number of tweets that the student of a cascade passed on to the teacher. NULL for any other model."
+    )
 
 
 class DeadLetter(Base):

@@ -1,4 +1,4 @@
-"""Queries of the model registry: versions, their test metrics, the aliases, and adapted base models.
+"""Queries of the model registry: versions, cascades, their test metrics, the aliases, and adapted base models.
 
 The caller owns the transaction.
 """
@@ -6,12 +6,13 @@ The caller owns the transaction.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, Subquery, and_, case, cast, delete, func, insert, join, select
+from sqlalchemy import ColumnElement, Double, Subquery, and_, case, cast, delete, func, insert, join, or_, select
 from sqlalchemy.orm import Session
 
 from db.errors import InUse, NotFound
 from db.models import (
     BaseModel,
+    Cascade,
     ConfusionCell,
     Evaluation,
     EvaluationMetric,
@@ -129,16 +130,51 @@ def history(session: Session) -> list[ModelAlias]:
 def mark_deleted(session: Session, version_id: int, predictions: bool) -> ModelVersion:
     """Mark a version as deleted. Its test results stay; with `predictions`, its predictions are deleted.
 
-    Raises `InUse` while an alias points to it.
+    Raises `InUse` while an alias points to it or a cascade uses it.
     """
+    # Locked, so that no cascade of it is added in between.
+    session.get(ModelVersion, version_id, with_for_update={"key_share": True})
     version = usable(session, version_id)
     for alias in ALIASES:
         if assigned(session, alias) == version_id:
             raise InUse(f"model {version_id} is the {alias}; promote another one first")
+    if used := cascades_with(session, version_id):
+        raise InUse(
+            f"model {version_id} is a part of the cascade {used[0]}; delete that one first: `tweetscore models delete "
+            f"{used[0]}`"
+        )
     version.deleted_at = utc_now()
     if predictions:
         session.execute(delete(Prediction).where(Prediction.model_version_id == version_id))
     return version
+
+
+def add_cascade(session: Session, cascade: Cascade) -> None:
+    """Add what a version is made of. Raises `NotFound` when the student or the teacher was deleted meanwhile."""
+    for part in (cascade.student_id, cascade.teacher_id):
+        # `mark_deleted` waits for this lock; workers that score with the version go on.
+        session.get(ModelVersion, part, with_for_update={"read": True}, populate_existing=True)
+        usable(session, part)
+    session.add(cascade)
+    session.flush()
+
+
+def cascade(session: Session, version_id: int) -> Cascade | None:
+    """What a version is made of; None for a model that is no cascade."""
+    return session.get(Cascade, version_id)
+
+
+def made_of(session: Session, version: ModelVersion) -> list[ModelVersion]:
+    """The models that compute: the student and the teacher of a cascade, or the version itself."""
+    found = cascade(session, version.id)
+    return [version] if found is None else [get(session, id_) for id_ in (found.student_id, found.teacher_id)]
+
+
+def cascades_with(session: Session, version_id: int) -> list[int]:
+    """The cascades that use a version and are not deleted, oldest first."""
+    query = select(Cascade.model_version_id).join(ModelVersion, ModelVersion.id == Cascade.model_version_id)
+    uses = or_(Cascade.student_id == version_id, Cascade.teacher_id == version_id)
+    return list(session.scalars(query.where(uses, ModelVersion.deleted_at.is_(None)).order_by(ModelVersion.id)))
 
 
 def assignment(session: Session, alias: str) -> ModelAlias | None:

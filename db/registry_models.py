@@ -1,4 +1,4 @@
-"""The tables of the model registry: model versions, aliases, test results, evaluations and adapted base models."""
+"""The tables of the model registry: model versions, cascades, aliases, test results, evaluations and base models."""
 
 from datetime import datetime
 from typing import Any
@@ -37,6 +37,40 @@ class ModelVersion(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now, comment="Time at which it was registered, UTC.")
     deleted_at: Mapped[datetime | None] = mapped_column(
         comment="Time at which it was deleted, UTC. NULL for a usable version."
+    )
+
+
+class Cascade(Base):
+    """The threshold and the parts are also in the artifact, which workers load."""
+
+    __tablename__ = "cascades"
+    __table_args__ = (
+        {"comment": "One row per model version that is a cascade: its student, its teacher and its threshold."},
+    )
+
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), primary_key=True, comment="The cascade."
+    )
+    student_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), comment="The model version that scores every tweet."
+    )
+    teacher_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), comment="The model version that scores the tweets that are passed on."
+    )
+    threshold: Mapped[float] = mapped_column(
+        comment="A tweet is passed on when the student's probability of its label is below it, 0 to 1."
+    )
+    planned_share: Mapped[float] = mapped_column(
+        comment="Share of the rows it was chosen on that are passed on, 0 to 1."
+    )
+    keep: Mapped[float] = mapped_column(comment="Share of the teacher's macro-F1 that the cascade was to keep, 0 to 1.")
+    bound: Mapped[str] = mapped_column(
+        comment="What had to be at least keep: bootstrap, the lower 5 % bound of the share, or estimate."
+    )
+    rows: Mapped[int] = mapped_column(comment="Number of labelled rows it was chosen on.")
+    curve: Mapped[list[Any]] = mapped_column(
+        comment="JSON array of objects: threshold, share passed on, macro-F1, and its ratio to the teacher's with the "
+        "lower 5 % bound, by rising share."
     )
 
 

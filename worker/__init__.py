@@ -1,7 +1,8 @@
-"""Stream, scoring, Celery tasks and command line. The Python interface is five functions:
+"""Stream, scoring, Celery tasks and command line. The Python interface is six functions:
 
 worker.submit_training("data.csv", preset="guide", epochs=3)   -> job id
 worker.import_model("owner/model", labels={"LABEL_0": "good"}) -> model version id
+worker.make_cascade(1, 2, keep=0.995)                          -> model version id
 worker.evaluate_model(1, "labelled.csv")                       -> metrics
 worker.publish([{"id": "1", "text": "最高の一日"}])              -> number of tweets published
 worker.query("SELECT * FROM v_model_leaderboard")              -> a pandas DataFrame
@@ -45,6 +46,18 @@ def import_model(model: str, revision: str | None = None, **options: Any) -> int
     from worker.intake.import_model import import_with_settings
 
     return import_with_settings(model, revision, **options)
+
+
+def make_cascade(student: int, teacher: int, keep: float = 0.995, **options: Any) -> int:
+    """Make a model version of two: the teacher scores only the tweets that the student is unsure of. Returns its id.
+
+    `keep` is the share of the teacher's macro-F1 to keep. `options` are `bound`, `file` and `labels` of
+    `worker.intake.make_cascade`. Raises `TweetscoreError`, and stores nothing, when the models do not fit together or
+    no threshold keeps so much.
+    """
+    from worker.intake.make_cascade import cascade_with_settings
+
+    return cascade_with_settings(student, teacher, keep, **options)
 
 
 def evaluate_model(model_version_id: int, dataset: str, labels: dict[str, str] | None = None) -> dict[str, float]:

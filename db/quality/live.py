@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, column, func, or_, select, table, text
+from sqlalchemy import ColumnElement, Row, column, func, or_, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, aliased
 
 from db.errors import DatabaseError
 from db.labelling.labels import PROPOSED
 from db.models import (
+    Cascade,
     Label,
     ModelVersion,
     Prediction,
@@ -95,13 +96,19 @@ def labelled(session: Session, version_id: int, days: int) -> list[LabelledTweet
 def unseen(tweet_id: Any, *version_ids: int) -> ColumnElement[bool]:
     """Whether the labels of a tweet were given after the jobs of these versions had read labels to train on.
 
-    Nothing tells which labels are in a file that a version was trained on.
+    The jobs of a cascade are those of its student and its teacher. Nothing tells which labels are in a file that a
+    version was trained on.
     """
+    parts = (
+        select(part).where(Cascade.model_version_id.in_(version_ids))
+        for part in (Cascade.student_id, Cascade.teacher_id)
+    )
+    versions = union_all(select(ModelVersion.id).where(ModelVersion.id.in_(version_ids)), *parts)
     query = (
         select(Label.id)
         .join(TrainingJob, Label.at <= TrainingJob.labels_until)
         .join(ModelVersion, ModelVersion.job_id == TrainingJob.id)
-        .where(Label.tweet_id == tweet_id, Label.source != PROPOSED, ModelVersion.id.in_(version_ids))
+        .where(Label.tweet_id == tweet_id, Label.source != PROPOSED, ModelVersion.id.in_(versions))
     )
     return ~query.exists()
 

@@ -21,7 +21,8 @@ from worker.scoring.champion import Champion
 from worker.scoring.engine_choice import Choice
 from worker.scoring.engines import TorchEngine
 from worker.scoring.pipeline import Limits, Pipeline
-from worker.scoring.scoring_model import Scores, ScoringModel, Serving
+from worker.scoring.scores import Scores
+from worker.scoring.scoring_model import ScoringModel, Serving
 from worker.stream.stream import Depth, Stream
 
 CPU = Serving(Store("/", Cache(Path("/nowhere"), 0)), device="cpu")  # the models of the tests lie in different folders

@@ -24,7 +24,12 @@ from worker.process.supervisor import child_environment
 from worker.settings import Settings
 
 LINKED_BYTES = 1_000_000
-NEXT = f"{int(newest_revision()) + 1:04d}"
+# The next number that a migration may have.
+NEXT = next(
+    number
+    for number in (f"{int(newest_revision()) + step:04d}" for step in (1, 2))
+    if number != compatibility.DEVELOPMENT_OLDEST_CODE
+)
 
 MIGRATION = '''"""One more."""
 
@@ -124,7 +129,7 @@ def next_release(tree: Path, migration: tuple[str, str], change: Callable[[Path]
 
 def _write_migration(chain: Path, migration: tuple[str, str]) -> None:
     up, down = migration
-    written = MIGRATION.format(next=NEXT, newest=f"{int(NEXT) - 1:04d}", up=up, down=down)
+    written = MIGRATION.format(next=NEXT, newest=newest_revision(), up=up, down=down)
     (chain / "versions" / f"{NEXT}_more.py").write_text(written)
 
 
@@ -136,7 +141,7 @@ def with_mood(tree: Path) -> None:
         r"(    replied_to_id: .*\n)",
         r'\1    mood: Mapped[str] = mapped_column(default="?")\n',
     )
-    edit(tree / "worker" / "scoring" / "window.py", r'("text": tweet.text,)', r'\1 "mood": "seen",')
+    edit(tree / "worker" / "scoring" / "window.py", r'("text": \[.*\],)', r'\1 "mood": ["seen"] * len(tweets),')
 
 
 def edit(path: Path, pattern: str, by: str) -> None:

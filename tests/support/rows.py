@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, text
 
 from db import predictions, registry
-from db.models import DeadLetter, ModelVersion, Prediction, Tweet
+from db.models import Cascade, DeadLetter, ModelVersion, Prediction, Tweet
 from db.readonly import run_query
 from db.session import Database
 
@@ -45,6 +45,13 @@ def make_version(
     rows = [{"metric": metric, "label": label, "value": value} for (metric, label), value in (figures or {}).items()]
     with database.begin() as session:
         return registry.add_version(session, version, rows, [], []).id
+
+
+def cascade_row(version_id: int, student_id: int, teacher_id: int) -> Cascade:
+    return Cascade(
+        model_version_id=version_id, student_id=student_id, teacher_id=teacher_id, threshold=0.5, planned_share=0.2,
+        keep=0.9, bound="estimate", rows=100, curve=[],
+    )  # fmt: skip
 
 
 def assign(database: Database, version_id: int, alias: str = registry.CHAMPION) -> None:

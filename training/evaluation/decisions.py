@@ -20,10 +20,11 @@ Choices = NDArray[np.int64]
 SAME_VALUE = 0.1
 
 
-def to_probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
+def to_probabilities(logits: Tensor, task: str, temperature: float | Tensor = 1.0) -> Tensor:
     """Return probabilities (B, K) for logits (B, K): sigmoid for multi_label, else softmax (with either loss).
 
-    For a continuous task return the outputs (B, 1) unchanged; `TargetScale` converts them to values.
+    `temperature` is one for all rows, or (B, 1). For a continuous task return the outputs (B, 1) unchanged;
+    `TargetScale` converts them to values.
     """
     if task == "continuous":
         return logits.float()

@@ -13,6 +13,7 @@ from sklearn.metrics import (
     r2_score,
     roc_auc_score,
 )
+from torch import Tensor
 
 from training.config import TrainConfig
 from training.data.numbers import TargetScale, level_values
@@ -67,14 +68,15 @@ def epoch_quality(targets: Floats, probabilities: Floats, task: str) -> tuple[fl
 def model_figures(
     targets: Floats,
     logits: Floats,
-    temperature: float,
+    temperature: float | Tensor,
     labels: list[str],
     config: TrainConfig,
     scale: TargetScale | None = None,
 ) -> Figures:
     """Return all figures of a model on its test rows; `targets` and `logits` (N, K). `scale` as in `metrics`.
 
-    All but `ece_uncalibrated` are computed from the probabilities at `temperature`, as in scoring.
+    All but `ece_uncalibrated` are computed from the probabilities at `temperature`, one for all rows or (N, 1), as in
+    scoring.
     """
     raw, calibrated = (to_probabilities(torch.from_numpy(logits), config.task, t).numpy() for t in (1.0, temperature))
     figures = metrics(targets, calibrated, labels, config.task, scale)

@@ -115,12 +115,17 @@ def _confusion_rows(result: TrainingResult) -> list[dict[str, Any]]:
     config = result.spec.config
     if not config.one_label:
         return []  # a confusion matrix needs one label per row
-    counts = confusion(result.data.test.targets, result.probabilities, result.spec.labels, config.task)
+    return confusion_rows(result.data.test.targets, result.probabilities, result.spec)
+
+
+def confusion_rows(targets: Floats, probabilities: Floats, spec: Spec) -> list[dict[str, Any]]:
+    """Return rows of `confusion_cells` for rows of one label each."""
+    counts = confusion(targets, probabilities, spec.labels, spec.config.task)
     return [{"actual": actual, "predicted": predicted, "count": n} for (actual, predicted), n in counts.items()]
 
 
 def _test_rows(result: TrainingResult) -> list[dict[str, Any]]:
-    rows = _prediction_rows(result.data.test, result.probabilities, result.spec)
+    rows = prediction_rows(result.data.test, result.probabilities, result.spec)
     shares = result.unknown_shares if result.unknown_shares is not None else [None] * len(rows)
     return [{**row, "unknown_share": share} for row, share in zip(rows, shares, strict=True)]
 
@@ -129,11 +134,12 @@ def _out_of_fold_rows(result: TrainingResult) -> list[dict[str, Any]]:
     found = result.out_of_fold
     if found is None:
         return []
-    rows = _prediction_rows(found.rows, found.probabilities, result.spec)
+    rows = prediction_rows(found.rows, found.probabilities, result.spec)
     return [{**row, "fold": fold} for row, fold in zip(rows, found.folds.tolist(), strict=True)]
 
 
-def _prediction_rows(rows: Split, probabilities: Floats, spec: Spec) -> list[dict[str, Any]]:
+def prediction_rows(rows: Split, probabilities: Floats, spec: Spec) -> list[dict[str, Any]]:
+    """Return rows of `test_predictions`, without the share of unknown tokens."""
     if spec.scale is not None:
         return _value_rows(rows, spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)

@@ -179,7 +179,7 @@ def _champion(settings: Settings) -> str:
             return "no champion yet; tweets wait in the stream until a model is promoted"
         version = registry.get(session, version_id)
     model = load_model(version, serving_from(settings))
-    return (
-        f"model {version_id} loads, its sha256 is correct; {model.engine.name} {model.choice.reason}; "
-        f"{model.token_budget} tokens per forward pass"
-    )
+    engines = [
+        f"{part.engine.name} {part.choice.reason}; {part.token_budget} tokens per forward pass" for part in model.parts
+    ]
+    return f"model {version_id} loads, its sha256 is correct; {', and for its teacher '.join(engines)}"

@@ -1,13 +1,16 @@
-"""`tweetscore models import` and `tweetscore models evaluate`."""
+"""`tweetscore models import`, `models cascade` and `models evaluate`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli import output
 from worker.cli.output import Json
+
+if TYPE_CHECKING:
+    from worker.intake.make_cascade import MadeCascade
 
 
 def models_import(
@@ -46,6 +49,78 @@ def models_import(
         output.line("score_signed stays empty: no polarity is known for these labels; give --labels or --polarity")
     output.line(f"next: tweetscore models promote {version.id}, to score the stream with it")
     output.line(f"      tweetscore models evaluate {version.id} labelled.csv, to measure it")
+
+
+def models_cascade(
+    student: Annotated[int, typer.Argument(help="Model version that scores every tweet.")],
+    teacher: Annotated[int, typer.Argument(help="Model version that scores what the student is unsure of.")],
+    keep: Annotated[float, typer.Option(help="Share of the teacher's macro-F1 to keep.")] = 0.995,
+    by_estimate: Annotated[
+        bool,
+        typer.Option(
+            "--by-estimate", help="Keep it by the estimate, instead of by the lower 5 % bound of a bootstrap."
+        ),
+    ] = False,
+    rows: Annotated[
+        str | None, typer.Option(help="Labelled file to choose on; else the validation rows of the teacher's job.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels of the file and the models': 0=negative,1=positive.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a model of two: the teacher scores only the tweets that the student is unsure of.
+
+    As few tweets are passed on as keep the wanted share of the teacher's macro-F1 on labelled rows.
+    """
+    from dataclasses import asdict
+
+    from training.evaluation.cascade import BOOTSTRAP, ESTIMATE
+    from worker.cli.options import label_map
+    from worker.connections import open_sql
+    from worker.intake.make_cascade import make_cascade
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    bound = ESTIMATE if by_estimate else BOOTSTRAP
+    with _batches("scoring the rows") as progress:
+        made = make_cascade(
+            settings, open_sql(settings), student, teacher, keep, bound, rows, label_map(labels), progress
+        )
+    if json:
+        tested = {
+            name: output.metric_rows(figures)
+            for name, figures in (("student", made.student), ("cascade", made.cascade), ("teacher", made.teacher))
+        }
+        output.as_json(
+            {**output.fields(made.version), "cascade": asdict(made.spec), "test": tested, "notes": made.rows.notes}
+        )
+        return
+    _print_cascade(made)
+
+
+def _print_cascade(made: "MadeCascade") -> None:
+    spec, version = made.spec, made.version
+    output.cascade_table(
+        f"model {version.id}: cascade of model {spec.student.model_version}, the student, and model "
+        f"{spec.teacher.model_version}, the teacher",
+        spec,
+    )
+    output.line(f"chosen on {spec.rows:,} rows: {made.rows.name}")
+    if made.cascade:
+        output.table(
+            f"{len(made.rows.test):,} test rows, of which {made.tested_share:.1%} are passed on",
+            ["metric", "student", "cascade", "teacher"],
+            [
+                (name, *(figures[metric, ""] for figures in (made.student, made.cascade, made.teacher)))
+                for metric, name in (("f1_macro", "F1 macro"), ("accuracy", "accuracy"))
+            ],
+        )
+    else:
+        output.line(f"{output.NO_TEST_FIGURES}: `tweetscore models evaluate {version.id} labelled.csv` measures it")
+    for note in made.rows.notes:
+        output.line(f"note: {note}")
+    output.line(f"next: tweetscore models promote {version.id}, to score the stream with it")
 
 
 def models_evaluate(

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     Evaluations = list[tuple[Evaluation, dict[tuple[str, str], float]]]
 
-app = typer.Typer(no_args_is_help=True, help="List, compare, import, evaluate, promote and delete models.")
+app = typer.Typer(no_args_is_help=True, help="List, compare, import, combine, evaluate, promote and delete models.")
 app.command("import")(imports.models_import)
+app.command("cascade")(imports.models_cascade)
 app.command("evaluate")(imports.models_evaluate)
 
 Alias = Annotated[str, typer.Option(help="Alias to move: champion (scores the stream) or challenger.")]
@@ -39,6 +40,7 @@ def models_list(
     with open_sql(load_settings()).read() as session:
         rows = [(v, registry.metrics(session, v.id)) for v in registry.versions(session, deleted)]
         measured = {v.id: registry.evaluations(session, v.id) for v, _ in rows}
+        origins = {v.id: v.job_id or ("cascade" if registry.cascade(session, v.id) else "imported") for v, _ in rows}
         aliases = {alias: registry.assigned(session, alias) for alias in registry.ALIASES}
     named = {v.id: [alias for alias, version in aliases.items() if version == v.id] for v, _ in rows}
     if json:
@@ -58,8 +60,8 @@ def models_list(
         None,
         ["model", "alias", "job", "base model", "labels", "accuracy", "F1 macro", "MAE", "created"],
         [
-            (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), v.job_id or "imported", v.base_model,
-             ", ".join(v.labels), m.get(("accuracy", "")),
+            (v.id, ", ".join(named[v.id]) or ("deleted" if v.deleted_at else ""), origins[v.id],
+             v.base_model, ", ".join(v.labels), m.get(("accuracy", "")),
              *((m.get((name, "")) for name in LISTED_METRICS) if m else (output.NO_TEST_FIGURES, "")), v.created_at)
             for v, m in rows
         ],
@@ -105,6 +107,7 @@ def models_show(model: Model, json: Json = False) -> None:
         wrong, measured = registry.wrongest(session, model, MOST_WRONG), registry.evaluations(session, model)
         assignments = [row for row in registry.history(session) if row.model_version_id == model]
         job = jobs.find(session, version.job_id) if version.job_id is not None else None
+        cascade, used_by = registry.cascade(session, model), registry.cascades_with(session, model)
     report = (job and job.data_report) or {}
     engines = saved_choices(model_store(settings).place(version.artifact_url, version.sha256), settings.engines)
     if json:
@@ -115,20 +118,30 @@ def models_show(model: Model, json: Json = False) -> None:
             "engines": [asdict(choice) for choice in engines],
             "wrong": [output.fields(row) for row in wrong],
             "distillation": report.get("distillation"),
+            "cascade": None if cascade is None else output.fields(cascade),
+            "used_by_cascades": used_by,
             "promoted": [{"alias": row.alias, "assigned_at": row.assigned_at} for row in assignments],
         }
         output.as_json({**output.fields(version), **written})
         return
-    origin = f"of job {version.job_id}" if version.job_id else "(imported)"
-    output.line(f"model {version.id} {origin}: {version.base_model} {version.base_revision or ''}")
+    origin = f" of job {version.job_id}" if version.job_id else "" if cascade else " (imported)"
+    output.line(f"model {version.id}{origin}: {version.base_model} {version.base_revision or ''}")
     output.console.print(f"{version.artifact_url}\nsha256 {version.sha256}", soft_wrap=True)
     if version.deleted_at:
         output.console.print(f"deleted {version.deleted_at:%Y-%m-%d %H:%M:%S}", style="yellow")
     for row in assignments:
         output.console.print(f"{row.alias} since {row.assigned_at:%Y-%m-%d %H:%M:%S}")
+    for user in used_by:
+        output.line(f"a part of model {user}, a cascade")
+    if cascade:
+        output.cascade_table(
+            f"student: model {cascade.student_id}, teacher: model {cascade.teacher_id}; `tweetscore models show` shows "
+            "the engine of each",
+            cascade,
+        )
     for choice in engines:
         output.engine_table(choice)
-    if not engines:
+    if not engines and not cascade:
         output.console.print(
             "no engine was tried on this machine yet; until a worker does, the model scores on torch-float32"
         )

@@ -17,7 +17,8 @@ from worker.scoring.engine_choice import Choice
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn
 
-    from db.models import Evaluation, ModelVersion
+    from db.models import Cascade, Evaluation, ModelVersion
+    from training.model.cascade import CascadeSpec
     from worker.maintenance.label_suspects import Suspects
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -36,6 +37,8 @@ TEST_METRICS = (
 )  # fmt: skip
 # Shown for a model that no job has measured.
 NO_TEST_FIGURES = "no test figures"
+# One in so many points of a cascade's curve is shown.
+CURVE_STEP = 10
 # Columns that only workers use.
 INTERNAL = {"message", "answer_due_at"}
 
@@ -170,6 +173,26 @@ def engine_table(choice: Choice) -> None:
             for trial in sorted(choice.trials, key=lambda trial: not trial.serves)
         ],
     )
+
+
+def cascade_table(title: str, spec: "CascadeSpec | Cascade") -> None:
+    """Print the threshold of a cascade and its curve, with the chosen point and one in ten of the others."""
+    line(title)
+    by = "by the lower 5 % bound" if spec.bound == "bootstrap" else "by the estimate"
+    line(
+        f"threshold {spec.threshold:.4f}: it passes on {spec.planned_share:.1%} of the tweets, to keep {spec.keep:g} "
+        f"of the teacher's macro-F1 {by}"
+    )
+    shown = [point for i, point in enumerate(spec.curve) if i % CURVE_STEP == 0 or point["threshold"] == spec.threshold]
+    table(
+        f"Thresholds on {spec.rows:,} labelled rows",
+        ["threshold", "passed on", "F1 macro", "of the teacher's", "lower 5 % bound", ""],
+        [
+            (point["threshold"], f"{point['share']:.1%}", point["f1_macro"], point["ratio"], point["ratio_low"],
+             "chosen" if point["threshold"] == spec.threshold else "")
+            for point in shown
+        ],
+    )  # fmt: skip
 
 
 def metric_rows(figures: dict[tuple[str, str], float]) -> list[dict[str, Any]]:

@@ -57,14 +57,14 @@ def schema(console: Console) -> Schema:
 
 
 def engines(console: Console) -> list[Choice]:
-    """The engines that were tried for the champion, one choice for each kind of machine."""
+    """The engines that were tried for the champion, or for both models of a cascade: one choice per kind of machine."""
     with console.database().read() as session:
         version_id = registry.assigned(session, registry.CHAMPION)
         if version_id is None:
             return []
-        version = registry.get(session, version_id)
-        url, sha256 = version.artifact_url, version.sha256
-    return _choices(console.settings, url, sha256)
+        models = registry.made_of(session, registry.get(session, version_id))
+        places = [(model.artifact_url, model.sha256) for model in models]
+    return [choice for place in places for choice in _choices(console.settings, *place)]
 
 
 @st.cache_data(ttl=REFRESH_SECONDS, show_spinner=False)

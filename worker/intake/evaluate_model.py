@@ -4,19 +4,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from db import jobs, registry
+import torch
+
+from db import registry
 from db.errors import listed
 from db.models import Evaluation, ModelVersion
 from db.session import Database
-from training.data.dataset import read_rows
+from training.config import make_config
+from training.data.dataset import Rows, read_rows
 from training.data.evaluation_rows import EvaluationRows, evaluation_rows
+from training.evaluation.cascade import TASK
 from training.evaluation.metrics import Figures, model_figures
+from training.loop.cascade_logits import cascade_logits
 from training.loop.predict import predict
 from training.model.artifact import Artifact, load_artifact
+from training.model.cascade import CascadeSpec, is_cascade, load_cascade
 from training.model.devices import pick_device
 from training.store.paths import file_sha256
+from training.store.store import Store
 from training.text.tokenizer import TextEncoder
 from worker.connections import model_store, open_sql
+from worker.intake.cascade_rows import job_of
 from worker.intake.submit_job import local_copy
 from worker.settings import Settings, load_settings
 
@@ -48,19 +56,15 @@ def evaluate_model(
     """
     with database.read() as session:
         version = registry.usable(session, version_id)
-        job = jobs.find(session, version.job_id) if version.job_id is not None else None
+        jobs_of = [job_of(session, model) for model in registry.made_of(session, version)]
     with local_copy(dataset) as path:
         name, sha256, rows = path.name, file_sha256(path), read_rows(path)
-    with model_store(settings).fetched(version.artifact_url, version.sha256) as folder:
-        artifact = load_artifact(folder, version.sha256)
-    spec = artifact.spec
-    read = evaluation_rows(rows, spec.labels, spec.config, labels, spec.scale)
-    figures = _figures(artifact, read, settings.device, progress)
+    read, figures = _measured(model_store(settings), version, rows, labels, pick_device(settings.device), progress)
     evaluation = Evaluation(model_version_id=version_id, dataset=name, dataset_sha256=sha256, rows=len(read.rows))
     with database.begin() as session:
         metrics = [{"metric": metric, "label": label, "value": value} for (metric, label), value in figures.items()]
         registry.add_evaluation(session, evaluation, metrics)
-    trained_on_it = job is not None and job.dataset_sha256 == sha256
+    trained_on_it = any(job is not None and job.dataset_sha256 == sha256 for job in jobs_of)
     return Evaluated(version, evaluation, figures, read.report, _notes(read.report, trained_on_it))
 
 
@@ -75,18 +79,51 @@ def evaluate_with_settings(version_id: int, dataset: str, labels: dict[str, str]
     return {metric: value for (metric, label), value in figures.items() if not label}
 
 
-def _figures(artifact: Artifact, read: EvaluationRows, device: str, progress: Callable[[], None]) -> Figures:
-    """Return the figures that a job computes on its test rows, at the model's temperature."""
+def _measured(
+    store: Store,
+    version: ModelVersion,
+    rows: Rows,
+    labels: dict[str, str] | None,
+    device: torch.device,
+    progress: Callable[[], None],
+) -> tuple[EvaluationRows, Figures]:
+    """Return the rows that can be scored, and the figures that a job computes on its test rows."""
+    with store.fetched(version.artifact_url, version.sha256) as folder:
+        if is_cascade(folder):
+            spec = load_cascade(folder, version.sha256)
+            return _cascade_figures(store, version, spec, rows, labels, device, progress)
+        artifact = load_artifact(folder, version.sha256)
+    read = evaluation_rows(rows, artifact.spec.labels, artifact.spec.config, labels, artifact.spec.scale)
+    return read, _figures(artifact, read, device, progress)
+
+
+def _cascade_figures(
+    store: Store,
+    version: ModelVersion,
+    spec: CascadeSpec,
+    rows: Rows,
+    labels: dict[str, str] | None,
+    device: torch.device,
+    progress: Callable[[], None],
+) -> tuple[EvaluationRows, Figures]:
+    config = make_config("guide", task=TASK)
+    read = evaluation_rows(rows, version.labels, config, labels)
+    texts = dict(zip(rows.row_numbers, rows.texts, strict=True))
+    given = [texts[number] for number in read.rows.row_numbers]
+    found = cascade_logits(store, spec, version.artifact_url, given, device, progress)
+    return read, model_figures(read.rows.targets, found.logits, found.temperatures, version.labels, config)
+
+
+def _figures(artifact: Artifact, read: EvaluationRows, device: torch.device, progress: Callable[[], None]) -> Figures:
     spec, config, rows = artifact.spec, artifact.spec.config, read.rows
-    chosen = pick_device(device)
     logits = predict(
-        artifact.model.to(chosen),
+        artifact.model.to(device),
         TextEncoder(artifact.tokenizer)(rows.texts, config.max_length),
         rows.targets,
         config,
         config.test_batch_size,
         artifact.tokenizer.pad_token_id,
-        chosen,
+        device,
         progress,
     ).logits
     return model_figures(rows.targets, logits, spec.temperature, spec.labels, config, spec.scale)

@@ -23,12 +23,12 @@ CHUNK_ROWS = 5_000
 COLUMNS = (
     Tweet.tweet_id, Tweet.text, Tweet.author_id, Tweet.lang, Tweet.topic, Tweet.tweet_created_at, Tweet.received_at,
     Prediction.model_version_id, Prediction.label, Prediction.probability, Prediction.score_signed,
-    Prediction.scored_at,
+    Prediction.scored_at, Prediction.decided_by,
 )  # fmt: skip
 TIME, TEXT = pa.timestamp("us", "UTC"), pa.string()
 TYPES = {
     "tweet_created_at": TIME, "received_at": TIME, "scored_at": TIME, "model_version_id": pa.int64(),
-    "probability": pa.float64(), "score_signed": pa.float64(),
+    "probability": pa.float64(), "score_signed": pa.float64(), "decided_by": pa.int64(),
 }  # fmt: skip
 SCHEMA = pa.schema([(column.key, TYPES.get(column.key, TEXT)) for column in COLUMNS])
 # Spreadsheets run a cell that begins with one of these as a formula: https://owasp.org/www-community/attacks/CSV_Injection

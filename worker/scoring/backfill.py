@@ -13,7 +13,8 @@ from db import predictions, registry
 from db.models import utc_now
 from db.session import Database
 from worker.errors import StreamError
-from worker.scoring.scoring_model import open_model, prediction_rows, serving_from
+from worker.scoring.scores import prediction_rows
+from worker.scoring.scoring_model import open_model, serving_from
 from worker.settings import Settings
 from worker.stream.stream import Depth
 

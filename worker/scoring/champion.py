@@ -15,7 +15,8 @@ from db.session import Database
 from training.errors import StoreUnavailable
 from worker.scoring.backoff import Pause
 from worker.scoring.engine_selection import first_line
-from worker.scoring.scoring_model import ScoringModel, Serving, UpgradableModel, freeze_loaded_objects, load_model
+from worker.scoring.scores import Model
+from worker.scoring.scoring_model import Serving, UpgradableModel, freeze_loaded_objects, load_model
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Loading:
 
     assignment: int
     version_id: int
-    model: "Future[ScoringModel]"
+    model: "Future[Model]"
 
 
 class AliasedModel:
@@ -52,7 +53,7 @@ class AliasedModel:
         self._loader = loader or ThreadPoolExecutor(1, "load")
         self.loading_since: float | None = None  # by `time.monotonic`, while a model is being loaded
 
-    def current(self) -> ScoringModel | None:
+    def current(self) -> Model | None:
         """The model to score the next window with; None when there is none.
 
         Blocks only while no model can serve. A failure to load is logged, never raised.
@@ -80,9 +81,9 @@ class AliasedModel:
 
     @property
     def engine(self) -> str | None:
-        """The name of the engine that runs it."""
+        """The name of the engine that runs it; of a cascade both, those of the student and the teacher."""
         active = self._active
-        return active.model.engine.name if active else None
+        return " + ".join(part.engine.name for part in active.model.parts) if active else None
 
     def close(self) -> None:
         """End the trial of engines, if one is running."""
@@ -93,7 +94,7 @@ class AliasedModel:
         """The assignment whose model is to be loaded; None when there is nothing to score with."""
         return registry.assignment(session, self.alias)
 
-    def _load(self, version: ModelVersion) -> ScoringModel:
+    def _load(self, version: ModelVersion) -> Model:
         return load_model(version, self._serving)
 
     def _on_absence(self) -> None:
@@ -168,9 +169,10 @@ class Challenger(AliasedModel):
         self.assigned = found is not None
         return found
 
-    def _load(self, version: ModelVersion) -> ScoringModel:
+    def _load(self, version: ModelVersion) -> Model:
         model = super()._load(version)
-        model.start_trial = None
+        for part in model.parts:
+            part.start_trial = None
         return model
 
     def _on_absence(self) -> None:

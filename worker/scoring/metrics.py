@@ -1,5 +1,7 @@
 """Prometheus metrics that the scoring route updates. `metrics_endpoint.py` serves them."""
 
+from math import nan
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from worker.scoring.window import STAGES, Window
@@ -13,6 +15,11 @@ buried = Counter("tweetscore_buried", "records put into dead_letters")
 tokens = Counter("tweetscore_tokens", "tokens of the texts scored")
 padded_tokens = Counter("tweetscore_padded_tokens", "tokens that the device processed, padding included")
 padding = Gauge("tweetscore_padding_ratio", "padded tokens over tokens of the last window; 1: no padding")
+passed_on = Counter("tweetscore_passed_on", "tweets that the student of a cascade passed on to the teacher")
+planned_share = Gauge(
+    "tweetscore_planned_share", "share of tweets that the champion, a cascade, is to pass on, else NaN"
+)
+planned_share.set(nan)
 shadow_tweets = Counter("tweetscore_shadow_tweets", "tweets that the challenger scored and committed")
 shadow_dropped = Counter(
     "tweetscore_shadow_dropped",
@@ -33,6 +40,9 @@ def count(window: Window) -> None:
     buried.inc(len(window.dead))
     for stage in STAGES:
         stages.labels(stage).observe(window.ms[f"{stage}_ms"] / 1000)
+    planned_share.set(nan if window.model.planned_share is None else window.model.planned_share)
+    if window.scores is not None and window.scores.passed_on is not None:
+        passed_on.inc(window.scores.passed_on)
     if window.scores is not None and window.scores.tokens:
         tokens.inc(window.scores.tokens)
         padded_tokens.inc(window.scores.padded_tokens)

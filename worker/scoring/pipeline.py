@@ -24,7 +24,7 @@ from worker.scoring import metrics
 from worker.scoring.champion import Champion
 from worker.scoring.held_records import HeldRecords
 from worker.scoring.overlap import OverlappedSteps
-from worker.scoring.scoring_model import ScoringModel
+from worker.scoring.scores import Model
 from worker.scoring.window import (
     USUAL_WINDOW_TWEETS,
     ThroughputLog,
@@ -272,7 +272,7 @@ class Pipeline:
     def score_each_alone(self, window: Window, reason: str) -> int:
         return sum(self.score_alone(record, window.model, reason) for record in window.records)
 
-    def score_alone(self, record: Record, model: ScoringModel, reason: str) -> int:
+    def score_alone(self, record: Record, model: Model, reason: str) -> int:
         """Run one record through all steps. After three failed attempts it becomes a dead letter with the reason.
 
         An attempt is counted before it starts, so that a record that kills the process is buried at the fourth.
@@ -303,7 +303,8 @@ class Pipeline:
             raise error
         if not window.tweets or not isinstance(error, Exception):
             raise error  # nothing was scored, or the process is being stopped
-        window.model.score([PROBE])
+        for part in window.model.parts:
+            part.score([PROBE])
         log.warning(
             "a window of %d records failed (%s); looking for the cause", len(window.records), type(error).__name__
         )

@@ -18,43 +18,30 @@ import numpy as np
 import torch
 from structlog.contextvars import bound_contextvars
 
-from db.models import ModelVersion, utc_now
-from training.data.columns import VALUE
-from training.data.numbers import TargetScale
+from db.models import ModelVersion
 from training.errors import BadArtifact
-from training.evaluation.decisions import Floats, choose, confidence, label_texts, to_probabilities
+from training.evaluation.decisions import Floats, to_probabilities
 from training.model.artifact import Artifact, Spec, load_artifact
 from training.model.batching import pad_arrays, plan_batches
+from training.model.cascade import CascadePart, is_cascade, load_cascade
 from training.model.devices import free_bytes, pick_device
 from training.store.store import Store
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, UnknownShare
 from worker.connections import model_store
 from worker.errors import DeviceFull
+from worker.scoring.cascade_model import CascadeModel
 from worker.scoring.engine_choice import Choice
 from worker.scoring.engine_selection import choice_folders, load_engine
 from worker.scoring.engine_trial import EngineTrial, TrialRequest
 from worker.scoring.engines import Engine, Logits
+from worker.scoring.scores import Model, Part, Scores, as_rows, describe
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Name of a column of `predictions` -> its values, one per tweet.
-Columns = dict[str, list[Any]]
-
 # A command that ends sooner gains nothing from a trial of engines.
 TRIAL_AFTER_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Scores:
-    """`probabilities` (N, K) float32 in the order of `rows`, token ids; the tokens run, without and with
-    padding."""
-
-    probabilities: Floats
-    tokens: int
-    padded_tokens: int
-    rows: Sequence[Sequence[int]]
 
 
 class ScoringModel:
@@ -75,6 +62,17 @@ class ScoringModel:
         self._pad_id: int = artifact.tokenizer.pad_token_id
         self._fixed_budget = token_budget
         self._use(engine, choice)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return (self,)
+
+    @property
+    def planned_share(self) -> None:
+        return None
+
+    def with_part(self, index: int, part: Part) -> Model:
+        return part
 
     def _use(self, engine: Engine, choice: Choice) -> None:
         self.engine, self.choice = engine, choice
@@ -132,55 +130,7 @@ class ScoringModel:
 
     def score(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Texts -> label, probability, score_signed and the probability of every label."""
-        return _rows(describe(self.spec, self.forward(self.tokenise(texts)).probabilities))
-
-
-def describe(spec: Spec, probabilities: Floats) -> Columns:
-    """Probabilities (N, K) -> columns of predictions; `score_signed` is the mean polarity, None without any."""
-    if spec.scale is not None:
-        return _describe_values(spec.scale, probabilities)
-    chosen = choose(probabilities, spec.config.task)
-    signed: list[float | None] = [None] * len(probabilities)
-    if spec.polarity is not None:
-        polarity = np.array([spec.polarity[label] for label in spec.labels], np.float64)
-        signed = (probabilities.astype(np.float64) @ polarity).clip(-1.0, 1.0).tolist()
-    return {
-        "label": label_texts(chosen, spec.labels),
-        "probability": confidence(probabilities, chosen, spec.config.task).tolist(),
-        "score_signed": signed,
-        "probabilities": [dict(zip(spec.labels, row, strict=True)) for row in probabilities.tolist()],
-    }
-
-
-def _describe_values(scale: TargetScale, outputs: Floats) -> Columns:
-    """Outputs (N, 1) of a continuous model -> columns of predictions: the only label is `value`."""
-    values = scale.values(outputs)[:, 0].tolist()
-    return {
-        "label": [VALUE] * len(values),
-        "probability": [1.0] * len(values),
-        "score_signed": [scale.signed(value) for value in values],
-        "probabilities": [{VALUE: value} for value in values],
-    }
-
-
-def prediction_columns(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> Columns:
-    """The columns of `predictions` for tweets in the order of `scores`, one value per tweet."""
-    return {
-        "tweet_id": list(tweet_ids),
-        "model_version_id": [model.version_id] * len(tweet_ids),
-        "scored_at": [utc_now()] * len(tweet_ids),
-        "unknown_share": model.unknown_shares(scores.rows),
-        **describe(model.spec, scores.probabilities),
-    }
-
-
-def prediction_rows(model: ScoringModel, tweet_ids: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
-    """`prediction_columns` as rows."""
-    return _rows(prediction_columns(model, tweet_ids, scores))
-
-
-def _rows(columns: Columns) -> list[dict[str, Any]]:
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return as_rows(describe(self.spec, self.forward(self.tokenise(texts)).probabilities))
 
 
 @dataclass(frozen=True)
@@ -210,58 +160,82 @@ def serving_from(settings: Settings, device: str | None = None) -> Serving:
     )
 
 
-def load_model(version: ModelVersion, serving: Serving) -> ScoringModel:
-    """A registered version, its digest checked, on its saved engine or on float32 torch; raises `BadArtifact`."""
-    device, hold = pick_device(serving.device), partial(serving.store.fetched, version.artifact_url, version.sha256)
-    with bound_contextvars(model_version=version.id), hold() as folder:
-        artifact = load_artifact(folder, version.sha256)
-        folders = choice_folders(folder, version.sha256, device, serving.engine, serving.engines_folder)
+def load_model(version: ModelVersion, serving: Serving) -> Model:
+    """A registered version, its digest checked, on its saved engine or on float32 torch; raises `BadArtifact`.
+
+    A cascade is made of two such models, each on an engine of its own.
+    """
+    url = version.artifact_url
+    with bound_contextvars(model_version=version.id), serving.store.fetched(url, version.sha256) as folder:
+        if not is_cascade(folder):
+            return _load(version.id, url, version.sha256, serving)
+        spec = load_cascade(folder, version.sha256)
+
+    def load(part: CascadePart) -> ScoringModel:
+        with bound_contextvars(model_version=part.model_version):
+            return _load(part.model_version, part.url(url), part.sha256, serving)
+
+    return CascadeModel(version.id, spec, load(spec.student), load(spec.teacher))
+
+
+def _load(version_id: int, url: str, sha256: str, serving: Serving) -> ScoringModel:
+    device, hold = pick_device(serving.device), partial(serving.store.fetched, url, sha256)
+    with hold() as folder:
+        artifact = load_artifact(folder, sha256)
+        folders = choice_folders(folder, sha256, device, serving.engine, serving.engines_folder)
         engine, choice, final = load_engine(artifact, device, serving.engine, folders)
-        log.info("model %d: %s %s", version.id, choice.engine, choice.reason)
-    model = ScoringModel(version.id, artifact, engine, choice, serving.token_budget)
+        log.info("model %d: %s %s", version_id, choice.engine, choice.reason)
+    model = ScoringModel(version_id, artifact, engine, choice, serving.token_budget)
     if not final:
-        request = TrialRequest(str(folder), version.sha256, str(device), serving.engine, list(map(str, folders)))
+        request = TrialRequest(str(folder), sha256, str(device), serving.engine, list(map(str, folders)))
         model.start_trial = partial(
-            EngineTrial, version.id, artifact, request, hold, serving.free_bytes, serving.engines_folder
+            EngineTrial, version_id, artifact, request, hold, serving.free_bytes, serving.engines_folder
         )
     return model
 
 
 class UpgradableModel:
-    """A model that switches to a faster engine, between windows, once a trial has found one."""
+    """A model whose parts switch to faster engines, between windows, once a trial has found one."""
 
-    def __init__(self, model: ScoringModel, after_seconds: float = 0.0) -> None:
-        """The trial, if the model needs one, starts after `after_seconds`."""
+    def __init__(self, model: Model, after_seconds: float = 0.0) -> None:
+        """The trials, if the model needs any, start after `after_seconds`."""
         self.model = model
-        self._trial = model.start_trial(after_seconds) if model.start_trial else None
-        model.start_trial = None  # it refers to the weights
+        self._trials: dict[int, EngineTrial] = {}
+        for index, part in enumerate(model.parts):
+            if part.start_trial is not None:
+                self._trials[index] = part.start_trial(after_seconds)
+            part.start_trial = None  # it refers to the weights
 
-    def current(self) -> ScoringModel:
+    def current(self) -> Model:
         """The model for the next window."""
-        if self._trial is not None and (result := self._trial.result()) is not None:
-            (engine, choice), before = result, self.model.engine
-            if engine.name == before.name:
-                engine = before
-                log.info("model %d: %s stays; it %s", self.model.version_id, engine.name, choice.reason)
-            else:
-                log.info(
-                    "model %d: %s takes over from %s; it %s",
-                    self.model.version_id, engine.name, before.name, choice.reason,
-                )  # fmt: skip
-            self.model = self.model.on(engine, choice)
-            self._trial = None
-            freeze_loaded_objects()
+        for index, trial in list(self._trials.items()):
+            if (result := trial.result()) is not None:
+                del self._trials[index]
+                self.model = self.model.with_part(index, _upgraded(self.model.parts[index], *result))
+                freeze_loaded_objects()
         return self.model
 
     def stop(self) -> None:
-        """Stop the trial. Does not wait."""
-        if self._trial is not None:
-            self._trial.stop()
+        """Stop the trials. Does not wait."""
+        for trial in self._trials.values():
+            trial.stop()
 
     def close(self) -> None:
-        """Stop the trial and wait until it has ended."""
-        if self._trial is not None:
-            self._trial.close()
+        """Stop the trials and wait until they have ended."""
+        self.stop()
+        for trial in self._trials.values():
+            trial.close()
+
+
+def _upgraded(part: Part, engine: Engine, choice: Choice) -> Part:
+    """A model on the engine that its trial has found."""
+    before = part.engine
+    if engine.name == before.name:
+        engine = before
+        log.info("model %d: %s stays; it %s", part.version_id, engine.name, choice.reason)
+    else:
+        log.info("model %d: %s takes over from %s; it %s", part.version_id, engine.name, before.name, choice.reason)
+    return part.on(engine, choice)
 
 
 def freeze_loaded_objects() -> None:

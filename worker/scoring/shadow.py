@@ -25,7 +25,8 @@ from training import failpoint
 from worker.scoring import metrics
 from worker.scoring.backoff import Pause
 from worker.scoring.champion import Challenger
-from worker.scoring.scoring_model import ScoringModel, Serving, prediction_rows
+from worker.scoring.scores import Model, prediction_rows
+from worker.scoring.scoring_model import Serving
 from worker.scoring.window import Window
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Shadow:
         self._computing = ThreadPoolExecutor(1, "challenger", initializer=_lower_priority)
         self.challenger = Challenger(database, serving, self._computing)
         self._queue: queue.Queue[Share | None] = queue.Queue(QUEUED_WINDOWS)
-        self._model: ScoringModel | None = None
+        self._model: Model | None = None
         self._checked_at = -float("inf")
         self._absent = False
         self._pause = Pause()  # after a version that failed
@@ -151,7 +152,7 @@ class Shadow:
             log.info("the challenger, model %d, scores again", model.version_id)
             self._failing = False
 
-    def _current(self) -> ScoringModel | None:
+    def _current(self) -> Model | None:
         """The challenger's model; None when there is none or it cannot be loaded."""
         if self._check_due():
             self._model = None  # so that a model that is replaced is not kept in memory
@@ -175,7 +176,7 @@ class Shadow:
     def _check_due(self) -> bool:
         return time.monotonic() - self._checked_at >= CHECK_SECONDS
 
-    def _rows(self, model: ScoringModel, tweets: Chosen) -> list[dict[str, Any]]:
+    def _rows(self, model: Model, tweets: Chosen) -> list[dict[str, Any]]:
         tokens = model.tokenise([text for _, text in tweets])
         scores = self._computing.submit(model.forward, tokens).result()
         return prediction_rows(model, [id_ for id_, _ in tweets], scores)

@@ -13,7 +13,7 @@ from structlog.contextvars import bound_contextvars
 
 from db.models import utc_now
 from worker.errors import BadRecord
-from worker.scoring.scoring_model import Columns, Scores, ScoringModel, prediction_columns
+from worker.scoring.scores import Columns, Model, Scores, prediction_columns
 from worker.stream.stream import Record
 from worker.stream.tweet_record import OPTIONAL, Tweet, pack_fields, parse_payload
 
@@ -34,12 +34,12 @@ class Window:
     """
 
     records: list[Record]
-    model: ScoringModel
+    model: Model
     alone: bool = False
     started_at: datetime = field(default_factory=utc_now)
     tweets: list[tuple[Record, Tweet]] = field(default_factory=list)
     dead: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[list[int]] = field(default_factory=list)
+    rows: Any = ()  # what the model made of the texts
     scores: Scores | None = None
     ms: dict[str, float] = field(default_factory=lambda: {f"{stage}_ms": 0.0 for stage in STAGES})
 
@@ -116,6 +116,7 @@ def window_row(window: Window, scores: Scores, worker: str) -> dict[str, Any]:
         "buried": len(window.dead),
         "tokens": scores.tokens,
         "padded_tokens": scores.padded_tokens,
+        "passed_on": scores.passed_on,
         **window.ms,
     }
 

@@ -16,7 +16,8 @@ from db.session import Database
 from tests.support.bench import DRAINED, Bench, wire
 from worker.app import make_app
 from worker.maintenance.dead_letters import drop, retry
-from worker.scoring.scoring_model import Scores, ScoringModel
+from worker.scoring.scores import Scores
+from worker.scoring.scoring_model import ScoringModel
 from worker.settings import Settings
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import connect

@@ -87,6 +87,9 @@ HEALTHY = {
     'tweetscore_lease_losses_total{instance="a"}': "1+0x40",
     'tweetscore_padded_tokens_total{instance="a"}': "0+110x40",
     'tweetscore_tokens_total{instance="a"}': "0+100x40",
+    'tweetscore_tweets_total{instance="a"}': "0+100x40",
+    'tweetscore_passed_on_total{instance="a"}': "0+24x40",
+    'tweetscore_planned_share{instance="a"}': "0.2+0x40",
     'tweetscore_live_accuracy_high{days="30",instance="a"}': "0.9+0x100",
     'tweetscore_test_accuracy{instance="a"}': "0.85+0x100",
     'tweetscore_expected_accuracy{instance="a"}': "0.8+0x100",
@@ -110,6 +113,7 @@ SICK = {
     "JobWaits": ('tweetscore_jobs{state="running",instance="a"}', "0+0x40"),
     "LeaseLost": ('tweetscore_lease_losses_total{instance="a"}', "1+0x30 2+0x10"),
     "PaddingWasted": ('tweetscore_padded_tokens_total{instance="a"}', "0+200x90"),
+    "CascadePassesOnMore": ('tweetscore_passed_on_total{instance="a"}', "0+26x90"),
     "LiveAccuracyFell": ('tweetscore_live_accuracy_high{days="30",instance="a"}', "0.84+0x100"),
     "ExpectedAccuracyFell": ('tweetscore_expected_accuracy{instance="a"}', "0.78+0x100"),
     "Drift": ('tweetscore_psi{of="labels",instance="a"}', "0.29+0x100"),
@@ -117,7 +121,7 @@ SICK = {
 
 
 # Alerts that fire only after an hour or half of one.
-SLOW = ("PaddingWasted", "LiveAccuracyFell", "ExpectedAccuracyFell", "Drift")
+SLOW = ("PaddingWasted", "CascadePassesOnMore", "LiveAccuracyFell", "ExpectedAccuracyFell", "Drift")
 
 
 @needs_promtool

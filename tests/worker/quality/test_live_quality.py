@@ -4,13 +4,15 @@ import sqlite3
 from math import log, sqrt
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import delete, event
 
+from db import registry
 from db.errors import DatabaseError
-from db.models import TrainingJob, utc_now
+from db.models import Cascade, TrainingJob, utc_now
+from db.quality import live
 from db.session import Database
 from tests.support.quality import days_ago, label, scored, version_tested
-from tests.support.rows import answer, assign, prediction_row, run, tweet_row, write
+from tests.support.rows import answer, assign, cascade_row, prediction_row, run, tweet_row, write
 from worker.quality.live_quality import Drift, measure
 
 Z = 1.959963984540054
@@ -147,3 +149,25 @@ def test_a_tweet_counts_on_its_day_in_utc_whatever_the_zone_of_the_session(datab
         run(database, f"ALTER DATABASE {database.engine.url.database} SET timezone = 'America/Los_Angeles'")
         database.close()
     assert [str(day) for (day,) in answer(database, "SELECT day FROM v_drift")] == [str(start.date())]
+
+
+def test_labels_that_a_model_of_the_champions_cascade_learned_do_not_count(database: Database) -> None:
+    with database.begin() as session:
+        job = TrainingJob(request_id="a", state="succeeded", config={}, dataset="d.csv", labels_until=days_ago(2))
+        session.add(job)
+        session.flush()
+    student, teacher, champion = (version_tested(database, [], job_id=id_) for id_ in (job.id, None, None))
+    ids = scored(database, champion, 3, ["positive", "positive"])
+    for id_, days in zip(ids, (3, 1), strict=True):  # one was labelled before the job read the labels
+        label(database, {id_: "positive"}, version=champion, at=days_ago(days))
+    assign(database, champion)
+    counts = []
+    for made_of in ((), (student, teacher), (teacher, student)):
+        with database.begin() as session:
+            session.execute(delete(Cascade))
+            if made_of:
+                registry.add_cascade(session, cascade_row(champion, *made_of))
+        with database.read() as session:
+            counts.append(len(live.labelled(session, champion, 7)))
+        assert answer(database, "SELECT labels FROM v_live_quality WHERE days = 7") == [(counts[-1],)]
+    assert counts == [2, 1, 1]

@@ -14,7 +14,8 @@ from tests.support.bench import Bench, Killed, wire
 from tests.support.world import on_postgresql
 from training.model.artifact import Artifact
 from worker.errors import DeviceFull
-from worker.scoring.scoring_model import Scores, ScoringModel
+from worker.scoring.scores import Scores
+from worker.scoring.scoring_model import ScoringModel
 
 POISON = "この文は計算を壊す"
 

@@ -19,7 +19,8 @@ from training.model.batching import plan_batches
 from worker.scoring import pipeline
 from worker.scoring.overlap import WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import Pipeline
-from worker.scoring.scoring_model import Scores, ScoringModel
+from worker.scoring.scores import Scores
+from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import Window
 from worker.stream.stream import Depth, Stream
 

@@ -21,7 +21,10 @@ NEWEST_ALIASES = """SELECT a.alias, a.model_version_id, a.assigned_at FROM model
 
 @dataclass(frozen=True)
 class Model:
-    """One model version that is not deleted. `task` is that of its job, and single_label for an imported model."""
+    """One model version that is not deleted. `task` is that of its job, and single_label without one.
+
+    `origin` is its job, "imported" or "cascade".
+    """
 
     id: int
     job_id: int | None
@@ -32,6 +35,7 @@ class Model:
     temperature: float
     task: str
     created_at: "pd.Timestamp"
+    origin: int | str
 
 
 def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
@@ -56,8 +60,10 @@ def leaderboard(console: Console) -> "pd.DataFrame":
 
 def model(console: Console, version_id: int) -> Model | None:
     found = console.frame(
-        """SELECT m.job_id, m.base_model, m.labels, m.artifact_url, m.sha256, m.temperature, m.created_at, j.config
+        """SELECT m.job_id, m.base_model, m.labels, m.artifact_url, m.sha256, m.temperature, m.created_at, j.config,
+                  c.student_id
            FROM model_versions AS m LEFT JOIN training_jobs AS j ON j.id = m.job_id
+           LEFT JOIN cascades AS c ON c.model_version_id = m.id
            WHERE m.id = :model AND m.deleted_at IS NULL""",
         {"model": version_id},
     )
@@ -68,6 +74,7 @@ def model(console: Console, version_id: int) -> Model | None:
     return Model(
         version_id, job_id, str(row["base_model"]), tuple(map(str, row["labels"])), str(row["artifact_url"]),
         str(row["sha256"]), float(row["temperature"]), _task(row["config"]), row["created_at"],
+        job_id or ("imported" if found["student_id"].isna().iloc[0] else "cascade"),
     )  # fmt: skip
 
 

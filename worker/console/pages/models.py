@@ -140,7 +140,7 @@ def _figures(console: Console, found: Model) -> None:
     measured = model_queries.figures(console, found.id)
     text.facts(
         [
-            ("Base model", found.base_model), ("Job", found.job_id or "imported"),
+            ("Base model", found.base_model), ("Job", found.origin),
             ("Task", found.task.replace("_", " ")), ("Temperature", f"{found.temperature:.3f}"),
             ("Created (Japan time)", f"{found.created_at.tz_convert(JAPAN):%Y-%m-%d %H:%M}"),
         ]
