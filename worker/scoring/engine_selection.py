@@ -3,9 +3,9 @@
 ARTIFACT.engines/KEY/choice.json   the trials, the chosen engine with the reason, and its token budget
 ARTIFACT.engines/KEY/graph.xml     the graph of the engine, where it has one
 
-KEY is a digest of the artifact, the hardware, the library versions and `GRAPHS`: a change of any starts a new trial. Where the
-model store cannot be written, the files go to HOME/engines. A model without a choice serves on float32 torch while
-`engine_trial.py` tries the other engines in the background.
+KEY is a digest of the artifact, the hardware, the library versions and `GRAPHS`: a change of any starts a new trial.
+Where the model store cannot be written, the files go to HOME/engines. A model without a choice serves on float32 torch
+while `engine_trial.py` tries the other engines in the background.
 """
 
 import hashlib
