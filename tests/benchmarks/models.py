@@ -18,6 +18,7 @@ from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec, save_artifact
 from training.model.base_model import STARTER_FOLDER, BaseModelFolder
 from training.model.classifier import Classifier, build_model
+from training.model.last_layer import FIRST_POSITION
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
@@ -46,11 +47,16 @@ def starter_artifact(folder: Path) -> str:
 
 
 def operations_per_token(model: Classifier) -> int:
-    """Multiplications and additions of the encoder's matrix products for one token, attention scores left out."""
+    """Multiplications and additions of the encoder's matrix products for one token, attention scores left out.
+
+    A layer that computes the first position alone counts nothing: its products are those of one token of a row.
+    """
+    left_out = ["pooler", "classifier"]
+    left_out += [name for name, layer in model.network.named_modules() if type(layer) in FIRST_POSITION.values()]
     return 2 * sum(
         module.weight.numel()
         for name, module in model.network.named_modules()
-        if isinstance(module, nn.Linear) and "pooler" not in name and "classifier" not in name
+        if isinstance(module, nn.Linear) and not any(part in name for part in left_out)
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.benchmarks import bulk, models, peers
+from tests.benchmarks.last_layer import whole_engine
 from tests.benchmarks.system import System, tweets
 from tests.support.paths import ROOT
 from training.model.artifact import load_artifact
@@ -30,7 +31,7 @@ from training.model.batching import pad_arrays, plan_batches
 from training.text.tokenizer import TextEncoder, encode
 from worker.scoring.engine_selection import choice_folder, load_engine
 from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import Batch, hardware
+from worker.scoring.engines import Batch, Engine, hardware
 from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import USUAL_WINDOW_TWEETS
 
@@ -109,11 +110,11 @@ class Measured:
             cut.append([pad_arrays([rows[i] for i in batch], 0) for batch in plan])
         return cut
 
-    def bare(self) -> float:
-        """Tweets a second of the engine alone."""
+    def bare(self, engine: Engine | None = None) -> float:
+        """Tweets a second of the engine alone; by default the one that serves."""
         began = perf_counter()
         for window in self.batches:
-            self.model.engine.run(window)
+            (engine or self.model.engine).run(window)
         return len(self.bench.texts) / (perf_counter() - began)
 
     def bare_gops(self) -> float:
@@ -183,6 +184,16 @@ class Bench:
             self.base.model.engine.name.partition("-")[2], "fp32"
         )
         return self.ratio(self.base.bare_gops, lambda: peers.matmul_gops(kind), self.size.rounds)
+
+    def starter_last_layer_over_whole(self) -> Figure:
+        return self._last_layer(self.starter)
+
+    def base_last_layer_over_whole(self) -> Figure:
+        return self._last_layer(self.base)
+
+    def _last_layer(self, measured: Measured) -> Figure:
+        whole = whole_engine(measured.folder, measured.model.engine.name)
+        return self.ratio(measured.bare, lambda: measured.bare(whole), 3 * self.size.rounds)
 
     def tokenise_over_reference(self) -> Figure:
         tokenizer = load_artifact(self.starter.folder).tokenizer
@@ -269,6 +280,8 @@ AT_LEAST = {
     "end_to_end_over_bare": 0.93,
     "end_to_end_over_bare_starter": 0.90,
     "bare_over_matmul": 0.75,
+    "starter_last_layer_over_whole": 1.15,
+    "base_last_layer_over_whole": 1.03,
     "tokenise_over_reference": 5.0,
     "publish_over_celery": 40.0,
     "million_rows_sqlite": 0.9,

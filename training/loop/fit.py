@@ -23,9 +23,9 @@ from training.evaluation.metrics import epoch_quality
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.predict import loss_function, predict
 from training.loop.soft_targets import SoftTargets
-from training.model.attention import training_attention
 from training.model.batching import cut, pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
+from training.model.kernels import training_kernels
 from training.reporting.tensorboard import TensorBoardWriter
 
 # Tokens of one forward and backward pass, padding included. With fewer, a CPU spends its time on casting the weights to
@@ -94,7 +94,7 @@ def fit(
         torch.cuda.empty_cache()
     run = _Run(model.to(device), inputs, device, checkpoints, hooks)
     progress = run.progress
-    with TensorBoardWriter(board_folder, progress.step) as board, training_attention(model, device):
+    with TensorBoardWriter(board_folder, progress.step) as board, training_kernels(model, device):
         run.report_step()
         while progress.epoch <= inputs.config.epochs and not out_of_patience(progress.history, inputs.config):
             started = time.monotonic()

@@ -17,9 +17,9 @@ from training.config import AdaptConfig
 from training.errors import StopRequested
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.fit import TOKENS_AT_ONCE, build_optimizer, build_scheduler
-from training.model.attention import training_attention
 from training.model.batching import Ids, cut, pad_arrays, plan_batches, shuffled_batches
 from training.model.classifier import half_precision
+from training.model.kernels import training_kernels
 from training.model.language_model import LanguageModel
 from training.model.masking import Masking
 
@@ -72,7 +72,7 @@ def masked_fit(
     run = _Run(model.to(device), inputs, device, checkpoints, on_step)
     progress = run.progress
     run.report_step()
-    with training_attention(model, device):
+    with training_kernels(model, device):
         if not progress.history:
             progress.history.append({"epoch": 0, "loss": run.held_out_loss()})
         while progress.epoch <= inputs.config.epochs:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from training.config import TrainConfig
 from training.errors import BadConfig, ModelUnavailable
 from training.model.base_model import BaseModelFolder
+from training.model.last_layer import compute_first_position_only
 
 transformers_logging.disable_progress_bar()  # tweetscore shows its own progress
 transformers_logging.set_verbosity_error()
@@ -43,6 +44,8 @@ class Classifier(nn.Module):
         self.config = config
         hidden_size: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.add_module(self.prefix, encoder)
+        if config.pooling in ("pooler", "cls"):
+            compute_first_position_only(encoder)
         if config.head == "guide":
             self.classifier: nn.Module = guide_head(hidden_size, n_labels, config.dropout)
         else:
@@ -84,6 +87,7 @@ class NativeClassifier(Classifier):
         nn.Module.__init__(self)
         self.config = config
         self.add_module("hugging_face", network)
+        compute_first_position_only(network)
 
     @property
     def network(self) -> nn.Module:

@@ -3,9 +3,9 @@
 ARTIFACT.engines/KEY/choice.json   the trials, the chosen engine with the reason, and its token budget
 ARTIFACT.engines/KEY/graph.xml     the graph of the engine, where it has one
 
-KEY is a digest of the artifact, the hardware and the library versions: a change of any starts a new trial. Where the
-model store cannot be written, the files go to HOME/engines. A model without a choice serves on float32 torch while
-`engine_trial.py` tries the other engines in the background.
+KEY is a digest of the artifact, the hardware, the library versions and `GRAPHS`: a change of any starts a new trial.
+Where the model store cannot be written, the files go to HOME/engines. A model without a choice serves on float32 torch
+while `engine_trial.py` tries the other engines in the background.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 REQUESTED = "serves: the settings name it"
 NO_ROWS = "serves: the artifact holds no validation rows to verify another engine on"
 UNTRIED = "serves until a worker has tried the other engines"
+# Rises when the same artifact gets other graphs, so that the engines are tried again.
+GRAPHS = 2
 MIN_AGREEMENT = 0.995
 MAX_MEAN_DIFFERENCE = 0.02
 
@@ -66,7 +68,7 @@ def default_budget(device: torch.device) -> int:
 def choice_folder(artifact: Path, sha256: str, device: torch.device, wanted: str) -> Path:
     """The folder of the choice for this artifact, hardware and `TWEETSCORE_ENGINE`; it may not exist yet."""
     versions = [_version(name) for name in ("torch", "transformers", "openvino", "nncf")]
-    key = json.dumps([sha256, hardware(device), wanted, versions])
+    key = json.dumps([sha256, hardware(device), wanted, versions, GRAPHS])
     return engines_folder(artifact) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

@@ -178,7 +178,9 @@ class EngineBuilder:
             raise EngineUnavailable(f"NNCF cannot be imported ({error}); `{INSTALL_CPU_ENGINES}`") from error
 
         logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's `set_log_level` would silence all handlers
-        ignored = nncf.IgnoredScope(types=["Gather"], validate=False)
+        # OpenVINO 2026.4 computes products with int8 weights of three dimensions wrongly: those of `last_layer.py`, by
+        # their names in the traced model. They are one position of a row.
+        ignored = nncf.IgnoredScope(types=["Gather"], patterns=[".*/aten::matmul/.*"], validate=False)
         mode = nncf.CompressWeightsMode.INT8_ASYM
         with redirect_stdout(io.StringIO()):  # its progress bar and tables cannot be turned off
             return nncf.compress_weights(self._converted.clone(), mode=mode, ignored_scope=ignored)

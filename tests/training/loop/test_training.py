@@ -25,10 +25,10 @@ from training.evaluation.metrics import metrics
 from training.loop.fit import Epoch, Hooks, as_good
 from training.loop.predict import loss_function, predict
 from training.model.artifact import load_artifact, make_spec, save_artifact
-from training.model.attention import training_attention
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
+from training.model.kernels import PLAIN, training_kernels
 
 # Dropout and BatchNorm, so that random state and buffers matter, and a learning rate at which every epoch differs.
 SENSITIVE = {"preset": "guide", "pooling": "mean", "learning_rate": 1e-2}
@@ -115,11 +115,11 @@ def test_training_on_a_cpu_uses_plain_attention_with_the_same_results_and_ends_w
     ids = torch.tensor([[2, 10, 11, 3, 0], [2, 12, 13, 14, 3]])
     mask = (ids != 0).long()
     before = model(ids, mask)
-    with training_attention(model, torch.device("cpu")):
-        assert model.encoder_config._attn_implementation == "eager"
+    with training_kernels(model, torch.device("cpu")):
+        assert model.encoder_config._attn_implementation == PLAIN
         torch.testing.assert_close(model(ids, mask), before, atol=1e-5, rtol=1e-4)
     assert model.encoder_config._attn_implementation == "sdpa"
-    with training_attention(model, torch.device("cuda")):
+    with training_kernels(model, torch.device("cuda")):
         assert model.encoder_config._attn_implementation == "sdpa"
 
 
