@@ -15,7 +15,14 @@ from db.session import Database
 from training.errors import StoreUnavailable
 from worker.scoring.backoff import Pause
 from worker.scoring.engine_selection import first_line
-from worker.scoring.scoring_model import ScoringModel, Serving, UpgradableModel, freeze_loaded_objects, load_model
+from worker.scoring.scoring_model import (
+    ScoringModel,
+    Serving,
+    UpgradableModel,
+    freeze_loaded_objects,
+    load_model,
+    preload,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +30,8 @@ log = logging.getLogger(__name__)
 # always the first one.
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
+# A new model scores its first windows before a trial of engines takes a part of the machine.
+TRIAL_AFTER_LOADING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,11 @@ class AliasedModel:
         try:
             model = loading.model.result()
             if wanted:
-                if self._active is not None:
-                    self._active.stop()
-                self._active = UpgradableModel(model)
-                freeze_loaded_objects()
+                before, self._active = self._active, UpgradableModel(model, TRIAL_AFTER_LOADING_SECONDS)
+                if before is not None:
+                    before.stop()
+                freeze_loaded_objects(replaced=before is not None)
+                del before
                 log.info("model %d is the %s now", loading.version_id, self.alias)
         except Exception as error:
             # Any error may be temporary: memory that is short, a disk or a mount that fails.
@@ -146,7 +156,7 @@ class Champion(AliasedModel):
                 "`tweetscore models promote ID`"
             )
             self._absence_logged = True
-            self._loader.submit(_preload)
+            self._loader.submit(preload, self._serving.device)
 
 
 class Challenger(AliasedModel):
@@ -178,8 +188,3 @@ class Challenger(AliasedModel):
             log.info("model %d is not the challenger any more", self._active.model.version_id)
             self._active = None
             freeze_loaded_objects()
-
-
-def _preload() -> None:
-    """Import modules that the first model needs: this takes more than a second, and there is no model to load yet."""
-    import transformers.models.bert.modeling_bert  # noqa: F401
