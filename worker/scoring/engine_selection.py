@@ -54,7 +54,7 @@ CLEARLY_SLOWER = 0.6
 # Timed rounds over the engines, the last ones with whole windows: at most, and the seconds after which none starts.
 ROUNDS, FEW_ROUNDS, TIMING_SECONDS = 5, 2, 3.0
 # Seconds after which no further window is verified, and after which no budget is timed again.
-VERIFY_SECONDS, SWEEP_SECONDS = 8.0, 1.5
+VERIFY_SECONDS, SWEEP_SECONDS = 5.0, 0.5
 SWEEP_ROUNDS = 3
 CHECK_BUDGET = 1024
 # Peak memory of a trial, which holds several engines at once: bytes per byte of weights, and a constant. Measured with
@@ -159,7 +159,8 @@ def select_engine(
         if trials[number].serves:
             return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
         log.warning("engine %s %s", trial.engine, trials[number].verdict)
-    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {trials[-1].verdict}")
+    reason = next(trial.verdict for trial in reversed(trials) if trial.engine in names)
+    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {reason}")
 
 
 def _windows(rows: int, size: int) -> list[list[int]]:

@@ -272,7 +272,9 @@ def preload(device: str) -> None:
     """Import and start what the first model of a process needs, while there is none: this takes seconds."""
     from transformers import BertConfig, BertModel
 
-    TextEncoder(load_tokenizer(STARTER_FOLDER))
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    TextEncoder(tokenizer)(["準備"], 8)
+    UnknownShare(tokenizer)
     picked = pick_device(device)
     encoder = BertModel(BertConfig(8, 8, 1, 1, 8))
     model = Classifier(encoder, 2, make_config("fast", pooling="pooler")).eval()

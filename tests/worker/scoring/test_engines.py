@@ -32,7 +32,17 @@ from worker.errors import DeviceFull
 from worker.scoring.engine_choice import Choice, read_choice, saved_choices
 from worker.scoring.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
 from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import Batch, Engine, EngineBuilder, Logits, TorchEngine, hardware, slower_engines
+from worker.scoring.engines import (
+    Batch,
+    Engine,
+    EngineBuilder,
+    Logits,
+    TorchEngine,
+    _quantised_rows,
+    hardware,
+    openvino,
+    slower_engines,
+)
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
@@ -98,6 +108,19 @@ def test_engine_gives_what_float32_torch_gives_whatever_the_shape(artifact: Arti
         tolerance = 1e-4 if name.endswith("float32") else 0.05 * float(np.abs(expected).max())
         assert logits.dtype == np.float32
         assert np.abs(logits - expected).max() <= tolerance
+
+
+def test_int8_weights_are_within_half_a_step_of_their_row() -> None:
+    generator = np.random.default_rng(4)
+    weights = generator.normal(size=(5, 40)).astype(np.float32)
+    weights[1], weights[2], weights[3] = 0.0, 0.25, -abs(weights[3])
+    found = np.empty(weights.shape, np.float32)
+    node = _quantised_rows(weights)
+    model = openvino().Model([node], [])
+    found[:] = openvino().Core().compile_model(model, "CPU")([])[0]
+    steps = (weights.max(1).clip(min=0) - weights.min(1).clip(max=0)) / 255
+    assert (np.abs(found - weights).max(1) <= 0.51 * steps + 1e-3 * np.abs(weights).max(1)).all()
+    assert len(np.unique(found[0])) > 20
 
 
 def test_engine_runs_nothing_and_runs_again(artifact: Artifact) -> None:
