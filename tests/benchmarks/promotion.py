@@ -16,6 +16,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from db import predictions, registry
 from db.models import ModelVersion
 from db.session import Database
@@ -31,6 +33,7 @@ LOOK_SECONDS = 0.02
 AHEAD = 2_000  # tweets that are always in the stream
 SPAN_SECONDS = 10.0
 LONGEST_SECONDS = 600.0
+IDLE_SECONDS = 1.0
 TOOK_OVER = ("takes over", "stays;")
 
 
@@ -49,6 +52,7 @@ def measure(base: bool, limit: float) -> dict[str, object]:
                 worker = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             try:
                 _wait(lambda: " ready." in _read(log))
+                _wait_until_idle(worker.pid)
                 stream = open_stream(settings, server.url)
                 version = _promote(database, made, sha256)
                 found = _watched(settings, database, stream, version, log, limit)
@@ -120,6 +124,18 @@ def _said_at(log: Path, words: str) -> datetime:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _wait_until_idle(pid: int) -> None:
+    """A worker that has just started imports what its first model needs."""
+    process, used = psutil.Process(pid), [0.0]
+
+    def idle() -> bool:
+        time.sleep(IDLE_SECONDS)
+        used.append(sum(process.cpu_times()[:2]))
+        return used[-1] - used[-2] < 0.1 * IDLE_SECONDS
+
+    _wait(idle)
 
 
 def _wait(condition) -> None:  # type: ignore[no-untyped-def]

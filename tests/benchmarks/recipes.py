@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from training.model.attention import training_attention
 
 from tests.benchmarks.labels import LABELLED, LABELS, Bench, Tweets, numbers, say
 from tests.benchmarks.training import JRTE
@@ -30,7 +31,6 @@ from training.evaluation.metrics import metrics
 from training.loop.fit import build_optimizer, build_scheduler
 from training.loop.predict import loss_function, predict
 from training.loop.sample_base import start_share
-from training.model.attention import training_attention
 from training.model.base_model import STARTER, BaseModelFolder, resolve_base_model
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model, half_precision

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerBase
 
 from training.config import TrainConfig
@@ -46,6 +48,11 @@ PROBLEM_TYPES = {
     "ordinal": "single_label_classification",
     "continuous": "regression",
 }
+# What fills a new module's weights with random numbers.
+RANDOM_WEIGHTS = {
+    Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_,
+    nn.init.xavier_uniform_,
+}  # fmt: skip
 
 POLARITY = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
 
@@ -190,6 +197,18 @@ def _load_reference(path: Path) -> Reference | None:
     return Reference(rows, arrays["logits"])
 
 
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Skip the random weights of a model whose weights are loaded next: they take a second at base size.
+
+    Affects only its own thread, as another one may build a model to train.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RANDOM_WEIGHTS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
     """Verify an artifact, then load its model, in evaluation mode, and its tokenizer.
 
@@ -202,7 +221,8 @@ def load_artifact(folder: Path, sha256: str | None = None) -> Artifact:
             raise BadArtifact(f"{folder} has an artifact format that this version cannot read; upgrade tweetscore")
         scale = TargetScale(**written["scale"]) if "scale" in written else None
         spec = Spec(**{**written, "config": TrainConfig(**written["config"]), "scale": scale})
-        model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
+        with _WithoutRandomWeights():
+            model = empty_model(load_encoder_config(str(folder)), len(spec.labels), spec.config)
         model.network.load_state_dict(load_file(str(folder / WEIGHTS)))
         reference = _load_reference(folder / REFERENCE)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -46,6 +46,9 @@ from worker.stream.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
 
+# Interval at which a worker without a champion looks for one: somebody waits for the first rows after a promotion.
+NO_CHAMPION_SECONDS = 0.2
+
 
 class WorkerProcess:
     """Runs one pipeline at a time in this process.
@@ -269,7 +272,7 @@ class ScoringWorker(WorkerProcess):
         self.stream.detect_vanished()  # the pipeline does this only while it reads
         # Nothing can be scored without a champion. `current` logs that once, and starts to load a new champion early.
         if self.champion.current() is None:
-            self.stopping.wait(self.settings.watch_seconds)
+            self.stopping.wait(min(NO_CHAMPION_SECONDS, self.settings.watch_seconds))
             return False
         depth = self.stream.depth()
         if not depth.idle:

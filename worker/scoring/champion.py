@@ -16,7 +16,7 @@ from training.errors import StoreUnavailable
 from worker.scoring.backoff import Pause
 from worker.scoring.engine_selection import first_line
 from worker.scoring.scores import Model
-from worker.scoring.scoring_model import Serving, UpgradableModel, freeze_loaded_objects, load_model
+from worker.scoring.scoring_model import Serving, UpgradableModel, freeze_loaded_objects, load_model, preload
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # always the first one.
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
+# A new model scores its first windows before a trial of engines takes a part of the machine.
+TRIAL_AFTER_LOADING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,11 @@ class AliasedModel:
         try:
             model = loading.model.result()
             if wanted:
-                if self._active is not None:
-                    self._active.stop()
-                self._active = UpgradableModel(model)
-                freeze_loaded_objects()
+                before, self._active = self._active, UpgradableModel(model, TRIAL_AFTER_LOADING_SECONDS)
+                if before is not None:
+                    before.stop()
+                freeze_loaded_objects(replaced=before is not None)
+                del before
                 log.info("model %d is the %s now", loading.version_id, self.alias)
         except Exception as error:
             # Any error may be temporary: memory that is short, a disk or a mount that fails.
@@ -147,7 +150,7 @@ class Champion(AliasedModel):
                 "`tweetscore models promote ID`"
             )
             self._absence_logged = True
-            self._loader.submit(_preload)
+            self._loader.submit(preload, self._serving.device)
 
 
 class Challenger(AliasedModel):
@@ -180,8 +183,3 @@ class Challenger(AliasedModel):
             log.info("model %d is not the challenger any more", self._active.model.version_id)
             self._active = None
             freeze_loaded_objects()
-
-
-def _preload() -> None:
-    """Import modules that the first model needs: this takes more than a second, and there is no model to load yet."""
-    import transformers.models.bert.modeling_bert  # noqa: F401

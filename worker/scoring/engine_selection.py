@@ -47,13 +47,18 @@ MAX_MEAN_DIFFERENCE = 0.02
 # Tokens of one forward, padding included. A CPU is fastest when the activations fit its cache, a GPU when it is full.
 CPU_BUDGETS = (256, 512, 1024, 2048)
 GPU_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072)
-# Rows of a trial: enough to include the cost of padding, few enough to take seconds.
-TRIAL_ROWS = 64
-# Timed rounds over all engines: at least, at most, and the seconds after which no further round starts.
-MIN_ROUNDS, MAX_ROUNDS, TRIAL_SECONDS = 3, 15, 6.0
-VERIFY_BUDGET = 1024
-CPU_SWEEP_ROWS, GPU_SWEEP_ROWS = 256, 8192
-SWEEP_ROUNDS = 2
+# Rows of a window: on a CPU as many as a worker reads at once by default, on a GPU enough to fill it.
+CPU_WINDOW_ROWS, GPU_WINDOW_ROWS = 512, 8192
+# Rows of the first rounds, which only find the engines that are clearly slower, and of the check of a saved engine.
+FEW_ROWS = 64
+# An engine with less than this share of the best speed is not timed again.
+CLEARLY_SLOWER = 0.6
+# Timed rounds over the engines, the last ones with whole windows: at most, and the seconds after which none starts.
+ROUNDS, FEW_ROUNDS, TIMING_SECONDS = 5, 2, 3.0
+# Seconds after which no further window is verified, and after which no budget is timed again.
+VERIFY_SECONDS, SWEEP_SECONDS = 5.0, 0.5
+SWEEP_ROUNDS = 3
+CHECK_BUDGET = 1024
 # Peak memory of a trial, which holds several engines at once: bytes per byte of weights, and a constant. Measured with
 # `tests/benchmarks/loading.py` at base size and with the starter.
 TRIAL_MEMORY = (4.5, 700e6)
@@ -67,7 +72,7 @@ def default_budget(device: torch.device) -> int:
 
 def choice_folder(artifact: Path, sha256: str, device: torch.device, wanted: str) -> Path:
     """The folder of the choice for this artifact, hardware and `TWEETSCORE_ENGINE`; it may not exist yet."""
-    versions = [_version(name) for name in ("torch", "transformers", "openvino", "nncf")]
+    versions = [_version(name) for name in ("torch", "transformers", "openvino")]
     key = json.dumps([sha256, hardware(device), wanted, versions, GRAPHS])
     return engines_folder(artifact) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -76,7 +81,7 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # OpenVINO and NNCF may be missing
+        return None  # OpenVINO may be missing
 
 
 def choice_folders(artifact: Path, sha256: str, device: torch.device, wanted: str, fallback: Path | None) -> list[Path]:
@@ -139,19 +144,30 @@ def select_engine(
     reference, pad_id = artifact.reference, artifact.tokenizer.pad_token_id
     if reference is None:
         return builder.build(FLOAT32_TORCH), _float32_choice(device, NO_ROWS)
+    slower = builder.slower() if wanted == "auto" else {}
     names = builder.names() if wanted == "auto" else list(dict.fromkeys([wanted, FLOAT32_TORCH]))
-    engines, trials = _time_engines(builder, names, reference.rows[:TRIAL_ROWS], default_budget(device), pad_id)
+    names = [name for name in names if name not in slower]
+    windows = _windows(len(reference.rows), CPU_WINDOW_ROWS if device.type == "cpu" else GPU_WINDOW_ROWS)
+    engines, trials = _time_engines(builder, names, [reference.rows[i] for i in windows[0]], device, pad_id)
+    trials += [Trial(name, reason) for name, reason in slower.items()]
     if wanted == "auto":
         trials.sort(key=lambda trial: -(trial.tweets_per_second or 0))
     for number, trial in enumerate(trials):
         if trial.engine not in engines:
             continue
-        trials[number] = verified = _verify(trial, engines[trial.engine], artifact.spec, reference, pad_id)
-        if verified.serves:
-            budget = _sweep(engines[trial.engine], reference.rows, device, pad_id)
+        trials[number], budget = _verify(
+            trial, engines[trial.engine], artifact.spec, reference, windows, device, pad_id
+        )
+        if trials[number].serves:
             return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
-        log.warning("engine %s %s", verified.engine, verified.verdict)
-    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {trials[-1].verdict}")
+        log.warning("engine %s %s", trial.engine, trials[number].verdict)
+    reason = next(trial.verdict for trial in reversed(trials) if trial.engine in names)
+    raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {reason}")
+
+
+def _windows(rows: int, size: int) -> list[list[int]]:
+    """Numbers of the validation rows in windows of `size` rows; every row is in one, and the last is filled up."""
+    return [[number % rows for number in range(start, start + size)] for start in range(0, rows, size)]
 
 
 def _float32_choice(device: torch.device, verdict: str) -> Choice:
@@ -160,21 +176,22 @@ def _float32_choice(device: torch.device, verdict: str) -> Choice:
 
 
 def _time_engines(
-    builder: EngineBuilder, names: Sequence[str], rows: Sequence[Sequence[int]], budget: int, pad_id: int
+    builder: EngineBuilder, names: Sequence[str], window: Sequence[Sequence[int]], device: torch.device, pad_id: int
 ) -> tuple[dict[str, Engine], list[Trial]]:
     """The engines that can run, and a trial of each name with its median tweets a second.
 
     The engines alternate, so that other load of the machine, mainly scoring, affects all of them equally. The median is
-    used because the best round varies by chance.
+    used because the best round varies by chance. An engine that is clearly slower is dropped after a round.
     """
     engines: dict[str, Engine] = {}
     errors: dict[str, str] = {}
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    began = time.perf_counter()
-    for number in range(1 + MAX_ROUNDS):
-        if number > MIN_ROUNDS and time.perf_counter() - began > TRIAL_SECONDS:
+    left, budget, began = list(names), default_budget(device), time.perf_counter()
+    for number in range(ROUNDS):
+        if len(left) == 1 or (number >= FEW_ROUNDS and time.perf_counter() - began > TIMING_SECONDS):
             break
-        for name in [name for name in names if name not in errors]:
+        rows = window[:FEW_ROWS] if number < FEW_ROUNDS else window
+        for name in left:
             try:
                 if number == 0:
                     engines[name] = builder.build(name)
@@ -184,12 +201,15 @@ def _time_engines(
                 engines.pop(name, None)
                 errors[name] = first_line(error)
                 log.warning("engine %s cannot run this model: %s", name, errors[name])
+        left = [name for name in left if name not in errors]
+        fastest = max((max(speeds[name]) for name in left), default=0.0)
+        left = [name for name in left if max(speeds[name]) >= CLEARLY_SLOWER * fastest]
         if number == 0:
             began = time.perf_counter()  # the time of building does not count
     return engines, [
         Trial(name, f"cannot run here: {errors[name]}")
         if name in errors
-        else Trial(name, "", False, statistics.median(speeds[name][1:]))  # the first round warms up
+        else Trial(name, "", False, statistics.median(speeds[name][1:] or speeds[name]))  # the first round warms up
         for name in names
     ]
 
@@ -198,17 +218,22 @@ def _check_saved(engine: Engine, artifact: Artifact) -> None:
     """Raise `BadArtifact` if a graph was damaged since it was verified. The few rows also warm the engine up."""
     if artifact.reference is None:
         return
-    few = artifact.reference.rows[:TRIAL_ROWS]
-    found = _probabilities(_logits(engine, few, VERIFY_BUDGET, artifact.tokenizer.pad_token_id), artifact.spec)
+    few = artifact.reference.rows[:FEW_ROWS]
+    found = _probabilities(_logits(engine, few, CHECK_BUDGET, artifact.tokenizer.pad_token_id), artifact.spec)
     expected = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
     if not np.abs(found - expected).mean() <= MAX_MEAN_DIFFERENCE:
         raise BadArtifact("its results differ from those it was verified with")
 
 
-def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference, pad_id: int) -> Trial:
-    """The trial with its agreement on the validation rows and the verdict."""
-    expected = _probabilities(reference.logits, spec)
-    found = _probabilities(_logits(engine, reference.rows, VERIFY_BUDGET, pad_id), spec)
+def _verify(
+    trial: Trial, engine: Engine, spec: Spec, reference: Reference, windows: Sequence[Sequence[int]],
+    device: torch.device, pad_id: int,
+) -> tuple[Trial, int]:  # fmt: skip
+    """The trial with its agreement on the validation rows and the verdict, and the fastest token budget."""
+    logits, rows, speeds = _run_windows(engine, reference, windows, device, pad_id)
+    fastest = max(speeds.values())
+    budget = min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * fastest)
+    expected, found = _probabilities(reference.logits[rows], spec), _probabilities(logits, spec)
     agreed = agreement(found, expected, spec.config.task)
     difference = float(np.abs(found - expected).mean())
     agrees = agreed >= MIN_AGREEMENT and difference <= MAX_MEAN_DIFFERENCE  # False for NaN
@@ -221,25 +246,42 @@ def _verify(trial: Trial, engine: Engine, spec: Spec, reference: Reference, pad_
     labels, numbers = ("values", "outputs") if spec.config.task == "continuous" else ("labels", "probabilities")
     verdict += f"; {agreed:.2%} of {len(expected)} validation {labels} as float32, {numbers} {difference:.4f} off"
     serves = agrees or trial.engine == FLOAT32_TORCH
-    return replace(trial, verdict=verdict, serves=serves, agreement=agreed, mean_difference=difference)
+    return replace(trial, verdict=verdict, serves=serves, agreement=agreed, mean_difference=difference), budget
 
 
-def _sweep(engine: Engine, rows: Sequence[Sequence[int]], device: torch.device, pad_id: int) -> int:
-    """The token budget at which this engine is fastest; larger ones are not tried once the device is full."""
-    budgets, count = (CPU_BUDGETS, CPU_SWEEP_ROWS) if device.type == "cpu" else (GPU_BUDGETS, GPU_SWEEP_ROWS)
-    rows = [rows[i % len(rows)] for i in range(count)]
-    speeds: dict[int, float] = {}
-    for budget in budgets:
-        try:
-            speeds[budget] = _speed(engine, rows, budget, pad_id)
-        except DeviceFull:
+def _run_windows(
+    engine: Engine, reference: Reference, windows: Sequence[Sequence[int]], device: torch.device, pad_id: int
+) -> tuple[Logits, list[int], dict[int, float]]:
+    """Logits (N, K), the numbers of their N rows, and tokens a second for each token budget.
+
+    Each window is run with the next budget, so the same work verifies the engine and compares the budgets. At least one
+    window is verified. Larger budgets are left out once the device is full.
+    """
+    budgets, speeds = list(CPU_BUDGETS if device.type == "cpu" else GPU_BUDGETS), dict[int, float]()
+    logits: dict[int, Logits] = {}
+    number, began, seconds = 0, time.perf_counter(), 0.0
+    while number < max(len(windows), len(budgets)) or (
+        seconds < SWEEP_SECONDS and number < SWEEP_ROUNDS * len(budgets)
+    ):
+        if logits and seconds > VERIFY_SECONDS:
             break
-    for _ in range(SWEEP_ROUNDS):  # alternating, so that other load of the machine affects every budget alike
-        for budget, speed in speeds.items():
-            speeds[budget] = max(speed, _speed(engine, rows, budget, pad_id))
-    if not speeds:
-        return 256  # `ScoringModel` halves it further where needed
-    return min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * max(speeds.values()))
+        # Another budget for each window of a pass, and for each pass of a window.
+        passes, which = divmod(number, len(windows))
+        budget, window = budgets[(which + passes) % len(budgets)], windows[which]
+        rows = [reference.rows[i] for i in window]
+        start = time.perf_counter()
+        try:
+            found = _logits(engine, rows, budget, pad_id)
+        except DeviceFull:
+            if budget == budgets[0]:
+                raise
+            budgets = [smaller for smaller in budgets if smaller < budget]
+            continue
+        speed = sum(map(len, rows)) / (time.perf_counter() - start)
+        speeds[budget] = max(speeds.get(budget, 0.0), speed)
+        logits.update(zip(window, found, strict=True))
+        number, seconds = number + 1, time.perf_counter() - began
+    return np.stack(list(logits.values())), list(logits), speeds
 
 
 def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> float:

@@ -19,22 +19,25 @@ import torch
 from structlog.contextvars import bound_contextvars
 
 from db.models import ModelVersion
+from training.config import make_config
 from training.errors import BadArtifact
 from training.evaluation.decisions import Floats, to_probabilities
 from training.model.artifact import Artifact, Spec, load_artifact
+from training.model.base_model import STARTER_FOLDER
 from training.model.batching import pad_arrays, plan_batches
 from training.model.cascade import CascadePart, is_cascade, load_cascade
+from training.model.classifier import Classifier
 from training.model.devices import free_bytes, pick_device
 from training.store.store import Store
 from training.text.cleaning import clean
-from training.text.tokenizer import TextEncoder, UnknownShare
+from training.text.tokenizer import TextEncoder, UnknownShare, load_tokenizer
 from worker.connections import model_store
 from worker.errors import DeviceFull
 from worker.scoring.cascade_model import CascadeModel
 from worker.scoring.engine_choice import Choice
 from worker.scoring.engine_selection import choice_folders, load_engine
 from worker.scoring.engine_trial import EngineTrial, TrialRequest
-from worker.scoring.engines import Engine, Logits
+from worker.scoring.engines import Engine, Logits, TorchEngine, hardware
 from worker.scoring.scores import Model, Part, Scores, as_rows, describe
 from worker.settings import Settings
 
@@ -238,11 +241,32 @@ def _upgraded(part: Part, engine: Engine, choice: Choice) -> Part:
     return part.on(engine, choice)
 
 
-def freeze_loaded_objects() -> None:
-    """Exclude everything loaded from garbage collection: a full collection would stop scoring for 0.2 s."""
-    gc.unfreeze()  # includes the model before this one
+def freeze_loaded_objects(replaced: bool = True) -> None:
+    """Exclude everything loaded from garbage collection: a full collection would stop scoring for 0.2 s.
+
+    `replaced`: a model before this one is to be collected, which takes as long.
+    """
+    if replaced:
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def preload(device: str) -> None:
+    """Import and start what the first model of a process needs, while there is none: this takes seconds."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = load_tokenizer(STARTER_FOLDER)
+    TextEncoder(tokenizer)(["準備"], 8)
+    UnknownShare(tokenizer)
+    picked = pick_device(device)
+    encoder = BertModel(BertConfig(8, 8, 1, 1, 8))
+    model = Classifier(encoder, 2, make_config("fast", pooling="pooler")).eval()
+    if picked.type == "cpu":
+        hardware(picked)
+        engine = TorchEngine(model, picked, torch.float32)
+        engine.run([pad_arrays([[1] * 8] * 8, 0)])
+    freeze_loaded_objects()
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def register(bench: Bench | World, folder: Path) -> ModelVersion:
 
 def trials(of: int | None = None) -> list[psutil.Process]:
     """Children of a process, this one by default, that run a trial of engines."""
-    return [child for child in psutil.Process(of).children() if "worker.scoring.engine_trial" in _command(child)]
+    return [child for child in psutil.Process(of).children() if engine_trial.START in _command(child)]
 
 
 def _command(process: psutil.Process) -> list[str]:
