@@ -1,21 +1,25 @@
-"""Build databases, stores, streams and the broker from the settings."""
+"""Build databases, stores, streams and the broker from the settings.
+
+A function imports what it builds: most commands need only the database, and redis-py and the stores take as long to
+load.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from db import compatibility, migrate
 from db.errors import RightsMissing, shown
 from db.session import Database, open_database
-from training.jobs.context import TrainingContext
-from training.store.cache import Cache
-from training.store.store import Store
 from worker.errors import BadSettings, ServerFailed
 from worker.settings import Settings
-from worker.stream import embedded_valkey
-from worker.stream.redis_client import connect, connect_briefly
-from worker.stream.server_status import wait_until_ready
-from worker.stream.stream import Depth, Stream
+
+if TYPE_CHECKING:
+    from training.jobs.context import TrainingContext
+    from training.store.cache import Cache
+    from training.store.store import Store
+    from worker.stream.stream import Depth, Stream
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +65,29 @@ def open_for_queries(settings: Settings) -> Database:
     return database
 
 
-def open_stream(settings: Settings, url: str) -> Stream:
+def open_stream(settings: Settings, url: str) -> "Stream":
+    from worker.stream.redis_client import connect
+    from worker.stream.stream import Stream
+
     return Stream(connect(url), settings.stream_key, settings.group)
 
 
 def stream_url(settings: Settings) -> str:
     """The URL of broker and stream, whether or not a server runs there."""
-    return settings.redis_url or f"unix://{embedded_valkey.socket_path(settings.home)}"
+    if settings.redis_url:
+        return settings.redis_url
+    from worker.stream import embedded_valkey
+
+    return f"unix://{embedded_valkey.socket_path(settings.home)}"
 
 
-def depth_reader(settings: Settings) -> Callable[[], Depth | None]:
+def depth_reader(settings: Settings) -> "Callable[[], Depth | None]":
     """Return a function that reads the stream's depth with a short timeout; it returns None without an embedded
     server."""
+    from worker.stream import embedded_valkey
+    from worker.stream.redis_client import connect_briefly
+    from worker.stream.stream import Stream
+
     if settings.embedded and embedded_valkey.find(settings.home) is None:
         return lambda: None
     return Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group).depth
@@ -84,6 +99,10 @@ def wait_for_broker(settings: Settings, notify: Callable[[str], None]) -> bool:
     Returns False when an external broker does not answer. Raises `ServerFailed` when no process owns the embedded
     server or the restart takes too long.
     """
+    from worker.stream import embedded_valkey
+    from worker.stream.redis_client import connect_briefly
+    from worker.stream.server_status import wait_until_ready
+
     if settings.embedded:
         if (
             embedded_valkey.wait_for_server(settings.home, notify) is None
@@ -104,23 +123,27 @@ def broker(settings: Settings, notify: Callable[[str], None] = log.warning) -> I
     if settings.redis_url:
         yield settings.redis_url
         return
+    from worker.stream import embedded_valkey
+
     prepare_home(settings)
     with embedded_valkey.running(settings.home, settings.server_memory_mb, settings.server_sync, notify) as server:
         yield server.url
 
 
-def model_store(settings: Settings) -> Store:
+def model_store(settings: Settings) -> "Store":
     """The store of trained models."""
     return _store(settings, settings.model_store, "models")
 
 
-def input_store(settings: Settings) -> Store:
+def input_store(settings: Settings) -> "Store":
     """The store of submitted datasets, and of local base models below `encoders`."""
     return _store(settings, settings.dataset_store, "datasets")
 
 
-def training_context(settings: Settings, device: str | None = None) -> TrainingContext:
+def training_context(settings: Settings, device: str | None = None) -> "TrainingContext":
     """`device` is the one that a worker has claimed; by default that of the settings, unclaimed."""
+    from training.jobs.context import TrainingContext
+
     checkpoints, inputs = _store(settings, settings.checkpoint_store, "jobs"), input_store(settings)
     return TrainingContext(
         cache=_cache(settings),
@@ -137,9 +160,13 @@ def training_context(settings: Settings, device: str | None = None) -> TrainingC
     )
 
 
-def _store(settings: Settings, location: str | None, default_folder: str) -> Store:
+def _store(settings: Settings, location: str | None, default_folder: str) -> "Store":
+    from training.store.store import Store
+
     return Store(location or settings.home / default_folder, _cache(settings))
 
 
-def _cache(settings: Settings) -> Cache:
+def _cache(settings: Settings) -> "Cache":
+    from training.store.cache import Cache
+
     return Cache(settings.home / "cache", settings.cache_mb * 1024 * 1024)

