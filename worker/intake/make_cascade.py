@@ -90,6 +90,11 @@ def make_cascade(
     texts = [*rows.choosing.texts, *rows.test.texts]
     student, teacher = (_logits(store, version, texts, device, progress) for version in versions)
     point, temperatures, curve = _choose(rows, student, teacher, keep, bound)
+    if not point.share:
+        rows.notes.append(
+            f"nothing is passed on: model {student_id} alone keeps {keep:g} of the macro-F1 of model {teacher_id} on "
+            "these rows; promote it instead"
+        )
     name = f"cascade-{uuid.uuid4().hex[:16]}"
     spec = CascadeSpec(
         _part(versions[0], temperatures.student, store.url_of(name)),

@@ -80,6 +80,7 @@ def test_a_cascade_is_evaluated_as_its_models_decide(pair: Pair, tmp_path: Path)
     assert evaluated.figures["ece", ""] < raw
     alone = evaluate_model(pair.settings, pair.database, pair.student, str(pair.file)).figures
     assert alone["f1_macro", ""] < evaluated.figures["f1_macro", ""]
+    assert pair.cascade(keep=0.5).rows.notes[-1].startswith("nothing is passed on: model 1 alone keeps 0.5 of the")
     place = pair.settings.home / "models" / "teacher"
     place.rename(tmp_path / "teacher")
     with pytest.raises(BadArtifact, match="teacher has no SHA256SUMS"):
