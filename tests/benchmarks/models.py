@@ -1,4 +1,4 @@
-"""Models to measure with: as large as the real ones, without an afternoon of training.
+"""Models and tweets to measure with. The models are as large as the real ones, without an afternoon of training.
 
 A random encoder tells texts apart by little more than rounding, so its head stays random too; the starter's is fitted.
 """
@@ -22,6 +22,10 @@ from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
 SAMPLE_LABELLED = ROOT / "training" / "sample" / "labelled.csv"
+# Real tweets if the file exists beside the project; else the sample's.
+REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
+SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
+LABELS = ["negative", "neutral", "positive"]
 CPU = torch.device("cpu")
 VOCABULARY = 32_000
 # BERT base; the small form keeps the shape and drops the size.
