@@ -28,6 +28,8 @@ SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
 LABELS = ["negative", "neutral", "positive"]
 CPU = torch.device("cpu")
 VOCABULARY = 32_000
+# Rows to try engines on: enough to compare them, and fewer than a training keeps, since each costs a float32 forward.
+REFERENCE_ROWS = 512
 # BERT base; the small form keeps the shape and drops the size.
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -70,8 +72,8 @@ def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fi
     if fit:
         few = Split(data.train.texts[:600], data.train.targets[:600], data.train.row_numbers[:600])
         _fit_head(model, rows(few), few.targets, config, tokenizer.pad_token_id)
-    valid = rows(data.valid)
-    logits = predict(model, valid, data.valid.targets, config, 64, tokenizer.pad_token_id, CPU).logits
+    valid = rows(data.valid)[:REFERENCE_ROWS]
+    logits = predict(model, valid, data.valid.targets[:REFERENCE_ROWS], config, 64, tokenizer.pad_token_id, CPU).logits
     spec = make_spec(data.labels, config, BaseModelFolder(name, STARTER_FOLDER), tokenizer)
     return save_artifact(folder, model, tokenizer, spec, make_reference(valid, logits))
 
