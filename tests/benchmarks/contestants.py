@@ -32,7 +32,7 @@ LEAST_TWEETS = 256
 LEAST_PEER_TWEETS = 128
 GUIDE_TWEETS = 24  # every text costs the same there
 # Settings of a peer are chosen by its speed on this many.
-PROBE_TWEETS = 192
+PROBE_TWEETS = 96
 
 
 class Measured:
@@ -48,7 +48,7 @@ class Measured:
         run_trial(TrialRequest(str(self.folder), self.sha256, "cpu", "auto", list(map(str, folders))))
         engine, choice, _ = load_engine(artifact, device, "auto", folders)
         self.model = ScoringModel(0, artifact, engine, choice)
-        self.operations_per_token = models.operations_per_token(artifact.model)
+        self._network = artifact.model
         self.texts = texts_of(source, most_tweets)
         if most_tweets > LEAST_TWEETS:
             few = Measured.bare_of(self, spread(self.texts, LEAST_TWEETS))
@@ -118,8 +118,9 @@ class Measured:
     def product(self, products: dict[Kind, Product], cpu: Cpu) -> Speed:
         """The tweets a second whose matrix products, padding included, the CPU could do if nothing else was to be done:
         with the fastest plain product of the type that the engine multiplies in."""
-        tokens = sum(ids.size for window in self.batches(self.texts) for ids, _ in window)
-        per_tweet = tokens / len(self.texts) * self.operations_per_token
+        batches = [ids.shape for window in self.batches(self.texts) for ids, _ in window]
+        rows, tokens = sum(count for count, _ in batches), sum(count * length for count, length in batches)
+        per_tweet = models.operations(self._network, tokens, rows) / len(self.texts)
         product = products.get(kind := self.kind(cpu)) or best_product(kind)
         return lambda: product.round() * 1e9 / per_tweet
 

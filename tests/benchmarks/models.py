@@ -51,13 +51,20 @@ def starter_artifact(folder: Path) -> str:
     )
 
 
-def operations_per_token(model: Classifier) -> int:
-    """Multiplications and additions of the encoder's matrix products for one token, attention scores left out."""
-    return 2 * sum(
-        module.weight.numel()
-        for name, module in model.network.named_modules()
-        if isinstance(module, nn.Linear) and "pooler" not in name and "classifier" not in name
-    )
+def operations(model: Classifier, tokens: int, texts: int) -> int:
+    """Multiplications and additions of the encoder's matrix products for so many tokens, padding included, of so many
+    texts; attention scores left out.
+
+    A last layer that is computed for the first position alone needs only keys and values of every token.
+    """
+    modules = dict(model.network.named_modules())
+    short = tuple(f"{name}." for name, module in modules.items() if type(module).__name__.startswith("FirstPosition"))
+    total = 0
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and "pooler" not in name and "classifier" not in name:
+            once = name.startswith(short) and not name.endswith((".key", ".value"))
+            total += 2 * module.weight.numel() * (texts if once else tokens)
+    return total
 
 
 def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fit: bool) -> str:
