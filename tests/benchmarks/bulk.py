@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from db import registry
 from db.session import Database
+from tests.benchmarks.race import settled
 from tests.benchmarks.system import Look, System, fresh_ids, tweet_ids, tweets
 
 MILLION = 1_000_000
@@ -136,7 +137,8 @@ def million_rows(
     """Tweets a second into an empty database and into one with `rows` rows, and `ratio`, full to empty, of the medians.
 
     `urls` are the two databases, empty both; `options` go to both `System`s, which run side by side with one of them
-    idle. Rounds alternate, begin with either in turn, and send the same tweets to both.
+    idle. Rounds alternate, begin with either in turn, and send the same tweets to both. There are fewer than `rounds`
+    when the ratio is settled earlier.
     """
     speeds: dict[str, list[float]] = {"empty": [], "full": []}
     with ExitStack() as stack:
@@ -147,6 +149,8 @@ def million_rows(
         fill_seconds = fill(systems["full"].database, systems["full"].version_id, rows)
         # The first round warms both up and does not count.
         for number in range(rounds + 1):
+            if settled([full / empty for full, empty in zip(speeds["full"], speeds["empty"], strict=True)]):
+                break
             payloads = tweets(tweets_a_round, source)
             for name in sorted(systems, reverse=bool(number % 2)):
                 speed = tweets_a_round / systems[name].score(payloads)

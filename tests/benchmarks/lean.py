@@ -22,7 +22,7 @@ from db import migrate, predictions
 from db.session import open_database
 from tests.benchmarks import models
 from tests.benchmarks.bulk import two_databases
-from tests.benchmarks.scoring import REAL_TWEETS, SAMPLE_TWEETS
+from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
 from tests.benchmarks.system import tweets
 from tests.support.rows import assign, make_version
 from training.model.artifact import load_artifact

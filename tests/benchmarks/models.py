@@ -1,4 +1,4 @@
-"""Models to measure with: as large as the real ones, without an afternoon of training.
+"""Models and tweets to measure with. The models are as large as the real ones, without an afternoon of training.
 
 A random encoder tells texts apart by little more than rounding, so its head stays random too; the starter's is fitted.
 """
@@ -23,8 +23,14 @@ from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
 SAMPLE_LABELLED = ROOT / "training" / "sample" / "labelled.csv"
+# Real tweets if the file exists beside the project; else the sample's.
+REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
+SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
+LABELS = ["negative", "neutral", "positive"]
 CPU = torch.device("cpu")
 VOCABULARY = 32_000
+# Rows to try engines on: enough to compare them, and fewer than a training keeps, since each costs a float32 forward.
+REFERENCE_ROWS = 512
 # BERT base; the small form keeps the shape and drops the size.
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -46,17 +52,18 @@ def starter_artifact(folder: Path) -> str:
     )
 
 
-def operations_per_token(model: Classifier) -> int:
-    """Multiplications and additions of the encoder's matrix products for one token, attention scores left out.
+def operations(model: Classifier, tokens: int, texts: int) -> int:
+    """Multiplications and additions of the encoder's matrix products for so many tokens, padding included, of so many
+    texts; attention scores left out.
 
-    A layer that computes the first position alone counts nothing: its products are those of one token of a row.
+    A last layer that is computed for the first position alone has one token per text.
     """
-    left_out = ["pooler", "classifier"]
-    left_out += [name for name, layer in model.network.named_modules() if type(layer) in FIRST_POSITION.values()]
-    return 2 * sum(
-        module.weight.numel()
-        for name, module in model.network.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in left_out)
+    modules = dict(model.network.named_modules())
+    short = tuple(f"{name}." for name, module in modules.items() if type(module) in FIRST_POSITION.values())
+    return sum(
+        2 * module.weight.numel() * (texts if name.startswith(short) else tokens)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and "pooler" not in name and "classifier" not in name
     )
 
 
@@ -72,8 +79,8 @@ def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fi
     if fit:
         few = Split(data.train.texts[:600], data.train.targets[:600], data.train.row_numbers[:600])
         _fit_head(model, rows(few), few.targets, config, tokenizer.pad_token_id)
-    valid = rows(data.valid)
-    logits = predict(model, valid, data.valid.targets, config, 64, tokenizer.pad_token_id, CPU).logits
+    valid = rows(data.valid)[:REFERENCE_ROWS]
+    logits = predict(model, valid, data.valid.targets[:REFERENCE_ROWS], config, 64, tokenizer.pad_token_id, CPU).logits
     spec = make_spec(data.labels, config, BaseModelFolder(name, STARTER_FOLDER), tokenizer)
     return save_artifact(folder, model, tokenizer, spec, make_reference(valid, logits))
 

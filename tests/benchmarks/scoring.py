@@ -1,216 +1,208 @@
 """Speed of scoring compared with other ways on the same machine: `python -m tests.benchmarks.scoring`.
 
-Every figure is a ratio of two speeds measured alternately in one run, or a latency: median, least and greatest.
+It first measures what the CPU can do. Then contestants take turns. Every figure is a ratio of two speeds of the same
+round, a cost or a latency: median, least and greatest. A ratio that is settled is not measured again.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TypeVar
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from tests.benchmarks import bulk, models, peers
-from tests.benchmarks.last_layer import whole_engine
+from tests.benchmarks import bulk, models, peers, report
+from tests.benchmarks.contestants import Measured, Peers
+from tests.benchmarks.cpu import KINDS, Kind, Product, best_product, this_cpu
+from tests.benchmarks.isolated import ENVIRONMENTS, NotInstalled
+from tests.benchmarks.models import LABELS, REAL_TWEETS, SAMPLE_TWEETS
+from tests.benchmarks.race import Figure, Pair, Round, Speed, figure, race, ratio
 from tests.benchmarks.system import System, tweets
-from tests.support.paths import ROOT
 from training.model.artifact import load_artifact
-from training.model.batching import pad_arrays, plan_batches
+from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, encode
-from worker.scoring.engine_selection import choice_folder, load_engine
-from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import Batch, Engine, hardware
-from worker.scoring.scoring_model import ScoringModel
-from worker.scoring.window import USUAL_WINDOW_TWEETS
 
-# Real tweets if the file exists beside the project; else the sample's.
-REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
-SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
-LABELS = ["negative", "neutral", "positive"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Size:
     """The amount of work: in full, or as little as proves that everything runs."""
 
-    tweets: int = 1_000
-    slow_tweets: int = 48  # for the guide's loop, which takes a fiftieth of the speed
+    base_tweets: int = 1_000
+    starter_tweets: int = 3_000
     rounds: int = 5
-    slow_rounds: int = 3
+    fast_rounds: int = 12  # of contestants whose round takes a second or two
     single_tweets: int = 200
     bulk_rows: int = bulk.MILLION
-    bulk_tweets: int = 4_096
+    bulk_tweets: int = 2_048
     burst: int = bulk.RECORD_BURST
+    burst_seconds: float = 60.0  # a burst has no more tweets than the engine does in this time
     published: int = 3_000
+    repeats: int = 15
     small: bool = False
 
 
 SMALL = Size(
-    tweets=64, slow_tweets=8, rounds=1, slow_rounds=1, single_tweets=4, bulk_rows=2_000, bulk_tweets=64, burst=500,
-    published=100, small=True,
+    base_tweets=64, starter_tweets=64, rounds=1, fast_rounds=1, single_tweets=4, bulk_rows=2_000, bulk_tweets=64,
+    burst=500, published=100, repeats=1, small=True,
 )  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A median with its least and greatest value, and the values behind it."""
-
-    value: float
-    least: float
-    greatest: float
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-class Measured:
-    """An artifact to measure: its tweets, its engine in this process, and a system of workers around it."""
-
-    def __init__(self, bench: "Bench", name: str, make: Callable[[Path], str]) -> None:
-        self.bench, self.name = bench, name
-        self.folder = bench.scratch / name
-        self.sha256 = make(self.folder)
-        artifact = load_artifact(self.folder, self.sha256)
-        device = torch.device("cpu")
-        folders = [choice_folder(self.folder, self.sha256, device, "auto")]
-        run_trial(TrialRequest(str(self.folder), self.sha256, "cpu", "auto", list(map(str, folders))))
-        engine, choice, _ = load_engine(artifact, device, "auto", folders)
-        self.model = ScoringModel(0, artifact, engine, choice)
-        self.operations_per_token = models.operations_per_token(artifact.model)
-
-    @cached_property
-    def system(self) -> System:
-        return self.bench.stack.enter_context(
-            System(self.bench.scratch / f"home-{self.name}", self.folder, self.sha256, LABELS)
-        )
-
-    def end_to_end(self) -> float:
-        """Tweets a second from XADD to committed row."""
-        count = self.bench.size.tweets
-        return count / self.system.score(tweets(count, self.bench.source))
-
-    @cached_property
-    def batches(self) -> list[list[Batch]]:
-        """The batches of a worker's windows: tokenised, without equal rows, sorted, padded."""
-        windows = _chunks(self.model.tokenise(self.bench.texts), USUAL_WINDOW_TWEETS)
-        cut = []
-        for window in windows:
-            rows = list(dict.fromkeys(map(tuple, window)))
-            plan = plan_batches([len(row) for row in rows], token_budget=self.model.token_budget)
-            cut.append([pad_arrays([rows[i] for i in batch], 0) for batch in plan])
-        return cut
-
-    def bare(self, engine: Engine | None = None) -> float:
-        """Tweets a second of the engine alone; by default the one that serves."""
-        began = perf_counter()
-        for window in self.batches:
-            (engine or self.model.engine).run(window)
-        return len(self.bench.texts) / (perf_counter() - began)
-
-    def bare_gops(self) -> float:
-        """1e9 operations a second of the engine alone, padding included."""
-        tokens = sum(ids.size for window in self.batches for ids, _ in window)
-        return self.bare() / len(self.bench.texts) * tokens * self.operations_per_token / 1e9
+# Contestants at BERT-base size: ours over theirs. Other ways to score at base size, such as a cascade, are one more
+# contestant (`Bench.contestant`) and one more ratio over the pipeline.
+BASE_RATIOS: dict[str, Pair] = {
+    "end_to_end_over_pipeline": ("base", "pipeline"),
+    "end_to_end_over_best_pipeline": ("base", "best_pipeline"),
+    "end_to_end_over_optimum": ("base", "optimum"),
+    "end_to_end_over_infinity": ("base", "infinity"),
+    "end_to_end_over_guide": ("base", "guide"),
+    "end_to_end_over_bare": ("base", "base_engine"),
+    "bare_over_matmul": ("base_engine", "base_product"),
+    "base_last_layer_over_whole": ("base_engine", "base_whole"),
+    "student_over_pipeline": ("starter", "pipeline"),
+    "student_over_teacher": ("starter", "base"),
+}
+STARTER_RATIOS: dict[str, Pair] = {
+    "end_to_end_over_bare_starter": ("starter", "starter_engine"),
+    "bare_over_matmul_starter": ("starter_engine", "starter_product"),
+    "starter_last_layer_over_whole": ("starter_engine", "starter_whole"),
+}
+SCORERS = [count for count in (2, 4) if count <= max(2, os.cpu_count() or 1)]
+for count in SCORERS:
+    BASE_RATIOS[f"scorers_{count}_over_1_base"] = (f"base_x{count}", "base")
+    STARTER_RATIOS[f"scorers_{count}_over_1_starter"] = (f"starter_x{count}", "starter")
+# Measured one by one, in this order, each by the method of its name.
+SINGLE = (
+    "core_hours_a_million_base", "core_hours_a_million_starter", "tokenise_over_reference", "publish_over_celery",
+    "idle_extra_ms_p50", "idle_extra_ms_p99", "two_workers", "burst_seconds", "million_rows_sqlite",
+    "million_rows_postgresql",
+)  # fmt: skip
+KEYS = [*BASE_RATIOS, *STARTER_RATIOS, *SINGLE]
+# Without their packages, which are downloaded, these figures are left out.
+ISOLATED = ("end_to_end_over_infinity", "end_to_end_over_optimum")
 
 
 class Bench:
-    def __init__(self, size: Size, source: Path, environment: Path, stack: ExitStack) -> None:
-        self.size, self.environment, self.stack = size, environment, stack
+    def __init__(self, size: Size, source: Path, environments: Path, stack: ExitStack) -> None:
+        self.size, self.source, self.stack = size, source, stack
+        self.environments = environments
         self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-")))
-        self.all_tweets = source
-        with source.open(encoding="utf-8") as lines:
-            kept = list(islice(lines, size.tweets))
-        self.source = self.scratch / "tweets.jsonl"
-        self.source.write_text("".join(kept), encoding="utf-8")
-        self.texts: list[str] = [json.loads(line)["text"] for line in kept]
-        # A shorter file is cycled.
-        self.texts = [self.texts[i % len(self.texts)] for i in range(size.tweets)]
+        self.cpu = this_cpu()
+        # Contestants that could not be measured, with the reason; and the seconds of each part.
+        self.missing: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.rounds: dict[str, list[Round]] = {}
+
+    @cached_property
+    def products(self) -> dict[Kind, Product]:
+        # Without its instructions bfloat16 is emulated, which says nothing and takes minutes.
+        kinds = [kind for kind in KINDS if kind != "bf16" or self.cpu.has("bf16")]
+        return {kind: best_product(kind, self.size.repeats) for kind in kinds}
 
     @cached_property
     def base(self) -> Measured:
-        return Measured(self, "base", lambda folder: models.base_artifact(folder, self.size.small))
+        make = partial(models.base_artifact, small=self.size.small)
+        return self._measured("base", make, self.size.base_tweets)
 
     @cached_property
     def starter(self) -> Measured:
         if self.size.small:
             return self.base  # a second system would prove nothing more
-        return Measured(self, "starter", models.starter_artifact)
+        return self._measured("starter", models.starter_artifact, self.size.starter_tweets)
 
-    def ratio(self, ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> Figure:
-        """Ours over theirs, measured alternately after a warm-up of ours."""
-        ours()
-        pairs = [(ours(), theirs()) if i % 2 else (theirs(), ours())[::-1] for i in range(rounds)]
-        ratios = [left / right for left, right in pairs]
-        speeds = {
-            "ours": statistics.median(left for left, _ in pairs),
-            "theirs": statistics.median(right for _, right in pairs),
-        }
-        return Figure(statistics.median(ratios), min(ratios), max(ratios), speeds)
+    def _measured(self, name: str, make: Callable[[Path], str], most_tweets: int) -> Measured:
+        measured = self.timed(f"prepare {name}", lambda: Measured(self.scratch, name, make, self.source, most_tweets))
+        self.stack.callback(measured.close)
+        return measured
 
-    # --- the figures, by the name of their key
+    @cached_property
+    def peers(self) -> Peers:
+        return Peers(self.base, self.cpu, self.environments, self.stack)
 
-    def end_to_end_over_pipeline(self) -> Figure:
-        classify = peers.pipeline(self.base.folder, self.texts)
-        return self.ratio(self.base.end_to_end, _speed(classify, self.texts), self.size.slow_rounds)
+    def timed(self, part: str, work: Callable[[], T]) -> T:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        began = perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[part] = perf_counter() - began
+            print(f"{part}: {self.seconds[part]:.0f} s", file=sys.stderr, flush=True)
 
-    def end_to_end_over_infinity(self) -> Figure:
-        with peers.infinity(self.base.folder, self.texts, self.environment) as seconds:
-            return self.ratio(self.base.end_to_end, lambda: len(self.texts) / seconds(), self.size.slow_rounds)
+    # --- contestants in turns
 
-    def end_to_end_over_guide(self) -> Figure:
-        # Spread over the file, so that the few have the same lengths as all.
-        few = self.texts[:: max(1, len(self.texts) // self.size.slow_tweets)][: self.size.slow_tweets]
-        label = peers.guide(self.base.folder, few)
-        return self.ratio(self.base.end_to_end, _speed(label, few), self.size.slow_rounds)
+    def contestant(self, name: str) -> Speed:
+        """A contestant by its name, warmed up. Raises `NotInstalled`."""
+        model, _, form = name.partition("_")
+        if model not in ("base", "starter"):
+            found: Speed = getattr(self.peers, name)()
+            return found
+        measured: Measured = getattr(self, model)
+        if form == "engine":
+            return measured.bare()
+        if form == "whole":
+            return measured.whole()
+        if form == "product":
+            return measured.product(self.products, self.cpu)
+        return measured.end_to_end(int(form.removeprefix("x") or 1))
 
-    def end_to_end_over_bare(self) -> Figure:
-        return self.ratio(self.base.end_to_end, self.base.bare, self.size.rounds)
+    def race(self, part: str, ratios: dict[str, Pair], most_rounds: int) -> dict[str, Figure]:
+        speeds: dict[str, Speed] = {}
+        for name in dict.fromkeys(name for pair in ratios.values() for name in pair):
+            try:
+                speeds[name] = self.timed(f"start {name}", partial(self.contestant, name))
+            except NotInstalled as error:
+                self.missing[name] = str(error)
+        kept = {key: pair for key, pair in ratios.items() if not self.missing.keys() & set(pair)}
+        rounds = self.timed(f"race {part}", lambda: race(speeds, kept.values(), most_rounds))
+        self.rounds[part] = rounds
+        return {key: ratio(rounds, pair) for key, pair in kept.items()}
 
-    def end_to_end_over_bare_starter(self) -> Figure:
-        return self.ratio(self.starter.end_to_end, self.starter.bare, 3 * self.size.rounds)
+    def alternate(self, ours: Speed, theirs: Speed) -> Figure:
+        pair = ("ours", "theirs")
+        return ratio(race({"ours": ours, "theirs": theirs}, [pair], self.size.fast_rounds), pair)
 
-    def bare_over_matmul(self) -> Figure:
-        kind: peers.Kind = {"int8": "int8", "bfloat16": "bf16"}.get(  # type: ignore[assignment]
-            self.base.model.engine.name.partition("-")[2], "fp32"
-        )
-        return self.ratio(self.base.bare_gops, lambda: peers.matmul_gops(kind), self.size.rounds)
+    # --- the figures that are no race, by the name of their key
 
-    def starter_last_layer_over_whole(self) -> Figure:
-        return self._last_layer(self.starter)
+    def core_hours_a_million_base(self) -> Figure:
+        return self._core_hours(self.base, self.size.rounds)
 
-    def base_last_layer_over_whole(self) -> Figure:
-        return self._last_layer(self.base)
+    def core_hours_a_million_starter(self) -> Figure:
+        return self._core_hours(self.starter, self.size.fast_rounds)
 
-    def _last_layer(self, measured: Measured) -> Figure:
-        whole = whole_engine(measured.folder, measured.model.engine.name)
-        return self.ratio(measured.bare, lambda: measured.bare(whole), 3 * self.size.rounds)
+    def _core_hours(self, measured: Measured, rounds: int) -> Figure:
+        """Of cores, not of the clock: all processes, end to end. The races have measured it already."""
+        if not measured.cpu_seconds_a_tweet:
+            speed = measured.end_to_end()
+            for _ in range(min(3, rounds)):
+                speed()
+        hours = [seconds * 1e6 / 3600 for seconds in measured.cpu_seconds_a_tweet]
+        return figure(hours, {"engine": measured.model.engine.name})
 
     def tokenise_over_reference(self) -> Figure:
-        tokenizer = load_artifact(self.starter.folder).tokenizer
-        if self.starter.model.tokenise(self.texts) != _reference_ids(tokenizer, self.texts):
+        tokenizer, texts = load_artifact(self.starter.folder).tokenizer, self.starter.texts[: self.size.base_tweets]
+        if self.starter.model.tokenise(texts) != _reference_ids(tokenizer, texts):
             raise AssertionError("the fast tokenizer gives other ids than BertJapaneseTokenizer")
         fast = TextEncoder(tokenizer)
-        ours = _speed(lambda: fast(self.texts, 200), self.texts)
-        return self.ratio(ours, _speed(lambda: encode(tokenizer, self.texts, 200), self.texts), 2 * self.size.rounds)
+        return self.alternate(
+            _speed(lambda: fast(texts, 200), texts), _speed(lambda: encode(tokenizer, texts, 200), texts)
+        )
 
     def publish_over_celery(self) -> Figure:
-        payloads = tweets(self.size.published, self.all_tweets)
+        payloads = tweets(self.size.published, self.source)
         texts = [json.loads(payload)["text"] for payload in payloads]
-        url = self.starter.system.server.url
-        return self.ratio(
+        url = self.starter.system().server.url
+        return self.alternate(
             lambda: len(payloads) / peers.stream_publish(url, payloads),
             lambda: len(texts) / peers.celery_delay(url, texts),
-            self.size.rounds,
         )
 
     def million_rows_sqlite(self) -> Figure:
@@ -223,11 +215,11 @@ class Bench:
         size, starter = self.size, self.starter
         with bulk.two_databases(kind) as urls:
             found = bulk.million_rows(
-                self.scratch / f"million-{kind}", starter.folder, starter.sha256, LABELS, urls, self.all_tweets,
+                self.scratch / f"million-{kind}", starter.folder, starter.sha256, LABELS, urls, self.source,
                 rows=size.bulk_rows, tweets_a_round=size.bulk_tweets, rounds=size.rounds,
             )  # fmt: skip
         ratios = [full / empty for full, empty in zip(found["rounds"]["full"], found["rounds"]["empty"], strict=True)]
-        return Figure(found["ratio"], min(ratios), max(ratios), found)
+        return Figure(found["ratio"], min(ratios), max(ratios), len(ratios), found)
 
     def idle_extra_ms_p50(self) -> Figure:
         return self._idle(50)
@@ -239,7 +231,7 @@ class Bench:
         lingering, woken = self.idle_extra_ms
         details = {"lingering_ms": _percentile(lingering, percent), "woken_ms": _percentile(woken, percent)}
         both = lingering + woken
-        return Figure(_percentile(both, percent), min(both), max(both), details)
+        return Figure(_percentile(both, percent), min(both), max(both), len(both), details)
 
     @cached_property
     def idle_extra_ms(self) -> tuple[list[float], list[float]]:
@@ -248,11 +240,11 @@ class Bench:
             self.scratch / "home-woken", self.starter.folder, self.starter.sha256, LABELS,
             environment={"TWEETSCORE_LINGER_SECONDS": "0"},
         ) as asleep:  # fmt: skip
-            return self._extra_ms(self.starter.system), self._extra_ms(asleep)
+            return self._extra_ms(self.starter.system()), self._extra_ms(asleep)
 
     def _extra_ms(self, system: System) -> list[float]:
         extra = []
-        for payload in tweets(self.size.single_tweets + 3, self.all_tweets):
+        for payload in tweets(self.size.single_tweets + 3, self.source):
             rows = self.starter.model.tokenise([json.loads(payload)["text"]])
             self.starter.model.forward(rows)
             began = perf_counter()
@@ -262,58 +254,53 @@ class Bench:
         return extra[3:]
 
     def two_workers(self) -> Figure:
-        with System(self.scratch / "home-two", self.starter.folder, self.starter.sha256, LABELS, scorers=2) as system:
-            found = bulk.two_workers(system, self.all_tweets, self.size.tweets)
+        found = bulk.two_workers(self.starter.system(2), self.source, self.size.base_tweets)
         twice = found["scored"] - found["published"]
-        return Figure(twice, twice, twice, found)
+        return Figure(twice, twice, twice, 1, found)
 
     def burst_seconds(self) -> Figure:
-        found = bulk.burst(self.starter.system, self.all_tweets, self.size.burst)
-        return Figure(found["total_seconds"], found["total_seconds"], found["total_seconds"], found)
+        size = self.size
+        count = size.burst if size.small else min(size.burst, int(size.burst_seconds * self.starter.bare()()))
+        found = bulk.burst(self.starter.system(), self.source, count)
+        return Figure(found["total_seconds"], found["total_seconds"], found["total_seconds"], 1, found)
 
 
-# The figures and their targets: at least, or at most where less is better.
-AT_LEAST = {
-    "end_to_end_over_pipeline": 8.0,
-    "end_to_end_over_infinity": 3.5,
-    "end_to_end_over_guide": 35.0,
-    "end_to_end_over_bare": 0.93,
-    "end_to_end_over_bare_starter": 0.90,
-    "bare_over_matmul": 0.75,
-    "starter_last_layer_over_whole": 1.15,
-    "base_last_layer_over_whole": 1.0,
-    "tokenise_over_reference": 5.0,
-    "publish_over_celery": 40.0,
-    "million_rows_sqlite": 0.9,
-    "million_rows_postgresql": 0.9,
-}
-AT_MOST = {"idle_extra_ms_p50": 20.0, "idle_extra_ms_p99": 60.0, "two_workers": 0.0}
-KEYS = [*AT_LEAST, *AT_MOST, "burst_seconds"]
+def measure(bench: Bench, keys: Sequence[str]) -> dict[str, Figure]:
+    """The figures that can be measured here, in the order of `KEYS`."""
+    found: dict[str, Figure] = {}
+    bench.timed("products", lambda: bench.products)
+    if base := {key: pair for key, pair in BASE_RATIOS.items() if key in keys}:
+        found |= bench.race("base", base, bench.size.rounds)
+    if "core_hours_a_million_base" in keys:
+        found["core_hours_a_million_base"] = bench.core_hours_a_million_base()
+    if not bench.size.small and "base" in vars(bench):
+        bench.base.close()  # frees memory, and cores that its workers poll with
+    if starter := {key: pair for key, pair in STARTER_RATIOS.items() if key in keys}:
+        found |= bench.race("starter", starter, bench.size.fast_rounds)
+    for key in SINGLE:
+        if key in keys and key not in found:
+            found[key] = bench.timed(key, getattr(bench, key))
+    return {key: found[key] for key in KEYS if key in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     size = SMALL if options.small else Size()
-    found: dict[str, Figure] = {}
+    keys = options.only or [key for key in KEYS if not (size.small and key in ISOLATED)]
+    began = perf_counter()
     with ExitStack() as stack:
-        bench = Bench(size, options.tweets, options.infinity_environment, stack)
-        for key in options.only or [key for key in KEYS if not (size.small and key == "end_to_end_over_infinity")]:
-            print(f"measuring {key}", file=sys.stderr, flush=True)
-            found[key] = getattr(bench, key)()
-        machine = f"{hardware(torch.device('cpu'))}, {platform.system()}, Python {platform.python_version()}"
-    print(machine)
-    print(f"{'figure':32}{'median':>10}{'least':>10}{'greatest':>10}  asked")
-    for key, figure in found.items():
-        # The small form has no targets: too few tweets.
-        asked = "" if size.small else f"{_asked(key)} {_reached(key, figure)}"
-        print(f"{key:32}{figure.value:10.3f}{figure.least:10.3f}{figure.greatest:10.3f}  {asked}")
+        bench = Bench(size, options.tweets, options.environments, stack)
+        found = measure(bench, keys)
+        result = report.Result(
+            bench.cpu, bench.products, found, bench.rounds, bench.seconds, bench.missing,
+            engines={name: vars(bench)[name].model.engine.name for name in ("base", "starter") if name in vars(bench)},
+            settings=bench.peers.settings if "peers" in vars(bench) else {},
+        )  # fmt: skip
+    # The small form has no targets: too few tweets.
+    print(report.markdown(result, targets=not size.small))
+    print(f"{perf_counter() - began:.0f} s in all", file=sys.stderr)
     if options.json:
-        written: dict[str, Any] = {"machine": machine, "cores": os.cpu_count()}
-        written |= {key: figure.value for key, figure in found.items()}
-        written["details"] = {
-            key: {"min": f.least, "max": f.greatest, **f.details} for key, f in found.items()
-        }  # fmt: skip
-        options.json.write_text(json.dumps(written, indent=2, default=str), encoding="utf-8")
+        options.json.write_text(json.dumps(report.as_json(result), indent=2, default=str), encoding="utf-8")
     return 0
 
 
@@ -327,46 +314,29 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="JSONL with an id and a text a line",
     )  # fmt: skip
     parser.add_argument(
-        "--infinity-environment", type=Path, metavar="FOLDER", help="where infinity-emb is installed, once",
-        default=Path("~/.cache/tweetscore/infinity").expanduser(),
+        "--environments", type=Path, metavar="FOLDER", default=ENVIRONMENTS,
+        help="where infinity-emb and optimum-intel are installed, once",
     )  # fmt: skip
     return parser.parse_args(arguments)
 
 
-def _asked(key: str) -> str:
-    if key in AT_LEAST:
-        return f"at least {AT_LEAST[key]:g}"
-    return f"at most {AT_MOST[key]:g}" if key in AT_MOST else ""
-
-
-def _reached(key: str, figure: Figure) -> str:
-    missed = figure.value < AT_LEAST.get(key, figure.value) or figure.value > AT_MOST.get(key, figure.value)
-    return "" if not _asked(key) else "missed" if missed else "reached"
-
-
-def _speed(work: Callable[[], object], texts: Sequence[str]) -> Callable[[], float]:
+def _speed(work: Callable[[], object], texts: Sequence[str]) -> Speed:
     """Texts a second of a function that works on all of them."""
 
-    def measure() -> float:
+    def run() -> float:
         began = perf_counter()
         work()
         return len(texts) / (perf_counter() - began)
 
-    return measure
+    return run
 
 
 def _reference_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    from training.text.cleaning import clean
-
     return encode(tokenizer, [clean(text) for text in texts], 200)
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-def _chunks(rows: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 if __name__ == "__main__":

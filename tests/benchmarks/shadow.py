@@ -16,8 +16,7 @@ from pathlib import Path
 
 from db import registry
 from db.models import ModelVersion
-from tests.benchmarks.models import base_artifact, starter_artifact
-from tests.benchmarks.scoring import LABELS, REAL_TWEETS, SAMPLE_TWEETS
+from tests.benchmarks.models import LABELS, REAL_TWEETS, SAMPLE_TWEETS, base_artifact, starter_artifact
 from tests.benchmarks.system import System, tweets
 
 # Between two single tweets, so that the challenger's work on the last ones overlaps with the next.

@@ -10,9 +10,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import pytest
 import redis
 from sqlalchemy import func, select
@@ -52,16 +54,19 @@ class Stalled(RuntimeError):
     """Nothing moved for `STALL_SECONDS`. Holds what was missing and the end of the workers' log."""
 
 
-def tweets(n: int, source: Path, *, ids_from: int | None = None) -> list[bytes]:
-    """`n` wire records with consecutive ids and the texts of a JSONL file, whose lines have an `id` and a `text`.
+def tweets(n: int, source: Path | Sequence[str], *, ids_from: int | None = None) -> list[bytes]:
+    """`n` wire records with consecutive ids and the given texts, or those of a JSONL file, whose lines have a `text`.
 
     Unless `ids_from` says otherwise, ids go on where the last call ended, so that no call is a replay of another. An
-    id always has the same text: the file is cycled. Equal texts of a window are scored once: a file shorter than the
-    window measures less work than it seems.
+    id always has the same text: the texts are cycled. Equal texts of a window are scored once: fewer texts than the
+    window has tweets measure less work than it seems.
     """
     first = fresh_ids(n) if ids_from is None else ids_from
-    with source.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines if line.strip()]
+    if isinstance(source, Path):
+        with source.open(encoding="utf-8") as lines:
+            texts: Sequence[str] = [json.loads(line)["text"] for line in lines if line.strip()]
+    else:
+        texts = source
     return [wire(i, texts[i % len(texts)]) for i in range(first, first + n)]
 
 
@@ -136,6 +141,7 @@ class System:
         self.look: Look
         self.version_id: int
         self.workers: Supervisor
+        self.publish_cpu_seconds = 0.0
         self._nudge: Callable[[], bool]
 
     def __enter__(self) -> Self:
@@ -206,8 +212,10 @@ class System:
 
     def publish(self, payloads: Sequence[bytes]) -> None:
         """Append the records to the stream and nudge, as every publisher does."""
+        before = time.process_time()
         self.stream.publish(payloads)
         self._nudge()
+        self.publish_cpu_seconds += time.process_time() - before
 
     def score(self, payloads: Sequence[bytes]) -> float:
         """Seconds from just before the first XADD until the last row is committed, to `POLL_SECONDS`.
@@ -246,9 +254,21 @@ class System:
 
     def peak_memory(self) -> tuple[int, int]:
         """The largest resident size so far, in bytes: of the broker's process, and of the largest worker's."""
+        return peak_bytes(self.broker_pid), max(peak_bytes(child.process.pid) for child in self.workers.children)
+
+    def cpu_seconds(self) -> float:
+        """Seconds of cores that all of it has used so far: the broker, the workers and their children, and publishing
+        from this process. A PostgreSQL server is not counted."""
+        processes = [psutil.Process(self.broker_pid)]
+        for child in self.workers.children:
+            worker = psutil.Process(child.process.pid)
+            processes += [worker, *worker.children(recursive=True)]
+        return self.publish_cpu_seconds + sum(times.user + times.system for times in (p.cpu_times() for p in processes))
+
+    @cached_property
+    def broker_pid(self) -> int:
         with redis.Redis.from_url(self.server.url) as client:
-            broker = int(client.info("server")["process_id"])
-        return peak_bytes(broker), max(peak_bytes(child.process.pid) for child in self.workers.children)
+            return int(client.info("server")["process_id"])
 
     # --- looking at what was stored
 

@@ -24,7 +24,8 @@ from sklearn.linear_model import LogisticRegression
 from transformers import BertConfig, BertModel
 
 from tests.benchmarks import models, trainers
-from tests.benchmarks.scoring import REAL_TWEETS, ROOT, SAMPLE_TWEETS
+from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
+from tests.support.paths import ROOT
 from training.config import TrainConfig, make_config
 from training.data.dataset import Rows, Split, read_rows, split_rows
 from training.evaluation.calibration import fit_temperature
