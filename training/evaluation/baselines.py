@@ -5,6 +5,7 @@ Memory is bounded: a dataset of more than `MAX_CHARACTERS` is fitted on a random
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,10 @@ def tfidf(
     x_train = vectorizer.fit_transform(fitted.texts)
     x_valid = vectorizer.transform(selection.texts)
     best: tuple[float, Any] | None = None
+    model = None
     for strength in STRENGTHS:
         check()
-        model = _fitted(strength, x_train, fitted.targets, task)
+        model = _fitted(strength, x_train, fitted.targets, task, model)
         _, quality = epoch_quality(selection.targets, _probabilities(model, x_valid, labels, task), task)
         if best is None or quality > best[0]:
             best = quality, model
@@ -102,13 +104,17 @@ def tfidf(
     return np.concatenate(tested), _limits(train, fitted, features if features == max_features else None)
 
 
-def _fitted(strength: float, features: Any, targets: Floats, task: str) -> Any:
-    """Fit the classifier of a task; `strength` is scikit-learn's `C`, or for ridge regression 10 / alpha."""
+def _fitted(strength: float, features: Any, targets: Floats, task: str, before: Any = None) -> Any:
+    """Fit the classifier of a task; `strength` is scikit-learn's `C`, or for ridge regression 10 / alpha.
+
+    A classifier of one label per row starts from the weights of the strength `before`: half the time.
+    """
     if task == "continuous":
         return Ridge(alpha=10 / strength).fit(features, targets[:, 0])
-    model = LogisticRegression(C=strength, max_iter=1000)
     if task == "multi_label":
-        return OneVsRestClassifier(model).fit(features, targets)
+        return OneVsRestClassifier(LogisticRegression(C=strength, max_iter=1000)).fit(features, targets)
+    model = copy(before) if before is not None else LogisticRegression(max_iter=1000, warm_start=True)
+    model.set_params(C=strength)
     return model.fit(features, targets.argmax(axis=1))
 
 

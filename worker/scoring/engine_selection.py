@@ -257,7 +257,10 @@ def _run_windows(
     Each window is run with the next budget, so the same work verifies the engine and compares the budgets. At least one
     window is verified. Larger budgets are left out once the device is full.
     """
-    budgets, speeds = list(CPU_BUDGETS if device.type == "cpu" else GPU_BUDGETS), dict[int, float]()
+    default = default_budget(device)
+    # From the default outwards: a large model on a slow device has time for few of them.
+    budgets = sorted(CPU_BUDGETS if device.type == "cpu" else GPU_BUDGETS, key=lambda budget: abs(budget - default))
+    speeds: dict[int, float] = {}
     logits: dict[int, Logits] = {}
     number, began, seconds = 0, time.perf_counter(), 0.0
     while number < max(len(windows), len(budgets)) or (
@@ -273,7 +276,7 @@ def _run_windows(
         try:
             found = _logits(engine, rows, budget, pad_id)
         except DeviceFull:
-            if budget == budgets[0]:
+            if budget == min(budgets):
                 raise
             budgets = [smaller for smaller in budgets if smaller < budget]
             continue
