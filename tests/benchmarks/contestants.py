@@ -28,8 +28,8 @@ from worker.scoring.window import USUAL_WINDOW_TWEETS
 
 # A round of a slow contestant takes about this long, so that a slow CPU does not take all day; yet it has enough tweets
 # for their lengths to be those of all.
-ROUND_SECONDS = 6.0
-LEAST_TWEETS = 256
+ROUND_SECONDS = 4.0
+LEAST_TWEETS = 192
 LEAST_PEER_TWEETS = 128
 GUIDE_TWEETS = 24  # every text costs the same there
 # Settings of a peer are chosen by its speed on this many.

@@ -30,7 +30,7 @@ LABELS = ["negative", "neutral", "positive"]
 CPU = torch.device("cpu")
 VOCABULARY = 32_000
 # Rows to try engines on: enough to compare them, and fewer than a training keeps, since each costs a float32 forward.
-REFERENCE_ROWS = 512
+REFERENCE_ROWS = 256
 # BERT base; the small form keeps the shape and drops the size.
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}

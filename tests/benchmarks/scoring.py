@@ -40,13 +40,13 @@ class Size:
 
     base_tweets: int = 1_000
     starter_tweets: int = 3_000
-    rounds: int = 5
-    fast_rounds: int = 12  # of contestants whose round takes a second or two
+    rounds: int = 4
+    fast_rounds: int = 8  # of contestants whose round takes a second or two
     single_tweets: int = 200
     bulk_rows: int = bulk.MILLION
     bulk_tweets: int = 2_048
     burst: int = bulk.RECORD_BURST
-    burst_seconds: float = 60.0  # a burst has no more tweets than the engine does in this time
+    burst_seconds: float = 40.0  # a burst has no more tweets than the engine does in this time
     published: int = 3_000
     repeats: int = 15
     small: bool = False
