@@ -7,17 +7,16 @@ import torch
 
 from training.model.artifact import load_artifact
 from training.model.classifier import Classifier
-from training.model.last_layer import FIRST_POSITION
+from training.model.last_layer import FirstPosition
 from worker.scoring.engines import Engine, EngineBuilder
 
 
 def whole_last_layer(model: Classifier) -> Classifier:
     """A copy of a model that computes every position."""
-    whole = {first: plain for plain, first in FIRST_POSITION.items()}
     copied = copy.deepcopy(model)
     for layer in copied.modules():
-        if type(layer) in whole:
-            layer.__class__ = whole[type(layer)]
+        if isinstance(layer, FirstPosition):
+            layer.__class__ = type(layer).__bases__[1]
     return copied
 
 

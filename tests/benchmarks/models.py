@@ -18,7 +18,7 @@ from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec, save_artifact
 from training.model.base_model import STARTER_FOLDER, BaseModelFolder
 from training.model.classifier import Classifier, build_model
-from training.model.last_layer import FIRST_POSITION
+from training.model.last_layer import FirstPosition
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
@@ -59,7 +59,7 @@ def operations(model: Classifier, tokens: int, texts: int) -> int:
     A last layer that is computed for the first position alone has one token per text.
     """
     modules = dict(model.network.named_modules())
-    short = tuple(f"{name}." for name, module in modules.items() if type(module) in FIRST_POSITION.values())
+    short = tuple(f"{name}." for name, module in modules.items() if isinstance(module, FirstPosition))
     return sum(
         2 * module.weight.numel() * (texts if name.startswith(short) else tokens)
         for name, module in modules.items()

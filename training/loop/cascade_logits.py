@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.evaluation.cascade import confidence_of
-from training.evaluation.decisions import Floats, to_probabilities
+from training.evaluation.decisions import Floats, highest, to_probabilities
 from training.loop.logits import logits_of
 from training.model.artifact import Artifact, Spec, load_artifact
 from training.model.cascade import CascadePart, CascadeSpec
@@ -81,7 +80,7 @@ def cascade_logits(
 ) -> CascadeLogits:
     """Return the logits of texts by a cascade. The models are in memory one after the other."""
     student = part_logits(store, spec.student, cascade_url, texts, device, between_batches)
-    passed = confidence_of(student.probabilities(student.spec.labels)) < spec.threshold
+    passed = highest(student.probabilities(student.spec.labels)) < spec.threshold
     hard = [text for text, is_hard in zip(texts, passed, strict=True) if is_hard]
     teacher = part_logits(store, spec.teacher, cascade_url, hard, device, between_batches)
     logits = student.in_order(teacher.spec.labels)

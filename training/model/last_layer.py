@@ -5,70 +5,27 @@ token x is q (W x) = (q W) x, and the output is W (sum of p x) instead of the su
 those of the whole layer. Weights and their names stay the same, so other programs load the model as before.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertForSequenceClassification,
-    BertModel,
-    DistilBertForSequenceClassification,
-    DistilBertModel,
-    RobertaForSequenceClassification,
-    RobertaModel,
-)
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.distilbert.modeling_distilbert import TransformerBlock
-from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-# Encoders, and classifiers whose own head reads the first position.
+# Encoders of transformers, and classifiers whose own head reads the first position.
 NETWORKS = (
-    BertModel,
-    BertForSequenceClassification,
-    RobertaModel,
-    RobertaForSequenceClassification,
-    DistilBertModel,
-    DistilBertForSequenceClassification,
+    "BertModel",
+    "BertForSequenceClassification",
+    "RobertaModel",
+    "RobertaForSequenceClassification",
+    "DistilBertModel",
+    "DistilBertForSequenceClassification",
 )
 # The attention implementations of transformers whose mask is (B, 1, T, T).
 WITH_FULL_MASK = ("sdpa", "eager")
 
 
-class FirstPositionBertLayer(BertLayer):  # type: ignore[misc]
-    """A layer of BERT that returns (B, 1, H), the output of the first position."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        attention: Any = self.attention.self
-        projections = (attention.query, attention.key, attention.value)
-        attended = attend_from_first(attention, projections, hidden_states, attention_mask)
-        output: Tensor = self.feed_forward_chunk(self.attention.output(attended, hidden_states[:, :1]))
-        return output
-
-
-class FirstPositionRobertaLayer(RobertaLayer):  # type: ignore[misc]
-    """The same for RoBERTa."""
-
-    forward = FirstPositionBertLayer.forward
-
-
-class FirstPositionDistilBertLayer(TransformerBlock):  # type: ignore[misc]
-    """The same for DistilBERT."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        attention: Any = self.attention
-        projections = (attention.q_lin, attention.k_lin, attention.v_lin)
-        attended = attention.out_lin(attend_from_first(attention, projections, hidden_states, attention_mask))
-        attended = self.sa_layer_norm(attended + hidden_states[:, :1])
-        output: Tensor = self.output_layer_norm(self.ffn(attended) + attended)
-        return output
-
-
-# Exact types: a subclass, of another release of transformers for example, may compute something else.
-FIRST_POSITION = {
-    BertLayer: FirstPositionBertLayer,
-    RobertaLayer: FirstPositionRobertaLayer,
-    TransformerBlock: FirstPositionDistilBertLayer,
-}
+class FirstPosition:
+    """Marks a layer that returns (B, 1, H), the output of the first position."""
 
 
 def compute_first_position_only(network: Any) -> None:
@@ -76,15 +33,48 @@ def compute_first_position_only(network: Any) -> None:
 
     `network` is an encoder, or a sequence classifier with its own head.
     """
-    encoder_config = network.config
-    if type(network) not in NETWORKS or encoder_config._attn_implementation not in WITH_FULL_MASK:
+    encoder_config, kind = network.config, type(network)
+    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in NETWORKS:
         return
-    if getattr(encoder_config, "is_decoder", False):
+    if encoder_config._attn_implementation not in WITH_FULL_MASK or getattr(encoder_config, "is_decoder", False):
         return
     encoder = network.base_model
     last = (encoder.transformer if encoder_config.model_type == "distilbert" else encoder.encoder).layer[-1]
-    # The class of the object and not its `forward`, so that copies of the model keep it.
-    last.__class__ = FIRST_POSITION.get(type(last), type(last))
+    # Exact types: a subclass, of another release of transformers for example, may compute something else.
+    plain: Any = type(last)
+    if plain.__name__ in FORWARDS:
+        # The class of the object and not its `forward`, so that copies of the model keep it.
+        last.__class__ = _first_position_class(plain)
+
+
+@cache
+def _first_position_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a layer's class. Made when it is needed, as importing all architectures takes half a second."""
+    return type(f"FirstPosition{plain.__name__}", (FirstPosition, plain), {"forward": FORWARDS[plain.__name__]})
+
+
+def _forward_bert(
+    layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """`forward` of a layer of BERT or RoBERTa."""
+    attention = layer.attention.self
+    projections = (attention.query, attention.key, attention.value)
+    attended = attend_from_first(attention, projections, hidden_states, attention_mask)
+    output: Tensor = layer.feed_forward_chunk(layer.attention.output(attended, hidden_states[:, :1]))
+    return output
+
+
+def _forward_distilbert(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """`forward` of a layer of DistilBERT."""
+    attention = layer.attention
+    projections = (attention.q_lin, attention.k_lin, attention.v_lin)
+    attended = attention.out_lin(attend_from_first(attention, projections, hidden_states, attention_mask))
+    attended = layer.sa_layer_norm(attended + hidden_states[:, :1])
+    output: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
+    return output
+
+
+FORWARDS = {"BertLayer": _forward_bert, "RobertaLayer": _forward_bert, "TransformerBlock": _forward_distilbert}
 
 
 def attend_from_first(

@@ -23,10 +23,9 @@ from training.evaluation.cascade import (
     as_rows,
     cascade_curve,
     choose_threshold,
-    confidence_of,
     fit_temperatures,
 )
-from training.evaluation.decisions import Floats, to_probabilities
+from training.evaluation.decisions import Floats, highest, to_probabilities
 from training.evaluation.metrics import Figures, metrics, model_figures
 from training.jobs.register import confusion_rows, prediction_rows
 from training.loop.cascade_logits import TextLogits, text_logits
@@ -164,7 +163,7 @@ def _choose(
     scaled_student, scaled_teacher = (
         found.in_order(rows.labels)[:count] / found.spec.temperature for found in (student, teacher)
     )
-    fitted = fit_temperatures(targets, scaled_student, scaled_teacher, confidence_of(of_student) < point.threshold)
+    fitted = fit_temperatures(targets, scaled_student, scaled_teacher, highest(of_student) < point.threshold)
     own = student.spec.temperature, teacher.spec.temperature
     return point, Temperatures(own[0] * fitted.student, own[1] * fitted.teacher), curve
 
@@ -180,7 +179,7 @@ class _Measured:
         self.targets = np.ascontiguousarray(rows.test.rows.targets[:, order])
         first = len(rows.choosing)
         self._student, self._teacher = (found.probabilities(self.labels)[first:] for found in (student, teacher))
-        self.passed = confidence_of(self._student) < spec.threshold if len(self.test) else np.zeros(0, bool)
+        self.passed = highest(self._student) < spec.threshold if len(self.test) else np.zeros(0, bool)
         logits = np.where(
             self.passed[:, None], teacher.in_order(self.labels)[first:], student.in_order(self.labels)[first:]
         )

@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from training.evaluation.cascade import confidence_of
-from training.evaluation.decisions import Floats
+from training.evaluation.decisions import Floats, highest
 from training.model.artifact import Spec
 from training.model.cascade import CascadePart, CascadeSpec
 from worker.scoring.scores import Part, Scores, as_rows, describe
@@ -67,7 +66,7 @@ class CascadeModel:
         """Texts -> the probabilities of the model that decides each. Errors are those of `ScoringModel.forward`."""
         student, teacher = self.cascade.student, self.cascade.teacher
         first = self.student.forward(rows.rows)
-        passed = confidence_of(first.probabilities) < self.cascade.threshold
+        passed = highest(first.probabilities) < self.cascade.threshold
         probabilities = _at(first.probabilities[:, self._order], self.student, student)
         tokens, padded = first.tokens, first.padded_tokens
         if passed.any():

@@ -188,7 +188,7 @@ def _time_engines(
     speeds: dict[str, list[float]] = {name: [] for name in names}
     left, budget, began = list(names), default_budget(device), time.perf_counter()
     for number in range(ROUNDS):
-        if len(left) == 1 or (number >= FEW_ROUNDS and time.perf_counter() - began > TIMING_SECONDS):
+        if (number and len(left) == 1) or (number >= FEW_ROUNDS and time.perf_counter() - began > TIMING_SECONDS):
             break
         rows = window[:FEW_ROWS] if number < FEW_ROUNDS else window
         for name in left:

@@ -13,10 +13,9 @@ from training.evaluation.cascade import (
     Point,
     cascade_curve,
     choose_threshold,
-    confidence_of,
     fit_temperatures,
 )
-from training.evaluation.decisions import Floats
+from training.evaluation.decisions import Floats, highest
 
 ROWS = 120
 
@@ -45,7 +44,7 @@ def test_each_point_of_the_curve_is_what_the_combined_labels_give(rows: tuple[Fl
     assert [point.share for point in curve] == sorted({point.share for point in curve})
     actual, of_teacher = targets.argmax(1), teacher.argmax(1)
     for point in curve[::20]:
-        passed = confidence_of(student) < point.threshold
+        passed = highest(student) < point.threshold
         decided = np.where(passed, of_teacher, student.argmax(1))
         assert point.share == passed.mean()
         assert point.f1_macro == pytest.approx(f1_score(actual, decided, average="macro"))
@@ -70,7 +69,7 @@ def test_the_smallest_share_is_taken_from_which_on_all_keep_enough() -> None:
 
 def test_the_temperatures_calibrate_the_whole_and_change_no_label(rows: tuple[Floats, Floats, Floats]) -> None:
     targets, student, teacher = rows[0], 4 * rows[1], 4 * rows[2]  # much too sure
-    passed = confidence_of(softmax(student)) < 0.9
+    passed = highest(softmax(student)) < 0.9
     assert 0.1 < passed.mean() < 0.9
     found = fit_temperatures(targets, student, teacher, passed)
 

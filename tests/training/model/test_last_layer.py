@@ -24,7 +24,7 @@ from training.model.batching import pad
 from training.model.classifier import Classifier, NativeClassifier
 from training.model.dropout import FastDropout
 from training.model.kernels import training_kernels
-from training.model.last_layer import FIRST_POSITION
+from training.model.last_layer import FirstPosition
 from worker.scoring.engines import EngineBuilder
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ IDS, MASK = pad([[2, 7, 8, 9, 10, 11, 3], [2, 12, 3], [2, 3], [2, *range(20, 42)
 
 
 def first_position_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if type(layer) in FIRST_POSITION.values()]
+    return [layer for layer in model.modules() if isinstance(layer, FirstPosition)]
 
 
 @pytest.fixture(params=CONFIGS)

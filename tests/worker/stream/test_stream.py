@@ -4,9 +4,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, given
@@ -245,7 +245,7 @@ def test_trimming_leaves_pending_records_readable(stream: Stream, second: Stream
     held = publish_and_read(stream, 50)
     stream.ack(ids(held)[:10] + ids(held)[11:])
     assert stream.trim() == 10
-    assert second.claim_idle(0, 100) == [replace(held[10], deliveries=2)]
+    assert second.claim_idle(0, 100) == [msgspec.structs.replace(held[10], deliveries=2)]
     second.ack([held[10].id])
     assert second.trim() == 40
     assert stream.depth() == Depth(length=0, lag=0, pending=0)
