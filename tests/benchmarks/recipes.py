@@ -138,7 +138,8 @@ RECIPES = {
     "focal loss": Recipe(loss=focal),
     "mixup of near rows": Recipe(loss=mixup),
     "balanced class weights": Recipe({"class_weights": "balanced"}),
-    "no dropout in the encoder": Recipe({"encoder_dropout": 0.0}),
+    "no dropout in the encoder": Recipe({"encoder_dropout": 0.0}),  # as after the sample, whose model keeps it so
+    "dropout in the encoder": Recipe({"encoder_dropout": 0.1}),
     "half the learning rate": Recipe({"learning_rate": 5e-5}),
     "twice the learning rate": Recipe({"learning_rate": 2e-4}),
     "twice the epochs": Recipe({"epochs": 12, "row_passes": 30_000}),
@@ -175,7 +176,7 @@ def trained(base: BaseModelFolder, tweets: Tweets, config: TrainConfig, recipe: 
                 scheduler.step()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            value.lerp_(start[name], start_share(base, config))
+            value.lerp_(start[name], start_share(base, model.config))
     return model.eval()
 
 
