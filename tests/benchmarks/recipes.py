@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from training.model.attention import training_attention
 
 from tests.benchmarks.labels import LABELLED, LABELS, Bench, Tweets, numbers, say
 from tests.benchmarks.training import JRTE
@@ -34,6 +33,7 @@ from training.loop.sample_base import start_share
 from training.model.base_model import STARTER, BaseModelFolder, resolve_base_model
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model, half_precision
+from training.model.kernels import training_kernels
 from training.text.tokenizer import TextEncoder, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def trained(base: BaseModelFolder, tweets: Tweets, config: TrainConfig, recipe: 
     scheduler = build_scheduler(optimizer, config, steps)
     loss_of = loss_function(config, tweets.targets)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half_precision(CPU, config.precision))
-    with training_attention(model, CPU):
+    with training_kernels(model, CPU):
         for epoch in range(1, config.epochs + 1):
             model.train()
             for index in shuffled_batches(lengths, config.train_batch_size, config.seed + epoch):
