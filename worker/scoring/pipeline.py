@@ -87,7 +87,8 @@ class Pipeline:
         self._claimed_at = -float("inf")
         self._device_times = threading.Lock()
         self._device_left_at = 0.0
-        self._tweets_per_second = 0.0  # of the device, in the last window
+        # Of the device, each window counting half of the one after it: two share it, and their times vary in turn.
+        self._recent_tweets = self._recent_ms = 0.0
 
     def drain(self) -> int:
         """Score until the stream has been empty for `linger_seconds`. Returns the number of tweets scored.
@@ -178,7 +179,8 @@ class Pipeline:
         """How many records to read after a window: twice as many, within the limits."""
         if not records:
             return FIRST_WINDOW_TWEETS
-        large = min((self.stream.unread or 0) // BACKLOG_PARTS, int(LARGE_WINDOW_SECONDS * self._tweets_per_second))
+        tweets_per_second = 1000 * self._recent_tweets / max(0.001, self._recent_ms)
+        large = min((self.stream.unread or 0) // BACKLOG_PARTS, int(LARGE_WINDOW_SECONDS * tweets_per_second))
         within_bytes = max(1, WINDOW_BYTES * len(records) // max(1, _payload_bytes(records)))
         return min(2 * size, self.limits.window_tweets, max(USUAL_WINDOW_TWEETS, large), within_bytes)
 
@@ -199,7 +201,8 @@ class Pipeline:
         with self._device_times:
             window.set_time("forward", max(began, self._device_left_at))
             self._device_left_at = time.perf_counter()
-            self._tweets_per_second = 1000 * len(window.tweets) / max(0.001, window.ms["forward_ms"])
+            self._recent_tweets = self._recent_tweets / 2 + len(window.tweets)
+            self._recent_ms = self._recent_ms / 2 + window.ms["forward_ms"]
         failpoint.passing("forwarded", window.texts)
 
     @log_context

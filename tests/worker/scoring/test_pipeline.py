@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -257,12 +258,18 @@ def test_windows_exceed_the_usual_size_only_while_they_are_a_small_part_of_what_
 
 
 def test_a_slow_model_keeps_to_the_usual_windows(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unhurried(ScoringModel):  # two windows of 8 take 10 ms or more: at most 1,600 tweets a second
+        def forward(self, rows: Any) -> Scores:
+            time.sleep(0.01)
+            return super().forward(rows)
+
     monkeypatch.setattr(pipeline, "USUAL_WINDOW_TWEETS", 8)
-    monkeypatch.setattr(pipeline, "LARGE_WINDOW_SECONDS", 0.0001)
-    lite.promote()
+    monkeypatch.setattr(pipeline, "FIRST_WINDOW_TWEETS", 2)
+    monkeypatch.setattr(pipeline, "LARGE_WINDOW_SECONDS", 0.002)
+    champion = lite.holding(Unhurried)
     lite.stream.publish([wire(i) for i in range(300)])
-    lite.worker(window_tweets=40).drain()
-    assert max(row["tweets"] for row in lite.rows(ScoringWindow)[4:]) == 8
+    lite.worker(champion, window_tweets=40).drain()
+    assert max(row["tweets"] for row in lite.rows(ScoringWindow)) == 8
 
 
 def test_a_large_window_ends_early_when_its_records_are_large(lite: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
