@@ -17,6 +17,11 @@ LOSSES = {
     "continuous": ("mse",),
 }
 
+# Fewer epochs do not train a classifier well.
+FEWEST_EPOCHS = 2
+# Few epochs of many rows need no dropout in the encoder and no small batches, and are faster without.
+WITH_MANY_ROWS = {"encoder_dropout": 0.0, "train_batch_size": 32, "learning_rate": 2e-4}
+
 
 class TrainConfig(BaseModel):
     """Hyper-parameters of a training run. The defaults are the guide's values."""
@@ -67,6 +72,12 @@ class TrainConfig(BaseModel):
         ge=1,
         exclude_if=lambda passes: passes is None,
         description="train for as many epochs as give about this many rows, at least 2 and at most `epochs`",
+    )
+    faster_with_many_rows: bool = Field(
+        False,
+        exclude_if=lambda faster: not faster,
+        description="where `row_passes` gives the least number of epochs: "
+        + ", ".join(f"{name} {value}" for name, value in WITH_MANY_ROWS.items()),
     )
     add_sample: bool = Field(
         False,
@@ -202,11 +213,13 @@ class TrainConfig(BaseModel):
         return self.task in ("single_label", "ordinal")
 
     def for_rows(self, rows: int) -> Self:
-        """Return the configuration with the number of epochs that suits this many training rows."""
+        """Return the configuration with the number of epochs, and the settings, that suit this many training rows."""
         if self.row_passes is None:
             return self
-        epochs = min(self.epochs, max(2, round(self.row_passes / rows)))
-        return self.model_copy(update={"epochs": epochs, "row_passes": None})
+        passes = max(FEWEST_EPOCHS, round(self.row_passes / rows))
+        settings = WITH_MANY_ROWS if self.faster_with_many_rows and passes == FEWEST_EPOCHS else {}
+        known = {"epochs": min(self.epochs, passes), "row_passes": None, "faster_with_many_rows": False}
+        return self.model_copy(update={**known, **settings})
 
 
 class AdaptConfig(BaseModel):
@@ -250,6 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
         "epochs": 6,
         "row_passes": 15_000,
+        "faster_with_many_rows": True,
         "add_sample": True,
         "sample_share": 0.5,
         "train_batch_size": 16,
@@ -270,6 +284,8 @@ def make_config(preset: str = "fast", /, **overrides: Any) -> TrainConfig:
     chosen = dict(PRESETS[preset])
     if "epochs" in overrides:
         chosen.pop("row_passes", None)
+    if not WITH_MANY_ROWS.keys().isdisjoint(overrides):
+        chosen.pop("faster_with_many_rows", None)
     losses = LOSSES.get(str(overrides.get("task")), ())
     if len(losses) == 1:
         chosen["loss"] = losses[0]

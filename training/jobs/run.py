@@ -151,7 +151,8 @@ def learned_sample(
     checkpoints: Checkpoints,
 ) -> Iterator[BaseModelFolder]:
     """Provide `base`, trained on the sample where that helps (see `sample_trained`). Its steps count as the job's."""
-    later = config.for_rows(len(data.rows.train)).epochs * ceil(len(data.rows.train) / config.train_batch_size)
+    suited = config.for_rows(len(data.rows.train))
+    later = suited.epochs * ceil(len(data.rows.train) / suited.train_batch_size)
     steps = 0
 
     def on_step(step: int, total: int, loss: float | None, rate: float | None) -> None:

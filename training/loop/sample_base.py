@@ -28,14 +28,12 @@ from training.text.tokenizer import TextEncoder, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-# Settings of the job that its training on the sample shares. The number of epochs is that of the preset `fast`.
+# Settings of the job that its training on the sample shares. The others are those of the preset `fast`.
 SETTINGS = (
     "cleaner", "head", "pooling", "loss", "dropout", "max_length", "seed", "valid_batch_size",
     "optimizer", "weight_decay", "schedule", "step_gamma", "warmup_ratio",
     "gradient_accumulation_steps", "max_grad_norm", "class_weights", "precision",
 )  # fmt: skip
-# Two epochs of so many rows need no dropout in the encoder and no small batches, and are faster without.
-SAMPLE_SETTINGS = {"encoder_dropout": 0.0, "train_batch_size": 32, "learning_rate": 2e-4}
 # Increase it when a change of the code changes what a job learns from the sample.
 VERSION = 1
 
@@ -65,7 +63,7 @@ def sample_trained(
         return
     train, valid = sample
     settings = {name: getattr(config, name) for name in SETTINGS}
-    own = make_config("fast", **settings, **SAMPLE_SETTINGS).for_rows(len(train))
+    own = make_config("fast", **settings).for_rows(len(train))
     found = True
 
     def fill(draft: Path) -> None:

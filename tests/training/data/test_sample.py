@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.paths import ROOT
-from training.config import make_config
+from training.config import WITH_MANY_ROWS, make_config
 from training.data.dataset import Dataset, Rows, read_rows, split_rows
 from training.data.sample import LABELLED, OWN_ROWS_AT_MOST, sample_for
 from training.text.cleaning import same_text_key
@@ -64,6 +64,17 @@ def test_epochs_follow_the_number_of_rows_unless_they_are_given() -> None:
     assert [config.for_rows(rows).epochs for rows in (100, 2_500, 100_000)] == [config.epochs, 4, 2]
     assert make_config("fast", epochs=3).for_rows(50).epochs == 3
     assert make_config("guide").for_rows(50).epochs == 20
+
+
+def test_many_rows_train_faster_unless_a_setting_of_it_is_given() -> None:
+    def trained(rows: int, **given: float) -> dict[str, float | None]:
+        config = make_config("fast", **given).for_rows(rows)
+        return {name: getattr(config, name) for name in WITH_MANY_ROWS}
+
+    few = {"encoder_dropout": None, "train_batch_size": 16, "learning_rate": 1e-4}
+    assert (trained(5_000), trained(6_000)) == (few, WITH_MANY_ROWS)
+    assert trained(6_000, learning_rate=3e-4) == {**few, "learning_rate": 3e-4}
+    assert trained(6_000, epochs=2) == few
 
 
 def test_the_sample_is_a_part_of_the_package() -> None:

@@ -66,7 +66,7 @@ def steps_of_run(database: Database, context: TrainingContext) -> int:
         failpoint.arm("")
 
 
-SAMPLE_STEPS, OWN_STEPS = 6 * 8, 4
+SAMPLE_STEPS, OWN_STEPS = 6 * 15, 4
 
 
 def test_the_second_job_does_not_learn_the_sample_again(
@@ -75,7 +75,11 @@ def test_the_second_job_does_not_learn_the_sample_again(
     first, second = submit(sqlite, own, **settings), submit(sqlite, own, **settings)
     assert steps_of_run(sqlite, context) == SAMPLE_STEPS + OWN_STEPS
     job = job_of(sqlite, first)
-    assert (job.state, job.step, job.total_steps) == ("succeeded", 52, 52), job.error
+    assert (job.state, job.step, job.total_steps) == (
+        "succeeded",
+        SAMPLE_STEPS + OWN_STEPS,
+        SAMPLE_STEPS + OWN_STEPS,
+    ), job.error
     assert job.data_report is not None
     assert (job.data_report["sample_rows"], job.data_report["sample_row_passes"]) == (228, 6 * 228)
     assert "first learned 228 tweets of tweetscore's sample (`add_sample`)" in notes_of(sqlite, first)
