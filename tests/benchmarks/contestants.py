@@ -19,10 +19,10 @@ from tests.benchmarks.last_layer import whole_engine
 from tests.benchmarks.race import Speed
 from tests.benchmarks.system import System, tweets
 from training.model.artifact import load_artifact
-from training.model.batching import pad_arrays, plan_batches
+from training.model.batching import Batch
 from worker.scoring.engine_selection import choice_folder, load_engine
 from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import Batch, Engine
+from worker.scoring.engines import Engine
 from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import USUAL_WINDOW_TWEETS
 
@@ -119,14 +119,13 @@ class Measured:
         cut = []
         for window in _chunks(self.model.tokenise(list(texts)), USUAL_WINDOW_TWEETS):
             rows = list(dict.fromkeys(map(tuple, window)))
-            plan = plan_batches([len(row) for row in rows], token_budget=self.model.token_budget)
-            cut.append([pad_arrays([rows[i] for i in batch], 0) for batch in plan])
+            cut.append(self.model.engine.batches(rows, self.model.token_budget))
         return cut
 
     def product(self, products: dict[Kind, Product], cpu: Cpu) -> Speed:
         """The tweets a second whose matrix products, padding included, the CPU could do if nothing else was to be done:
         with the fastest plain product of the type that the engine multiplies in."""
-        batches = [ids.shape for window in self.batches(self.texts) for ids, _ in window]
+        batches = [batch.arrays[0].shape for window in self.batches(self.texts) for batch in window]
         rows, tokens = sum(count for count, _ in batches), sum(count * length for count, length in batches)
         per_tweet = models.operations(self._network, tokens, rows) / len(self.texts)
         product = products.get(kind := self.kind(cpu)) or best_product(kind)

@@ -4,6 +4,7 @@ Pure functions. Planning uses only the lengths of rows; `pad` and `pad_arrays` b
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from math import ceil
 from sys import maxsize
@@ -14,6 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arrays of one forward, and the numbers of the rows that it gives logits for, in their order.
+
+    `tokens` are computed, padding included. A batch that is not `divisible` is as small as can be.
+    """
+
+    arrays: tuple[Ids, ...]
+    rows: list[int]
+    tokens: int
+    divisible: bool
+
 
 # Batches whose rows are sorted together: enough for similar lengths, few enough to keep the epoch shuffled.
 BATCHES_SORTED_TOGETHER = 16
@@ -56,6 +72,15 @@ def plan_batches(
             batches[-1].append(index)
         else:
             batches.append([index])
+    return batches
+
+
+def padded_batches(rows: Sequence[Sequence[int]], token_budget: int, pad_id: int) -> list[Batch]:
+    """Return batches whose arrays are ids (B, T) and mask (B, T), as `plan_batches` cuts them."""
+    batches = []
+    for index in plan_batches([len(row) for row in rows], token_budget=token_budget):
+        ids, mask = pad_arrays([rows[i] for i in index], pad_id)
+        batches.append(Batch((ids, mask), index, ids.size, len(index) > 1))
     return batches
 
 

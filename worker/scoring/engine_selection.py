@@ -28,11 +28,11 @@ import torch
 from training.errors import BadArtifact
 from training.evaluation.decisions import Floats, agreement, to_probabilities
 from training.model.artifact import Artifact, Reference, Spec
-from training.model.batching import pad_arrays, plan_batches
+from training.model.batching import Logits
 from worker.engine_names import FLOAT32_TORCH
 from worker.errors import DeviceFull
 from worker.scoring.engine_choice import CHOICE, Choice, Trial, engines_folder, fallback_folder, read_choice
-from worker.scoring.engines import Engine, EngineBuilder, Logits, TorchEngine, hardware, save_graph
+from worker.scoring.engines import Engine, EngineBuilder, TorchEngine, hardware, save_graph
 
 log = logging.getLogger(__name__)
 
@@ -141,23 +141,21 @@ def select_engine(
 
     An engine that the settings name is tried first, whatever its speed. Raises `BadArtifact` when no engine can run.
     """
-    reference, pad_id = artifact.reference, artifact.tokenizer.pad_token_id
+    reference = artifact.reference
     if reference is None:
         return builder.build(FLOAT32_TORCH), _float32_choice(device, NO_ROWS)
     slower = builder.slower() if wanted == "auto" else {}
     names = builder.names() if wanted == "auto" else list(dict.fromkeys([wanted, FLOAT32_TORCH]))
     names = [name for name in names if name not in slower]
     windows = _windows(len(reference.rows), CPU_WINDOW_ROWS if device.type == "cpu" else GPU_WINDOW_ROWS)
-    engines, trials = _time_engines(builder, names, [reference.rows[i] for i in windows[0]], device, pad_id)
+    engines, trials = _time_engines(builder, names, [reference.rows[i] for i in windows[0]], device)
     trials += [Trial(name, reason) for name, reason in slower.items()]
     if wanted == "auto":
         trials.sort(key=lambda trial: -(trial.tweets_per_second or 0))
     for number, trial in enumerate(trials):
         if trial.engine not in engines:
             continue
-        trials[number], budget = _verify(
-            trial, engines[trial.engine], artifact.spec, reference, windows, device, pad_id
-        )
+        trials[number], budget = _verify(trial, engines[trial.engine], artifact.spec, reference, windows, device)
         if trials[number].serves:
             return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
         log.warning("engine %s %s", trial.engine, trials[number].verdict)
@@ -176,7 +174,7 @@ def _float32_choice(device: torch.device, verdict: str) -> Choice:
 
 
 def _time_engines(
-    builder: EngineBuilder, names: Sequence[str], window: Sequence[Sequence[int]], device: torch.device, pad_id: int
+    builder: EngineBuilder, names: Sequence[str], window: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[dict[str, Engine], list[Trial]]:
     """The engines that can run, and a trial of each name with its median tweets a second.
 
@@ -195,7 +193,7 @@ def _time_engines(
             try:
                 if number == 0:
                     engines[name] = builder.build(name)
-                speeds[name].append(_speed(engines[name], rows, budget, pad_id))
+                speeds[name].append(_speed(engines[name], rows, budget))
             except Exception as error:
                 # An exporter or a device may raise anything for a model it does not support; the others are tried.
                 engines.pop(name, None)
@@ -219,18 +217,22 @@ def _check_saved(engine: Engine, artifact: Artifact) -> None:
     if artifact.reference is None:
         return
     few = artifact.reference.rows[:FEW_ROWS]
-    found = _probabilities(_logits(engine, few, CHECK_BUDGET, artifact.tokenizer.pad_token_id), artifact.spec)
+    found = _probabilities(_logits(engine, few, CHECK_BUDGET), artifact.spec)
     expected = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
     if not np.abs(found - expected).mean() <= MAX_MEAN_DIFFERENCE:
         raise BadArtifact("its results differ from those it was verified with")
 
 
 def _verify(
-    trial: Trial, engine: Engine, spec: Spec, reference: Reference, windows: Sequence[Sequence[int]],
-    device: torch.device, pad_id: int,
-) -> tuple[Trial, int]:  # fmt: skip
+    trial: Trial,
+    engine: Engine,
+    spec: Spec,
+    reference: Reference,
+    windows: Sequence[Sequence[int]],
+    device: torch.device,
+) -> tuple[Trial, int]:
     """The trial with its agreement on the validation rows and the verdict, and the fastest token budget."""
-    logits, rows, speeds = _run_windows(engine, reference, windows, device, pad_id)
+    logits, rows, speeds = _run_windows(engine, reference, windows, device)
     fastest = max(speeds.values())
     budget = min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * fastest)
     expected, found = _probabilities(reference.logits[rows], spec), _probabilities(logits, spec)
@@ -250,7 +252,7 @@ def _verify(
 
 
 def _run_windows(
-    engine: Engine, reference: Reference, windows: Sequence[Sequence[int]], device: torch.device, pad_id: int
+    engine: Engine, reference: Reference, windows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Logits, list[int], dict[int, float]]:
     """Logits (N, K), the numbers of their N rows, and tokens a second for each token budget.
 
@@ -274,7 +276,7 @@ def _run_windows(
         rows = [reference.rows[i] for i in window]
         start = time.perf_counter()
         try:
-            found = _logits(engine, rows, budget, pad_id)
+            found = _logits(engine, rows, budget)
         except DeviceFull:
             if budget == min(budgets):
                 raise
@@ -287,18 +289,18 @@ def _run_windows(
     return np.stack(list(logits.values())), list(logits), speeds
 
 
-def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> float:
+def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> float:
     """Rows a second."""
     began = time.perf_counter()
-    _logits(engine, rows, budget, pad_id)
+    _logits(engine, rows, budget)
     return len(rows) / (time.perf_counter() - began)
 
 
-def _logits(engine: Engine, rows: Sequence[Sequence[int]], budget: int, pad_id: int) -> Logits:
+def _logits(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> Logits:
     """Logits (N, K) in the rows' order."""
-    plan = plan_batches([len(row) for row in rows], token_budget=budget)
-    found = engine.run([pad_arrays([rows[i] for i in batch], pad_id) for batch in plan])
-    order = [index for batch in plan for index in batch]
+    batches = engine.batches(rows, budget)
+    found = engine.run(batches)
+    order = [index for batch in batches for index in batch.rows]
     logits: Logits = np.concatenate(found)[np.argsort(order)]
     return logits
 

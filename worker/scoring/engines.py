@@ -1,4 +1,4 @@
-"""Engines: each runs one model on a device, from padded token ids to logits. They handle no texts.
+"""Engines: each runs one model on a device, from token ids to logits. They handle no texts.
 
 An engine serves only after it agreed with float32 torch: see `engine_selection.py`.
 """
@@ -8,8 +8,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,22 +16,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from training import failpoint
-from training.model.batching import Ids
+from training.model.batching import Batch, Ids, Logits, padded_batches
 from training.model.classifier import Classifier
-from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH
-from worker.errors import DeviceFull, EngineUnavailable
-
-Logits = NDArray[np.float32]
-Batch = tuple[Ids, Ids]  # ids (B, T) and mask (B, T), int64
+from training.model.packed_network import can_pack
+from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH, PACKED
+from worker.errors import EngineUnavailable
+from worker.scoring.device_errors import device_full
+from worker.scoring.packed_engine import PackedEngine
 
 # Neighbouring activations of a token that share one int8 scale. Smaller is more exact, larger is faster; relative speed
 # at BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7.
 ACTIVATION_GROUP = 128
 INSTALL_CPU_ENGINES = "pip install openvino"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 
 
 class Engine(Protocol):
@@ -40,8 +36,12 @@ class Engine(Protocol):
 
     name: str
 
+    def batches(self, rows: Sequence[Sequence[int]], token_budget: int) -> list[Batch]:
+        """Token ids of texts -> batches of about this many tokens, padding included."""
+        ...
+
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        """Logits (B, K) float32 of every batch, in order. Raises `DeviceFull` when a batch does not fit.
+        """Logits (N, K) float32 of the N rows of every batch. Raises `DeviceFull` when a batch does not fit.
 
         Two threads may call it: while one waits for its last batches, the batches of the other start.
         """
@@ -62,19 +62,30 @@ def openvino() -> Any:
     return package
 
 
-class TorchEngine:
+class PaddedEngine:
+    """Rows of like length share a batch and are padded to the longest."""
+
+    def __init__(self, name: str, pad_id: int | None) -> None:
+        self.name = name
+        self._pad_id = pad_id or 0  # any id will do: the mask hides it
+
+    def batches(self, rows: Sequence[Sequence[int]], token_budget: int) -> list[Batch]:
+        return padded_batches(rows, token_budget, self._pad_id)
+
+
+class TorchEngine(PaddedEngine):
     """PyTorch in `dtype`, with fused attention. All batches are submitted before the first result is awaited."""
 
     def __init__(self, model: Classifier, device: torch.device, dtype: torch.dtype) -> None:
-        self.name = f"torch-{str(dtype).removeprefix('torch.')}"
+        super().__init__(f"torch-{str(dtype).removeprefix('torch.')}", model.encoder_config.pad_token_id)
         self._device = device
         self._pinned = device.type == "cuda"
         self._model = model.to(device=device, dtype=dtype).eval()
 
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        with _converted_errors(self.name):
-            logits = [self._model(self._send(ids), self._send(mask)).float() for ids, mask in batches]
+        with device_full(self.name):
+            logits = [self._model(*map(self._send, batch.arrays)).float() for batch in batches]
             return [part.cpu().numpy() for part in logits]
 
     def _send(self, array: Ids) -> torch.Tensor:
@@ -83,11 +94,11 @@ class TorchEngine:
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._pinned else tensor.to(self._device)
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(PaddedEngine):
     """OpenVINO on the CPU: several batches at once, each on its own cores where that is faster."""
 
-    def __init__(self, name: str, model: Any, precision: str) -> None:
-        self.name = name
+    def __init__(self, name: str, model: Any, precision: str, pad_id: int | None) -> None:
+        super().__init__(name, pad_id)
         ov = openvino()
         compiled = ov.Core().compile_model(
             model,
@@ -113,11 +124,11 @@ class OpenVinoEngine:
         found: dict[int, Logits] = {}
         queue = self._queues.get()
         try:
-            with _converted_errors(self.name):
+            with device_full(self.name):
                 try:
                     with self._submitting:  # keeps the batches of one call together
-                        for number, (ids, mask) in enumerate(batches):
-                            inputs = {"input_ids": ids, "attention_mask": mask}
+                        for number, batch in enumerate(batches):
+                            inputs = dict(zip(("input_ids", "attention_mask"), batch.arrays, strict=True))
                             queue.start_async(inputs, (found, number), share_inputs=True)
                 finally:
                     queue.wait_all()  # the arrays are shared, so they must outlive their requests
@@ -142,7 +153,8 @@ class EngineBuilder:
     def names(self) -> list[str]:
         """The engines to try on this device. Float32 torch is always among them: the others are compared with it."""
         if self._device.type == "cuda":
-            return list(CUDA_ENGINES)
+            packed = can_pack(self._model)
+            return [name for name in CUDA_ENGINES if packed or not name.startswith(PACKED)]
         if self._device.type != "cpu":
             return [FLOAT32_TORCH]
         try:
@@ -160,7 +172,10 @@ class EngineBuilder:
         if library == "torch":
             # A copy: the rounded weights of one engine must not reach the next.
             return TorchEngine(copy.deepcopy(self._model), self._device, getattr(torch, precision))
-        return OpenVinoEngine(name, self.graph(name), "bf16" if precision == "bfloat16" else "f32")
+        if library in PACKED:
+            return PackedEngine(library, self._model, self._device, getattr(torch, precision))
+        pad_id = self._model.encoder_config.pad_token_id
+        return OpenVinoEngine(name, self.graph(name), "bf16" if precision == "bfloat16" else "f32", pad_id)
 
     def graph(self, name: str) -> Any:
         """The OpenVINO graph of an engine."""
@@ -240,17 +255,3 @@ def slower_engines(capabilities: Mapping[str, Any]) -> dict[str, str]:
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions; emulation is many times slower than float32."""
     return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-@contextmanager
-def _converted_errors(name: str) -> Iterator[None]:
-    """Convert every library's out-of-memory error to `DeviceFull`."""
-    try:
-        failpoint.passing("device")
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            raise DeviceFull(f"{name} has no memory left for a batch this large") from error
-        raise

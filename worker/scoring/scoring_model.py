@@ -24,7 +24,7 @@ from training.errors import BadArtifact
 from training.evaluation.decisions import Floats, to_probabilities
 from training.model.artifact import Artifact, Spec, load_artifact
 from training.model.base_model import STARTER_FOLDER
-from training.model.batching import pad_arrays, plan_batches
+from training.model.batching import Logits
 from training.model.cascade import CascadePart, is_cascade, load_cascade
 from training.model.classifier import Classifier
 from training.model.devices import free_bytes, pick_device
@@ -37,7 +37,7 @@ from worker.scoring.cascade_model import CascadeModel
 from worker.scoring.engine_choice import Choice
 from worker.scoring.engine_selection import choice_folders, load_engine
 from worker.scoring.engine_trial import EngineTrial, TrialRequest
-from worker.scoring.engines import Engine, Logits, TorchEngine, hardware
+from worker.scoring.engines import Engine, TorchEngine, hardware
 from worker.scoring.scores import Model, Part, Scores, as_rows, describe
 from worker.settings import Settings
 
@@ -62,7 +62,6 @@ class ScoringModel:
         self.start_trial: Callable[[float], EngineTrial] | None = None
         self.encode = TextEncoder(artifact.tokenizer)
         self.unknown_shares = UnknownShare(artifact.tokenizer)
-        self._pad_id: int = artifact.tokenizer.pad_token_id
         self._fixed_budget = token_budget
         self._use(engine, choice)
 
@@ -116,20 +115,19 @@ class ScoringModel:
         """
         budget = self.token_budget
         while True:
-            plan = plan_batches([len(row) for row in rows], token_budget=budget)
-            batches = [pad_arrays([rows[i] for i in batch], self._pad_id) for batch in plan]
+            batches = self.engine.batches(rows, budget)
             logits = np.empty((len(rows), len(self.spec.labels)), np.float32)
             try:
-                for batch, found in zip(plan, self.engine.run(batches), strict=True):
-                    logits[batch] = found
+                for batch, found in zip(batches, self.engine.run(batches), strict=True):
+                    logits[batch.rows] = found
             except DeviceFull as error:
-                if all(len(batch) == 1 for batch in plan):
+                if not any(batch.divisible for batch in batches):
                     raise
-                budget = max(1, min(budget, max(ids.size for ids, _ in batches)) // 2)
+                budget = max(1, min(budget, max(batch.tokens for batch in batches)) // 2)
                 log.warning("%s; trying %d tokens a forward", error, budget)
             else:
                 self.token_budget = min(self.token_budget, budget)
-                return logits, sum(ids.size for ids, _ in batches)
+                return logits, sum(batch.tokens for batch in batches)
 
     def score(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Texts -> label, probability, score_signed and the probability of every label."""
@@ -265,7 +263,7 @@ def preload(device: str) -> None:
     if picked.type == "cpu":
         hardware(picked)
         engine = TorchEngine(model, picked, torch.float32)
-        engine.run([pad_arrays([[1] * 8] * 8, 0)])
+        engine.run(engine.batches([[1] * 8] * 8, 64))
     freeze_loaded_objects()
 
 

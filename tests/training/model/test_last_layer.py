@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from tests.support.classifiers import SMALL, spread
 from training.config import make_config
-from training.model.batching import pad
+from training.model.batching import Batch, pad
 from training.model.classifier import Classifier, NativeClassifier
 from training.model.dropout import FastDropout
 from training.model.kernels import training_kernels
@@ -68,7 +68,7 @@ def test_logits_and_exported_graphs_are_those_of_plain_transformers(networks: tu
         torch.testing.assert_close(ours(IDS, MASK), expected, atol=1e-5, rtol=1e-5)
         alone = torch.cat([ours(IDS[[i], : MASK[i].sum()], MASK[[i], : MASK[i].sum()]) for i in range(len(IDS))])
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
-    builder, batch = EngineBuilder(ours, CPU), (IDS.numpy(), MASK.numpy())
+    builder, batch = EngineBuilder(ours, CPU), Batch((IDS.numpy(), MASK.numpy()), list(range(4)), IDS.numel(), True)
     for name, tolerance in (("torch-float32", 1e-5), ("openvino-float32", 1e-4), ("openvino-int8", 0.05)):
         [logits] = builder.build(name).run([batch])
         assert np.abs(logits - expected.numpy()).max() <= tolerance * float(expected.abs().max()), name

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from training.config import make_config
 from training.errors import BadArtifact
 from training.model.artifact import Artifact, Reference, load_artifact
 from training.model.base_model import BaseModelFolder
-from training.model.batching import pad, pad_arrays
+from training.model.batching import Batch, Logits, pad, pad_arrays
 from training.model.classifier import Classifier, build_model
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
@@ -33,10 +34,8 @@ from worker.scoring.engine_choice import Choice, read_choice, saved_choices
 from worker.scoring.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
 from worker.scoring.engine_trial import TrialRequest, run_trial
 from worker.scoring.engines import (
-    Batch,
     Engine,
     EngineBuilder,
-    Logits,
     TorchEngine,
     _quantised_rows,
     hardware,
@@ -77,13 +76,13 @@ class Counting:
     """An engine that counts the rows it runs and has memory for `room` tokens."""
 
     def __init__(self, inner: Engine, room: int = 10**9) -> None:
-        self.name, self.inner, self.room = inner.name, inner, room
+        self.name, self.batches, self.inner, self.room = inner.name, inner.batches, inner, room
         self.rows = 0
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        if any(ids.size > self.room for ids, _ in batches):
+        if any(batch.tokens > self.room for batch in batches):
             raise DeviceFull("no room")
-        self.rows += sum(len(ids) for ids, _ in batches)
+        self.rows += sum(len(batch.rows) for batch in batches)
         return self.inner.run(batches)
 
 
@@ -101,10 +100,11 @@ def test_engine_gives_what_float32_torch_gives_whatever_the_shape(artifact: Arti
     assert engine.name == name
     rows = random_rows(40, seed=5)
     shapes = [rows[:1], rows[1:4], rows[4:40], [[2, 3]], [[2, *range(5, 203), 3]] * 2]
-    given_ = [pad_arrays(batch, 0) for batch in shapes]
-    for (ids, mask), logits in zip(given_, engine.run(given_), strict=True):
+    batches = [batch for shape in shapes for batch in engine.batches(shape, 10**6)]
+    assert len(batches) == len(shapes)
+    for batch, logits in zip(batches, engine.run(batches), strict=True):
         with torch.inference_mode():
-            expected = artifact.model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+            expected = artifact.model(*map(torch.from_numpy, batch.arrays)).numpy()
         tolerance = 1e-4 if name.endswith("float32") else 0.05 * float(np.abs(expected).max())
         assert logits.dtype == np.float32
         assert np.abs(logits - expected).max() <= tolerance
@@ -125,7 +125,7 @@ def test_int8_weights_are_within_half_a_step_of_their_row() -> None:
 
 def test_engine_runs_nothing_and_runs_again(artifact: Artifact) -> None:
     engine = EngineBuilder(artifact.model, CPU).build("openvino-int8")
-    batch = pad_arrays(random_rows(3), 0)
+    [batch] = engine.batches(random_rows(3), 10**6)
     assert engine.run([]) == []
     first, again = engine.run([batch]), engine.run([batch, batch])
     assert np.array_equal(first[0], again[1])
@@ -135,20 +135,20 @@ def test_no_room_is_said_in_one_way(artifact: Artifact) -> None:
     engine = TorchEngine(artifact.model, CPU, torch.float32)
     engine._model = lambda ids, mask: torch.empty(10**15)  # type: ignore[assignment]
     with pytest.raises(DeviceFull, match="torch-float32 has no memory left"):
-        engine.run([pad_arrays([[2, 3]], 0)])
+        engine.run(engine.batches([[2, 3]], 8))
 
 
 def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
     for name in ("torch-float32", "openvino-float32"):
         engine = EngineBuilder(artifact.model, CPU).build(name)
-        ids = np.full((1, 4), 10**9, np.int64)
+        [batch] = engine.batches([[10**9] * 4], 8)
         if name == "torch-float32":  # OpenVINO embeds an unknown id as the zero vector
             with pytest.raises(IndexError):
-                engine.run([(ids, np.ones_like(ids))])
+                engine.run([batch])
         with pytest.raises((RuntimeError, ValueError)) as fault:
-            engine.run([(ids[0], ids[0])])
+            engine.run([replace(batch, arrays=(batch.arrays[0][0], batch.arrays[0][0]))])
         assert not isinstance(fault.value, DeviceFull)
-        assert len(engine.run([pad_arrays([[2, 3]], 0)])) == 1, "the engine works after an error"
+        assert len(engine.run(engine.batches([[2, 3]], 8))) == 1, "the engine works after an error"
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ class Turned:
     """An engine that is fast and wrong on some rows."""
 
     def __init__(self, inner: Engine, share: float) -> None:
-        self.name, self.inner, self.share = inner.name, inner, share
+        self.name, self.batches, self.inner, self.share = inner.name, inner.batches, inner, share
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         found = self.inner.run(batches)
