@@ -22,8 +22,8 @@ class PackedRows:
     """R rows of T tokens that hold N texts.
 
     `ids`, `positions` and `texts` are (R, T) int64: token ids, positions that start at 0 in each text, and the number
-    of the text within its row; 0 for padding, where the first text has 1. `first` (R, `ROW_TEXTS`) int64 is the place of
-    each text's first token. `slots` (N,) int64 is where a text stands among the R * `ROW_TEXTS` places of results.
+    of the text within its row, from 1; 0 is padding. `first` (R, `ROW_TEXTS`) int64 is the place of each text's first
+    token. `slots` (N,) int64 is where a text stands among the R * `ROW_TEXTS` places of results.
     """
 
     ids: Ids

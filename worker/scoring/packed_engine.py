@@ -45,7 +45,7 @@ class PackedEngine:
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def batches(self, rows: Sequence[Sequence[int]], token_budget: int) -> list[Batch]:
-        """Batches with the arrays of `PackedRows`. Longer texts go to rows of a multiple of tokens, which come first."""
+        """Batches with the arrays of `PackedRows`. Longer texts go to longer rows, which come first."""
         by_size = defaultdict(list)
         for number, row in enumerate(rows):
             by_size[max(1, ceil(len(row) / ROW_TOKENS)) * ROW_TOKENS].append(number)
