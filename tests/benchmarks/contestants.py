@@ -20,9 +20,9 @@ from tests.benchmarks.race import Speed
 from tests.benchmarks.system import System, tweets
 from training.model.artifact import load_artifact
 from training.model.batching import Batch
-from worker.scoring.engine_selection import choice_folder, load_engine
-from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import Engine
+from worker.engines.engine_selection import choice_folder, load_engine
+from worker.engines.engine_trial import TrialRequest, run_trial
+from worker.engines.engines import Engine
 from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import USUAL_WINDOW_TWEETS
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from worker.engines.engines import openvino
 from worker.errors import EngineUnavailable
-from worker.scoring.engines import openvino
 
 Kind = Literal["fp32", "bf16", "int8"]
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")

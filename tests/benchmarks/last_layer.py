@@ -8,7 +8,7 @@ import torch
 from training.model.artifact import load_artifact
 from training.model.classifier import Classifier
 from training.model.last_layer import FirstPosition
-from worker.scoring.engines import Engine, EngineBuilder
+from worker.engines.engines import Engine, EngineBuilder
 
 
 def whole_last_layer(model: Classifier) -> Classifier:

@@ -29,8 +29,8 @@ from training.model.artifact import load_artifact
 from training.model.batching import Batch, Logits
 from training.text.cleaning import clean
 from worker.connections import open_stream
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engines import TorchEngine
+from worker.engines.engine_choice import Choice
+from worker.engines.engines import TorchEngine
 from worker.scoring.scoring_model import ScoringModel
 from worker.scoring.window import Window, add_tweets, stored_predictions, tweet_columns, window_row
 from worker.settings import load_settings

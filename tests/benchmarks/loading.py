@@ -21,8 +21,8 @@ from tests.benchmarks.models import base_artifact, starter_artifact
 from training.model.artifact import WEIGHTS, load_artifact
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
-from worker.scoring.engine_selection import choice_folder, load_engine
-from worker.scoring.engine_trial import TrialRequest, run_trial
+from worker.engines.engine_selection import choice_folder, load_engine
+from worker.engines.engine_trial import TrialRequest, run_trial
 
 LOOK_SECONDS = 0.005
 

@@ -24,7 +24,7 @@ from db.session import Database
 from tests.benchmarks.models import base_artifact, starter_artifact
 from training.data.sample import UNLABELLED
 from worker.connections import open_sql, open_stream
-from worker.scoring.engine_choice import saved_choices
+from worker.engines.engine_choice import saved_choices
 from worker.settings import Settings, load_settings
 from worker.stream import embedded_valkey
 from worker.stream.stream import Stream

@@ -37,7 +37,7 @@ from training.model.base_model import STARTER, STARTER_FOLDER, BaseModelFolder
 from training.model.classifier import build_model
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
-from worker.scoring.engines import hardware
+from worker.engines.engines import hardware
 
 JRTE = ROOT.parent / "shared" / "data"
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)

@@ -17,9 +17,9 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from training.model.artifact import load_artifact
 from training.store.cache import Cache
 from training.store.store import Store
+from worker.engines.engine_choice import Choice
+from worker.engines.engines import TorchEngine
 from worker.scoring.champion import Champion
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engines import TorchEngine
 from worker.scoring.pipeline import Limits, Pipeline
 from worker.scoring.scores import Scores
 from worker.scoring.scoring_model import ScoringModel, Serving

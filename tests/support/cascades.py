@@ -28,9 +28,9 @@ from training.store.cache import Cache
 from training.store.store import Store
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
+from worker.engines.engine_choice import Choice
+from worker.engines.engines import TorchEngine
 from worker.intake.make_cascade import MadeCascade, make_cascade
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engines import TorchEngine
 from worker.scoring.scoring_model import ScoringModel
 from worker.settings import Settings
 

@@ -69,8 +69,8 @@ def _versions(settings: Settings) -> str:
 
 def _engines(settings: Settings) -> str:
     from training.model.devices import pick_device
+    from worker.engines.engines import openvino
     from worker.errors import EngineUnavailable
-    from worker.scoring.engines import openvino
 
     if pick_device(settings.device).type != "cpu":
         return "torch"

@@ -9,7 +9,7 @@ import typer
 from worker.cli import imports, output, quality
 from worker.cli.output import Json
 from worker.cli.training import job_output
-from worker.scoring.engine_choice import fallback_folder, saved_choices
+from worker.engines.engine_choice import fallback_folder, saved_choices
 
 if TYPE_CHECKING:
     from db.models import Evaluation, TestPrediction

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker.scoring.engine_choice import Choice
+from worker.engines.engine_choice import Choice
 
 if TYPE_CHECKING:  # not imported at run time, so that `--help` is fast
     from rich.progress import Progress, ProgressColumn

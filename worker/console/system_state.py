@@ -12,7 +12,7 @@ from db.errors import TweetscoreError
 from worker.connections import model_store
 from worker.console import queries
 from worker.console.context import Console
-from worker.scoring.engine_choice import Choice, saved_choices
+from worker.engines.engine_choice import Choice, saved_choices
 from worker.settings import Settings
 
 REFRESH_SECONDS = 30.0

@@ -13,8 +13,8 @@ from db import registry
 from db.models import ModelAlias, ModelVersion
 from db.session import Database
 from training.errors import StoreUnavailable
+from worker.engines.engine_selection import first_line
 from worker.scoring.backoff import Pause
-from worker.scoring.engine_selection import first_line
 from worker.scoring.scores import Model
 from worker.scoring.scoring_model import Serving, UpgradableModel, freeze_loaded_objects, load_model, preload
 

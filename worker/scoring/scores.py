@@ -11,9 +11,9 @@ from training.data.columns import VALUE
 from training.data.numbers import TargetScale
 from training.evaluation.decisions import Floats, choose, confidence, label_texts
 from training.model.artifact import Spec
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engine_trial import EngineTrial
-from worker.scoring.engines import Engine
+from worker.engines.engine_choice import Choice
+from worker.engines.engine_trial import EngineTrial
+from worker.engines.engines import Engine
 
 # Name of a column of `predictions` -> its values, one per tweet.
 Columns = dict[str, list[Any]]

@@ -32,12 +32,12 @@ from training.store.store import Store
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, UnknownShare, load_tokenizer
 from worker.connections import model_store
+from worker.engines.engine_choice import Choice
+from worker.engines.engine_selection import choice_folders, load_engine
+from worker.engines.engine_trial import EngineTrial, TrialRequest
+from worker.engines.engines import Engine, TorchEngine, hardware
 from worker.errors import DeviceFull
 from worker.scoring.cascade_model import CascadeModel
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engine_selection import choice_folders, load_engine
-from worker.scoring.engine_trial import EngineTrial, TrialRequest
-from worker.scoring.engines import Engine, TorchEngine, hardware
 from worker.scoring.scores import Model, Part, Scores, as_rows, describe
 from worker.settings import Settings
 

@@ -25,7 +25,7 @@ from training.model.classifier import Classifier, NativeClassifier
 from training.model.dropout import FastDropout
 from training.model.kernels import training_kernels
 from training.model.last_layer import FirstPosition
-from worker.scoring.engines import EngineBuilder
+from worker.engines.engines import EngineBuilder
 
 CPU = torch.device("cpu")
 # Without dropout, so that two forwards in training give the same.

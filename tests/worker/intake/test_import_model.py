@@ -32,10 +32,10 @@ from training.model.imported import ImportOptions
 from training.store.paths import file_sha256
 from training.text.cleaning import clean
 from training.text.tokenizer import encode
+from worker.engines.engine_selection import select_engine
+from worker.engines.engines import EngineBuilder
 from worker.intake.evaluate_model import evaluate_model
 from worker.intake.import_model import find_source, import_model
-from worker.scoring.engine_selection import select_engine
-from worker.scoring.engines import EngineBuilder
 from worker.settings import Settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -72,8 +72,8 @@ print(*sys.modules)"""
         "worker.cli.training.adapt", "worker.cli.training.distil",
         "worker.cli.training.job_output", "worker.cli.training.submitted", "worker.cli.training.train",
         "worker.cli.training.tune",
-        "worker.errors", "worker.intake", "worker.intake.job_progress", "worker.scoring",
-        "worker.scoring.engine_choice",
+        "worker.errors", "worker.intake", "worker.intake.job_progress", "worker.engines",
+        "worker.engines.engine_choice",
     }  # fmt: skip
 
 

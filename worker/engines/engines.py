@@ -21,9 +21,9 @@ from training.model.batching import Batch, Ids, Logits, padded_batches
 from training.model.classifier import Classifier
 from training.model.packed_network import can_pack
 from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH, PACKED
+from worker.engines.device_errors import device_full
+from worker.engines.packed_engine import PackedEngine
 from worker.errors import EngineUnavailable
-from worker.scoring.device_errors import device_full
-from worker.scoring.packed_engine import PackedEngine
 
 # Neighbouring activations of a token that share one int8 scale. Smaller is more exact, larger is faster; relative speed
 # at BERT-base size: 64: 0.9, 128: 1.0, 256: 1.01, 768: 0.7.

@@ -18,7 +18,7 @@ from training.model.batching import Batch, Logits
 from training.model.classifier import Classifier
 from training.model.packed_network import PackedNetwork
 from training.model.packing import ROW_TOKENS, pack, plan_rows
-from worker.scoring.device_errors import device_full
+from worker.engines.device_errors import device_full
 
 # Heights of batches are multiples of this part of the highest, so that there are few shapes.
 HEIGHTS = 8

@@ -24,11 +24,11 @@ from training.model.classifier import build_model
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
 from worker.engine_names import FLOAT32_TORCH
-from worker.scoring import engine_trial
+from worker.engines import engine_trial
+from worker.engines.engine_choice import CHOICE, saved_choices
+from worker.engines.engine_selection import REQUESTED, choice_folders, load_engine, trial_memory
+from worker.engines.engine_trial import TrialRequest
 from worker.scoring.champion import Champion
-from worker.scoring.engine_choice import CHOICE, saved_choices
-from worker.scoring.engine_selection import REQUESTED, choice_folders, load_engine, trial_memory
-from worker.scoring.engine_trial import TrialRequest
 from worker.scoring.scoring_model import Serving, load_model, open_model
 
 BETTER = "openvino-float32"

@@ -17,11 +17,11 @@ from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, build_model
 from training.model.packing import ROW_TOKENS
 from worker.engine_names import CUDA_ENGINES, FLOAT32_TORCH
+from worker.engines.engine_choice import Choice
+from worker.engines.engine_selection import select_engine
+from worker.engines.engines import EngineBuilder, TorchEngine
+from worker.engines.packed_engine import HEIGHTS, PackedEngine
 from worker.errors import DeviceFull
-from worker.scoring.engine_choice import Choice
-from worker.scoring.engine_selection import select_engine
-from worker.scoring.engines import EngineBuilder, TorchEngine
-from worker.scoring.packed_engine import HEIGHTS, PackedEngine
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")

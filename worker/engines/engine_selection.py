@@ -30,9 +30,9 @@ from training.evaluation.decisions import Floats, agreement, to_probabilities
 from training.model.artifact import Artifact, Reference, Spec
 from training.model.batching import Logits
 from worker.engine_names import FLOAT32_TORCH
+from worker.engines.engine_choice import CHOICE, Choice, Trial, engines_folder, fallback_folder, read_choice
+from worker.engines.engines import Engine, EngineBuilder, TorchEngine, hardware, save_graph
 from worker.errors import DeviceFull
-from worker.scoring.engine_choice import CHOICE, Choice, Trial, engines_folder, fallback_folder, read_choice
-from worker.scoring.engines import Engine, EngineBuilder, TorchEngine, hardware, save_graph
 
 log = logging.getLogger(__name__)
 

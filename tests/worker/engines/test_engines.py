@@ -29,11 +29,10 @@ from training.model.classifier import Classifier, build_model
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
 from worker.engine_names import FLOAT32_TORCH
-from worker.errors import DeviceFull
-from worker.scoring.engine_choice import Choice, read_choice, saved_choices
-from worker.scoring.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
-from worker.scoring.engine_trial import TrialRequest, run_trial
-from worker.scoring.engines import (
+from worker.engines.engine_choice import Choice, read_choice, saved_choices
+from worker.engines.engine_selection import MIN_AGREEMENT, choice_folder, load_engine, select_engine, trial_memory
+from worker.engines.engine_trial import TrialRequest, run_trial
+from worker.engines.engines import (
     Engine,
     EngineBuilder,
     TorchEngine,
@@ -42,6 +41,7 @@ from worker.scoring.engines import (
     openvino,
     slower_engines,
 )
+from worker.errors import DeviceFull
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_a_fault_of_another_kind_stays_what_it_is(artifact: Artifact) -> None:
 
 @pytest.mark.slow
 def test_nothing_phones_home() -> None:
-    program = """import worker.scoring.engines; worker.scoring.engines.openvino()
+    program = """import worker.engines.engines; worker.engines.engines.openvino()
 import sys, openvino.tools.ovc.telemetry_utils as telemetry
 print(telemetry.tm.__name__, *sys.modules)"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

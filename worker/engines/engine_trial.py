@@ -26,10 +26,10 @@ import torch
 from structlog.contextvars import bound_contextvars
 
 from training.model.artifact import WEIGHTS, Artifact, load_artifact
+from worker.engines.engine_choice import CHOICE, Choice, read_choice
+from worker.engines.engine_selection import first_line, load_saved_engine, save_choice, select_engine, trial_memory
+from worker.engines.engines import Engine, EngineBuilder
 from worker.errors import TrialFailed
-from worker.scoring.engine_choice import CHOICE, Choice, read_choice
-from worker.scoring.engine_selection import first_line, load_saved_engine, save_choice, select_engine, trial_memory
-from worker.scoring.engines import Engine, EngineBuilder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ LOCK = "lock"
 # transformers imports both packages where they are installed, and a trial needs neither: a tenth of an import's time.
 START = (
     "import gc, sys; gc.disable(); sys.modules['accelerate'] = sys.modules['scipy'] = None; "
-    "from worker.scoring.engine_trial import end_with_trial; end_with_trial()"
+    "from worker.engines.engine_trial import end_with_trial; end_with_trial()"
 )
 FAILED = 1  # exit code of a child whose last line of output is the reason
 # Polling intervals: for a choice that another process saved, and for free memory.
