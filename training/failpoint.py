@@ -52,6 +52,7 @@ OTHER_POINTS = {
     "counted": "a suspect record's attempt is counted, it is scored alone next",
     "folded": "the predictions of a fold are saved, its checkpoints still exist",
     "device": "a batch is about to run on the device",
+    "answering": "a device is asked whether it still computes",
     "labelled": "the labels that a model gave to a chunk of rows are stored beside the checkpoints",
     "shadowing": "the challenger is about to score a share of the tweets of stored windows",
     "shadowed": "the challenger has scored them, nothing is stored",

@@ -2,14 +2,16 @@
 
 import signal
 
-# Codes 70 and 75 follow sysexits.h: an internal error, and a failure that a restart may resolve.
+# Codes 70, 71 and 75 follow sysexits.h: an internal error, one of the system, and a failure that a restart may resolve.
 BAD_SETTINGS_EXIT = 2
 POLLER_DIED_EXIT = 70
+DEVICE_LOST_EXIT = 71
 STALLED_EXIT = 75
 GRACE_EXIT = 76
 DESCRIPTIONS = {
     BAD_SETTINGS_EXIT: "it could not start",
     POLLER_DIED_EXIT: "a thread it depends on died",
+    DEVICE_LOST_EXIT: "its device no longer computes",
     STALLED_EXIT: "it hung",
     GRACE_EXIT: "it did not stop within the grace period",
 }

@@ -20,7 +20,7 @@ from tests.support.commands import command, worker
 from tests.support.world import World, on_postgresql, on_sqlite
 from worker.app import broker_url
 from worker.errors import StreamFull
-from worker.exit_codes import BAD_SETTINGS_EXIT, GRACE_EXIT, STALLED_EXIT
+from worker.exit_codes import BAD_SETTINGS_EXIT, DEVICE_LOST_EXIT, GRACE_EXIT, STALLED_EXIT
 from worker.process.heartbeat import HEARTBEAT_SECONDS, STALE_SECONDS
 from worker.process.supervisor import child_environment
 from worker.stream import embedded_valkey
@@ -150,6 +150,18 @@ def test_up_restarts_a_worker_that_hangs_and_what_it_held_is_scored(own: World) 
         own.recovers()
     assert "bad" in own.scored()
     assert own.dead() == []
+
+
+@pytest.mark.slow
+def test_a_worker_whose_device_is_lost_ends_and_buries_nothing(world: World) -> None:
+    world.stream.publish([wire(i) for i in range(5)])
+    with worker(world.given, "score", "device=fail, answering=fail") as scorer:
+        assert scorer.ended() == DEVICE_LOST_EXIT
+        assert "cpu no longer computes" in scorer.said()
+    assert world.stream.depth().pending == 5
+    assert (world.predictions(), world.dead()) == (0, [])
+    world.recovers()
+    assert world.predictions() == 5
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from training import failpoint
 from training.errors import BadConfig
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,15 @@ def _lock_first(uuids: Sequence[str], folder: Path, kind: str) -> int | None:
             continue
         return number
     return None
+
+
+def answers(device: torch.device) -> bool:
+    """Return whether a device still computes. After some faults of a GPU nothing in the process can use it again."""
+    try:
+        failpoint.passing("answering")
+        return float(torch.ones(2, device=device).sum()) == 2
+    except RuntimeError:
+        return False
 
 
 def free_bytes(device: torch.device) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHOICE = "choice.json"
+# More would only delay the first rows: a CPU is as fast with 512.
+CPU_WINDOW_TWEETS = 4096
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine chosen for a model on some hardware, its token budget, and every engine that was tried."""
+    """The engine chosen for a model on some hardware, and every engine that was tried.
+
+    `token_budget` limits the tokens of a forward, and `window_tweets` the tweets of a window.
+    """
 
     engine: str
     token_budget: int
     hardware: str
     trials: list[Trial]
+    window_tweets: int = CPU_WINDOW_TWEETS
 
     @property
     def reason(self) -> str:

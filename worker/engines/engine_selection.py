@@ -17,7 +17,7 @@ import shutil
 import statistics
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from training.evaluation.decisions import Floats, agreement, to_probabilities
 from training.model.artifact import Artifact, Reference, Spec
 from training.model.batching import Logits
 from worker.engine_names import FLOAT32_TORCH
-from worker.engines.engine_choice import CHOICE, Choice, Trial, engines_folder, fallback_folder, read_choice
+from worker.engines.engine_choice import (
+    CHOICE,
+    CPU_WINDOW_TWEETS,
+    Choice,
+    Trial,
+    engines_folder,
+    fallback_folder,
+    read_choice,
+)
 from worker.engines.engines import Engine, EngineBuilder, TorchEngine, hardware, save_graph
 from worker.errors import DeviceFull
 
@@ -49,7 +57,10 @@ CPU_BUDGETS = (256, 512, 1024, 2048)
 GPU_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072)
 # Rows of a window: on a CPU as many as a worker reads at once by default, on a GPU enough to fill it.
 CPU_WINDOW_ROWS, GPU_WINDOW_ROWS = 512, 8192
-# Rows of the first rounds, which only find the engines that are clearly slower, and of the check of a saved engine.
+# Tweets of a window that are compared on a GPU. The smallest that is near the best is taken: its rows come sooner.
+GPU_WINDOWS = (1024, 2048, 4096, 8192, 16_384)
+# Rows of the first rounds on a CPU, which only find the engines that are clearly slower, and of the check of a saved
+# engine. On a GPU so few would only measure the launches of kernels.
 FEW_ROWS = 64
 # An engine with less than this share of the best speed is not timed again.
 CLEARLY_SLOWER = 0.6
@@ -62,7 +73,7 @@ CHECK_BUDGET = 1024
 # Peak memory of a trial, which holds several engines at once: bytes per byte of weights, and a constant. Measured with
 # `tests/benchmarks/loading.py` at base size and with the starter.
 TRIAL_MEMORY = (4.5, 700e6)
-# The smallest budget with this share of the best speed is taken: it needs less memory.
+# The smallest budget, and window, with this share of the best speed is taken.
 NEAR_BEST = 0.98
 
 
@@ -157,7 +168,9 @@ def select_engine(
             continue
         trials[number], budget = _verify(trial, engines[trial.engine], artifact.spec, reference, windows, device)
         if trials[number].serves:
-            return engines[trial.engine], Choice(trial.engine, budget, hardware(device), trials)
+            engine = engines[trial.engine]
+            window = CPU_WINDOW_TWEETS if device.type == "cpu" else _fastest_window(engine, reference, budget)
+            return engine, Choice(trial.engine, budget, hardware(device), trials, window)
         log.warning("engine %s %s", trial.engine, trials[number].verdict)
     reason = next(trial.verdict for trial in reversed(trials) if trial.engine in names)
     raise BadArtifact(f"no engine can run {artifact.folder.name} on {device}: {reason}")
@@ -188,11 +201,13 @@ def _time_engines(
     for number in range(ROUNDS):
         if (number and len(left) == 1) or (number >= FEW_ROUNDS and time.perf_counter() - began > TIMING_SECONDS):
             break
-        rows = window[:FEW_ROWS] if number < FEW_ROUNDS else window
+        rows = window[:FEW_ROWS] if device.type == "cpu" and number < FEW_ROUNDS else window
         for name in left:
             try:
                 if number == 0:
                     engines[name] = builder.build(name)
+                    if device.type != "cpu":
+                        _speed(engines[name], rows, budget)  # compiles kernels and captures graphs
                 speeds[name].append(_speed(engines[name], rows, budget))
             except Exception as error:
                 # An exporter or a device may raise anything for a model it does not support; the others are tried.
@@ -233,8 +248,7 @@ def _verify(
 ) -> tuple[Trial, int]:
     """The trial with its agreement on the validation rows and the verdict, and the fastest token budget."""
     logits, rows, speeds = _run_windows(engine, reference, windows, device)
-    fastest = max(speeds.values())
-    budget = min(budget for budget, speed in speeds.items() if speed >= NEAR_BEST * fastest)
+    budget = smallest_near_best(speeds)
     expected, found = _probabilities(reference.logits[rows], spec), _probabilities(logits, spec)
     agreed = agreement(found, expected, spec.config.task)
     difference = float(np.abs(found - expected).mean())
@@ -287,6 +301,21 @@ def _run_windows(
         logits.update(zip(window, found, strict=True))
         number, seconds = number + 1, time.perf_counter() - began
     return np.stack(list(logits.values())), list(logits), speeds
+
+
+def _fastest_window(engine: Engine, reference: Reference, budget: int) -> int:
+    """The number of tweets in a window with which a GPU is fastest; validation rows repeat to fill it."""
+    (rows,) = _windows(len(reference.rows), max(GPU_WINDOWS, len(reference.rows)))
+    speeds = {
+        count: max(_speed(engine, [reference.rows[i] for i in rows[:count]], budget) for _ in range(SWEEP_ROUNDS))
+        for count in GPU_WINDOWS
+    }
+    return smallest_near_best(speeds)
+
+
+def smallest_near_best(speeds: Mapping[int, float]) -> int:
+    """The smallest key whose speed is near the best: it needs less memory, or less time."""
+    return min(key for key, speed in speeds.items() if speed >= NEAR_BEST * max(speeds.values()))
 
 
 def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> float:

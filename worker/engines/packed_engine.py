@@ -39,7 +39,7 @@ class PackedEngine:
         self._pad_id: int = model.encoder_config.pad_token_id or 0
         self._device = device
         network = PackedNetwork(model, varlen=kind == "varlen").to(device, dtype)
-        self._network: Callable[..., Tensor] = torch.compile(network, dynamic=True) if kind == "compiled" else network
+        self._network: Callable[..., Tensor] = _compiled(network) if kind == "compiled" else network
         self._submitting = threading.Lock()
         self._graphs: dict[Shape, _Graph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -87,6 +87,19 @@ class PackedEngine:
         return torch.empty(logits.shape, pin_memory=True).copy_(logits, non_blocking=True)
 
 
+def _compiled(network: PackedNetwork) -> Callable[..., Tensor]:
+    """The network through `torch.compile`, once for any number of rows."""
+    run = torch.compile(network)
+
+    def compiled(*arrays: Tensor) -> Tensor:
+        for array in arrays:
+            torch._dynamo.maybe_mark_dynamic(array, 0)
+        logits: Tensor = run(*arrays)
+        return logits
+
+    return compiled
+
+
 class _Graph:
     """A network captured for one shape. All graphs of a pool share their memory, as one runs at a time."""
 
@@ -94,8 +107,6 @@ class _Graph:
         self, network: Callable[..., Tensor], example: Sequence[Tensor], device: torch.device, pool: Any
     ) -> None:
         self._inputs = [array.to(device) for array in example]
-        for array in self._inputs:
-            torch._dynamo.maybe_mark_dynamic(array, 0)
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

@@ -17,10 +17,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
-from training.model.devices import claim_device
+from training.model.devices import answers, claim_device, pick_device
 from worker.connections import open_guarded, open_stream, stream_url, training_context
 from worker.errors import StreamError
-from worker.exit_codes import POLLER_DIED_EXIT, STALLED_EXIT
+from worker.exit_codes import DEVICE_LOST_EXIT, POLLER_DIED_EXIT, STALLED_EXIT
 from worker.intake.request_queue import RequestQueue
 from worker.maintenance.maintenance_thread import (
     MaintenanceTask,
@@ -220,6 +220,7 @@ class ScoringWorker(WorkerProcess):
         self.stream = open_stream(settings, stream_url(settings))
         limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         device = self.claim()
+        self._device = pick_device(device)
         serving = serving_from(settings, device)
         self.champion = Champion(self.database, serving)
         # A backlog of more than a usual window is a load under which the challenger gives way.
@@ -235,7 +236,13 @@ class ScoringWorker(WorkerProcess):
         self.shadow.start()
 
     def work(self) -> int:
-        return self.pipeline.drain()
+        try:
+            return self.pipeline.drain()
+        except Exception:
+            if not answers(self._device):
+                # The records it holds go to another worker, or to this one when it is started again.
+                end_at_once(DEVICE_LOST_EXIT, f"{self._device} no longer computes; the error is logged above")
+            raise
 
     def state(self) -> str:
         return "loading a model" if self.champion.loading_since is not None else super().state()

@@ -133,8 +133,9 @@ class Pipeline:
             if (model := self.champion.current()) is None:
                 return False, None
             began = time.perf_counter()
-            records = self.read(min(size, self.limits.window_tweets), block_ms)
-            size = self.next_size(records, size)
+            most = min(self.limits.window_tweets, *(part.choice.window_tweets for part in model.parts))
+            records = self.read(min(size, most), block_ms)
+            size = self.next_size(records, size, most)
             if records:
                 self.hold(records)
                 failpoint.passing("read")
@@ -175,14 +176,14 @@ class Pipeline:
             if len(part) < USUAL_WINDOW_TWEETS or len(records) >= count or _payload_bytes(records) >= WINDOW_BYTES:
                 return records
 
-    def next_size(self, records: list[Record], size: int) -> int:
+    def next_size(self, records: list[Record], size: int, most: int) -> int:
         """How many records to read after a window: twice as many, within the limits."""
         if not records:
             return FIRST_WINDOW_TWEETS
         tweets_per_second = 1000 * self._recent_tweets / max(0.001, self._recent_ms)
         large = min((self.stream.unread or 0) // BACKLOG_PARTS, int(LARGE_WINDOW_SECONDS * tweets_per_second))
         within_bytes = max(1, WINDOW_BYTES * len(records) // max(1, _payload_bytes(records)))
-        return min(2 * size, self.limits.window_tweets, max(USUAL_WINDOW_TWEETS, large), within_bytes)
+        return min(2 * size, most, max(USUAL_WINDOW_TWEETS, large), within_bytes)
 
     @log_context
     def tokenise(self, window: Window) -> None:

@@ -262,8 +262,8 @@ def preload(device: str) -> None:
     model = Classifier(encoder, 2, make_config("fast", pooling="pooler")).eval()
     if picked.type == "cpu":
         hardware(picked)
-        engine = TorchEngine(model, picked, torch.float32)
-        engine.run(engine.batches([[1] * 8] * 8, 64))
+    engine = TorchEngine(model, picked, torch.float32)
+    engine.run(engine.batches([[1] * 8] * 8, 64))
     freeze_loaded_objects()
 
 

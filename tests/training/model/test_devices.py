@@ -90,6 +90,7 @@ def test_free_memory_is_the_machines_or_the_containers_that_has_less(tmp_path: P
     assert 1000 < free_memory(tmp_path) <= total
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 def test_gpus_are_told_apart_and_have_memory() -> None:
     assert len(set(gpus())) == torch.cuda.device_count()

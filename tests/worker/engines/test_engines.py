@@ -422,4 +422,4 @@ def test_the_listing_of_a_choice_is_plain_json(artifact: Artifact) -> None:
     load_after_trial(artifact, "auto")
     folder = choice_folder(artifact.folder, digest(artifact), CPU, "auto")
     written = json.loads((folder / "choice.json").read_text(encoding="utf-8"))
-    assert set(written) == {"engine", "token_budget", "hardware", "trials"}
+    assert set(written) == {"engine", "token_budget", "hardware", "trials", "window_tweets"}

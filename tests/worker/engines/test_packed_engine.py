@@ -18,7 +18,7 @@ from training.model.classifier import Classifier, build_model
 from training.model.packing import ROW_TOKENS
 from worker.engine_names import CUDA_ENGINES, FLOAT32_TORCH
 from worker.engines.engine_choice import Choice
-from worker.engines.engine_selection import select_engine
+from worker.engines.engine_selection import select_engine, smallest_near_best
 from worker.engines.engines import EngineBuilder, TorchEngine
 from worker.engines.packed_engine import HEIGHTS, PackedEngine
 from worker.errors import DeviceFull
@@ -96,6 +96,10 @@ def test_the_settings_can_name_it_on_a_cpu(artifact: Artifact) -> None:
     assert engine.name == choice.engine == "packed-bfloat16"
     assert choice.trials[0].agreement is not None
     assert choice.trials[0].agreement > 0.99
+
+
+def test_the_smallest_budget_that_is_near_the_best_is_taken() -> None:
+    assert smallest_near_best({1: 70.0, 2: 97.9, 4: 98.1, 8: 100.0, 16: 99.0}) == 4
 
 
 def test_an_attention_that_a_device_lacks_is_passed_over(artifact: Artifact) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -238,6 +239,14 @@ def test_first_windows_are_small_and_grow_while_there_is_more(lite: Bench) -> No
     lite.stream.publish([wire(i) for i in range(500)])
     lite.worker(window_tweets=200).drain()
     assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [64, 128, 200, 108]
+
+
+def test_no_window_has_more_tweets_than_suit_the_model_on_its_device(lite: Bench) -> None:
+    champion = lite.holding(ScoringModel)
+    champion.model.choice = replace(champion.model.choice, window_tweets=150)
+    lite.stream.publish([wire(i) for i in range(500)])
+    lite.worker(champion, window_tweets=200).drain()
+    assert [row["tweets"] for row in lite.rows(ScoringWindow)] == [64, 128, 150, 150, 8]
 
 
 def test_windows_exceed_the_usual_size_only_while_they_are_a_small_part_of_what_waits(
