@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -305,11 +306,8 @@ def _run_windows(
 
 def _fastest_window(engine: Engine, reference: Reference, budget: int) -> int:
     """The number of tweets in a window with which a GPU is fastest; validation rows repeat to fill it."""
-    (rows,) = _windows(len(reference.rows), max(GPU_WINDOWS, len(reference.rows)))
-    speeds = {
-        count: max(_speed(engine, [reference.rows[i] for i in rows[:count]], budget) for _ in range(SWEEP_ROUNDS))
-        for count in GPU_WINDOWS
-    }
+    rows = list(islice(cycle(reference.rows), max(GPU_WINDOWS)))
+    speeds = {count: max(_speed(engine, rows[:count], budget) for _ in range(SWEEP_ROUNDS)) for count in GPU_WINDOWS}
     return smallest_near_best(speeds)
 
 

@@ -17,6 +17,7 @@ from training.model.base_model import BaseModelFolder
 from training.model.classifier import Classifier, build_model
 from training.model.packing import ROW_TOKENS
 from worker.engine_names import CUDA_ENGINES, FLOAT32_TORCH
+from worker.engines import engine_selection
 from worker.engines.engine_choice import Choice
 from worker.engines.engine_selection import select_engine, smallest_near_best
 from worker.engines.engines import EngineBuilder, TorchEngine
@@ -100,6 +101,18 @@ def test_the_settings_can_name_it_on_a_cpu(artifact: Artifact) -> None:
 
 def test_the_smallest_budget_that_is_near_the_best_is_taken() -> None:
     assert smallest_near_best({1: 70.0, 2: 97.9, 4: 98.1, 8: 100.0, 16: 99.0}) == 4
+
+
+def test_the_window_of_a_gpu_is_one_of_those_compared(
+    artifact: Artifact, engine: PackedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    batches = engine.batches
+    monkeypatch.setattr(engine, "batches", lambda rows, budget: seen.append(len(rows)) or batches(rows, budget))
+    monkeypatch.setattr(engine_selection, "GPU_WINDOWS", (50, 400))
+    assert artifact.reference is not None
+    assert engine_selection._fastest_window(engine, artifact.reference, 4096) in (50, 400)
+    assert set(seen) == {50, 400}
 
 
 def test_an_attention_that_a_device_lacks_is_passed_over(artifact: Artifact) -> None:
