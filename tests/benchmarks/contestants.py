@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from tests.benchmarks import models, peers
@@ -18,8 +19,10 @@ from tests.benchmarks.isolated import INFINITY, OPTIMUM, Isolated, isolated
 from tests.benchmarks.last_layer import whole_engine
 from tests.benchmarks.race import Speed
 from tests.benchmarks.system import System, tweets
+from training.evaluation.decisions import highest
 from training.model.artifact import load_artifact
 from training.model.batching import Batch
+from training.model.cascade import CascadePart, CascadeSpec, save_cascade
 from worker.engines.engine_selection import choice_folder, load_engine
 from worker.engines.engine_trial import TrialRequest, run_trial
 from worker.engines.engines import Engine
@@ -31,6 +34,8 @@ from worker.scoring.window import USUAL_WINDOW_TWEETS
 ROUND_SECONDS = 4.0
 LEAST_TWEETS = 192
 LEAST_PEER_TWEETS = 128
+# The share of the tweets that the measured cascade passes on to its teacher.
+PASSED_ON = 0.2
 GUIDE_TWEETS = 24  # every text costs the same there
 # Settings of a peer are chosen by its speed on this many.
 PROBE_TWEETS = 96
@@ -64,9 +69,15 @@ class Measured:
         """The system with so many scoring workers; started once."""
         if scorers not in self._systems:
             home = self.scratch / f"home-{self.name}-{scorers}"
-            system = System(home, self.folder, self.sha256, models.LABELS, scorers=scorers)
+            folder, sha256 = self.champion
+            system = System(home, folder, sha256, models.LABELS, scorers=scorers)
             self._systems[scorers] = self._stack.enter_context(system)
         return self._systems[scorers]
+
+    @property
+    def champion(self) -> tuple[Path, str]:
+        """Folder and digest of the artifact that the systems score with."""
+        return self.folder, self.sha256
 
     def close(self) -> None:
         """Stop the systems."""
@@ -137,6 +148,25 @@ class Measured:
         if "bf" in name:
             return "bf16"
         return "int8" if "int8" in name and cpu.has("int8") else "fp32"
+
+
+class Cascade(Measured):
+    """A cascade of two measured models, with a threshold that passes on `PASSED_ON` of the student's tweets."""
+
+    def __init__(self, student: Measured, teacher: Measured) -> None:
+        vars(self).update(vars(student))
+        self.name = "cascade"
+        self.cpu_seconds_a_tweet, self._systems, self._stack = [], {}, ExitStack()
+        certain = highest(student.model.forward(student.model.tokenise(student.texts)).probabilities)
+        # The only version of the systems' databases is that of the cascade.
+        first, second = (CascadePart(1, part.folder.name, part.sha256, 1.0) for part in (student, teacher))
+        spec = CascadeSpec(first, second, float(np.quantile(certain, PASSED_ON)), PASSED_ON, 1.0, "estimate", 0, [])
+        folder = self.scratch / self.name
+        self._champion = folder, save_cascade(folder, spec)
+
+    @property
+    def champion(self) -> tuple[Path, str]:
+        return self._champion
 
 
 class Peers:

@@ -15,6 +15,7 @@ AT_LEAST: dict[str, float | tuple[float | None, float]] = {
     "end_to_end_over_bare": 0.93,
     "bare_over_matmul": (None, 0.75),
     "student_over_pipeline": (25.0, 50.0),
+    "cascade_over_pipeline": (8.0, 20.0),
     "end_to_end_over_bare_starter": 0.93,
     "tokenise_over_reference": 5.0,
     "publish_over_celery": 70.0,

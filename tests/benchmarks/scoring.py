@@ -21,7 +21,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from tests.benchmarks import bulk, models, peers, report
-from tests.benchmarks.contestants import Measured, Peers
+from tests.benchmarks.contestants import Cascade, Measured, Peers
 from tests.benchmarks.cpu import KINDS, Kind, Product, best_product, this_cpu
 from tests.benchmarks.isolated import ENVIRONMENTS, NotInstalled
 from tests.benchmarks.models import LABELS, REAL_TWEETS, SAMPLE_TWEETS
@@ -70,6 +70,8 @@ BASE_RATIOS: dict[str, Pair] = {
     "base_last_layer_over_whole": ("base_engine", "base_whole"),
     "student_over_pipeline": ("starter", "pipeline"),
     "student_over_teacher": ("starter", "base"),
+    "cascade_over_pipeline": ("cascade", "pipeline"),
+    "cascade_over_teacher": ("cascade", "base"),
 }
 STARTER_RATIOS: dict[str, Pair] = {
     "end_to_end_over_bare_starter": ("starter", "starter_engine"),
@@ -125,6 +127,12 @@ class Bench:
         return measured
 
     @cached_property
+    def cascade(self) -> Cascade:
+        cascade = Cascade(self.starter, self.base)
+        self.stack.callback(cascade.close)
+        return cascade
+
+    @cached_property
     def peers(self) -> Peers:
         return Peers(self.base, self.cpu, self.environments, self.stack)
 
@@ -142,7 +150,7 @@ class Bench:
     def contestant(self, name: str) -> Speed:
         """A contestant by its name, warmed up. Raises `NotInstalled`."""
         model, _, form = name.partition("_")
-        if model not in ("base", "starter"):
+        if model not in ("base", "starter", "cascade"):
             found: Speed = getattr(self.peers, name)()
             return found
         measured: Measured = getattr(self, model)
@@ -273,8 +281,9 @@ def measure(bench: Bench, keys: Sequence[str]) -> dict[str, Figure]:
         found |= bench.race("base", base, bench.size.rounds)
     if "core_hours_a_million_base" in keys:
         found["core_hours_a_million_base"] = bench.core_hours_a_million_base()
-    if not bench.size.small and "base" in vars(bench):
-        bench.base.close()  # frees memory, and cores that its workers poll with
+    for name in ("base", "cascade"):
+        if not bench.size.small and name in vars(bench):
+            getattr(bench, name).close()  # frees memory, and cores that its workers poll with
     if starter := {key: pair for key, pair in STARTER_RATIOS.items() if key in keys}:
         found |= bench.race("starter", starter, bench.size.fast_rounds)
     for key in SINGLE:
