@@ -2,9 +2,9 @@
 
 Two scorers in one process pass windows of real tweets stage by stage, on a real stream and database, without a model.
 The time of a stage is that of its thread, as in `lean.py`. In every second round both pass a stage at once, in two
-threads: what that saves is the share of the stage that runs without Python's global lock (GIL). The rest of all stages
-is the most that one scorer, which is one Python process, can do, on however many cores. Rounds are short and the least of
-many counts, so that other programs on the machine disturb few of the figures; two cores should be free all the same.
+threads: what that saves is a share of the stage that runs without Python's global lock (GIL). The rest of all stages is
+the most that one scorer, which is one Python process, can do, on however many cores. The share is a least one: a
+machine without two free cores hides it. The rounds are short, and the least time of many counts.
 
 The figures are computed for other numbers of cores from those of this machine. Publishers, the launches of kernels and
 the copies to the GPU are not in them.
@@ -64,7 +64,7 @@ TOKEN_BUDGET = 65_536
 class Figures:
     """Core-milliseconds per 1,000 tweets: of the stages (least of the rounds), and of what all scorers share.
 
-    `unlocked` is the share of each stage, 0 to 1, that two threads do at once. `broker` is the one thread of Valkey,
+    `unlocked` is the share of each stage, 0 to 1, that two threads did at once. `broker` is the one thread of Valkey,
     publishing included, `database` all processes of PostgreSQL. `writer` is the transaction in SQLite, which only one
     process at a time may be in.
     """
@@ -166,7 +166,6 @@ def measure(kind: str, source: Path, window: int, rounds: int, scratch: Path) ->
         broker, database = broker_clock(server.url), database_clock(scorers[0].database)
         threads = stack.enter_context(ThreadPoolExecutor(2))
         payloads = tweets(2 * window * (1 + 2 * rounds), source)
-        alone: dict[str, list[float]] = defaultdict(list)
         together: dict[str, list[float]] = defaultdict(list)
         for number in range(1 + 2 * rounds):
             if number == 1:  # the first round warmed up
@@ -178,13 +177,17 @@ def measure(kind: str, source: Path, window: int, rounds: int, scratch: Path) ->
             for stage in STAGES:
                 started = time.perf_counter()
                 list((threads.map if at_once else map)(lambda scorer: scorer.run(stage), scorers))  # noqa: B023
-                (together if at_once else alone)[stage].append(time.perf_counter() - started)
+                if at_once:
+                    together[stage].append(time.perf_counter() - started)
         thousands = 2 * window * 2 * rounds / 1000
         shared = [1000 * (clock() - then) / thousands for clock, then in zip((broker, database), began, strict=True)]
     steps = {step: 1e6 * min(s for one in scorers for s in one.seconds[step]) / window for step in scorers[0].seconds}
+    stages = {stage: sum(steps[step] for step in of) for stage, of in STAGES.items()}
+    # Two threads that never wait for each other's lock need the time of one, otherwise up to that of both.
+    locked = {stage: 1e6 * min(found) / (2 * window) for stage, found in together.items()}
     return Figures(
-        {stage: sum(steps[step] for step in of) for stage, of in STAGES.items()},
-        {stage: min(1.0, max(0.0, 2 * (1 - min(together[stage]) / min(alone[stage][1:])))) for stage in STAGES},
+        stages,
+        {stage: max(0.0, 1 - locked[stage] / ms) for stage, ms in stages.items()},
         broker=shared[0],
         database=shared[1],
         writer=steps["SQL"] if kind == "sqlite" else 0.0,
