@@ -65,8 +65,8 @@ class Figures:
     """Core-milliseconds per 1,000 tweets: of the stages (least of the rounds), and of what all scorers share.
 
     `unlocked` is the share of each stage, 0 to 1, that two threads did at once. `broker` is the one thread of Valkey,
-    publishing included, `database` all processes of PostgreSQL. `writer` is the transaction in SQLite, which only one
-    process at a time may be in.
+    publishing included, `database` all processes of PostgreSQL (mean of the rounds). `writer` is the transaction in
+    SQLite, which only one process at a time may be in.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -167,11 +167,13 @@ def measure(kind: str, source: Path, window: int, rounds: int, scratch: Path) ->
         threads = stack.enter_context(ThreadPoolExecutor(2))
         payloads = tweets(2 * window * (1 + 2 * rounds), source)
         together: dict[str, list[float]] = defaultdict(list)
+        served: list[float] = []  # seconds of the broker per round
         for number in range(1 + 2 * rounds):
             if number == 1:  # the first round warmed up
-                began = broker(), database()
+                began, served = database(), []
                 for scorer in scorers:
                     scorer.seconds.clear()
+            before = broker()
             at_once = number > 0 and number % 2 == 0
             scorers[0].stream.publish(payloads[2 * window * number : 2 * window * (number + 1)])
             for stage in STAGES:
@@ -179,8 +181,8 @@ def measure(kind: str, source: Path, window: int, rounds: int, scratch: Path) ->
                 list((threads.map if at_once else map)(lambda scorer: scorer.run(stage), scorers))  # noqa: B023
                 if at_once:
                     together[stage].append(time.perf_counter() - started)
-        thousands = 2 * window * 2 * rounds / 1000
-        shared = [1000 * (clock() - then) / thousands for clock, then in zip((broker, database), began, strict=True)]
+            served.append(broker() - before)
+        written = database() - began
     steps = {step: 1e6 * min(s for one in scorers for s in one.seconds[step]) / window for step in scorers[0].seconds}
     stages = {stage: sum(steps[step] for step in of) for stage, of in STAGES.items()}
     # Two threads that never wait for each other's lock need the time of one, otherwise up to that of both.
@@ -188,8 +190,8 @@ def measure(kind: str, source: Path, window: int, rounds: int, scratch: Path) ->
     return Figures(
         stages,
         {stage: max(0.0, 1 - locked[stage] / ms) for stage, ms in stages.items()},
-        broker=shared[0],
-        database=shared[1],
+        broker=1e6 * min(served) / (2 * window),
+        database=1e6 * written / (2 * window * 2 * rounds),
         writer=steps["SQL"] if kind == "sqlite" else 0.0,
     )
 
