@@ -25,6 +25,8 @@ from worker.secret_files import read_secret, with_password
 
 WITH_PASSWORD = ("redis", "database", "reader")
 SECRETS = ("console_oidc_client_secret", "webhook_secret")
+# Settings that are one of several names.
+NAMES = {"engine": ("auto", *ENGINES), "server_sync": ("everysec", "always"), "preset": tuple(PRESETS)}
 Access = Literal["look", "label", "operate"]
 CALLBACK = "/oauth2callback"
 
@@ -97,8 +99,19 @@ class Settings(BaseSettings):
     preset: str = Field("fast", description="preset of jobs that do not name one: `guide` or `fast`")
     device: str = Field(
         "auto",
-        description="`cpu`, `cuda:1`, or `auto` and `cuda`: the first GPU that no other worker of this kind uses",
+        description="`cpu`, `cuda:1`, or `auto` and `cuda`: the GPU that the fewest other workers of this kind use",
     )
+    scorers: int | None = Field(
+        None, ge=1, le=64, description="scoring workers that `tweetscore up` starts without `--scorers`; unset: 1"
+    )
+    gpu_scorers: int | None = Field(
+        None, ge=1, le=64, description="scoring workers that may share a GPU; unset: those of `tweetscore up`, divided "
+        "by the number of GPUs, and 1 without it",
+    )  # fmt: skip
+    gpu_memory_share: float | None = Field(
+        None, gt=0, le=1, description="share of a GPU's memory that a worker may use; unset: 1 divided by the scoring "
+        "workers that may share the GPU, and 1 for a training worker",
+    )  # fmt: skip
     engine: str = Field(
         "auto",
         description="engine that runs the model when scoring: `auto` selects the fastest that agrees with float32; or "
@@ -270,25 +283,12 @@ class Settings(BaseSettings):
             raise ValueError("it must be auto, cpu, mps, cuda or cuda:N")
         return value
 
-    @field_validator("engine")
+    @field_validator("engine", "server_sync", "preset")
     @classmethod
-    def _known_engine(cls, value: str) -> str:
-        if value not in ("auto", *ENGINES):
-            raise ValueError(f"it must be auto or one of {', '.join(ENGINES)}")
-        return value
-
-    @field_validator("server_sync")
-    @classmethod
-    def _known_sync(cls, value: str) -> str:
-        if value not in ("everysec", "always"):
-            raise ValueError("it must be everysec or always")
-        return value
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(f"it must be one of {', '.join(PRESETS)}")
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        names = NAMES[str(info.field_name)]
+        if value not in names:
+            raise ValueError(f"it must be {', '.join(names[:-1])} or {names[-1]}")
         return value
 
     @field_validator("console_oidc_metadata_url", "console_oidc_redirect_url", "webhook_url")

@@ -67,13 +67,28 @@ class Steps:
         return found
 
     def pass_window(self) -> None:
-        model = self.model
-        window = Window(self.timed("read", lambda: self.stream.read(self.window, None)), model)
+        window = self.read()
+        self.tokenise(window)
+        self.forward(window, self.model, "batch, pad")
+        self.commit(window)
+
+    def read(self) -> Window:
+        window = Window(self.timed("read", lambda: self.stream.read(self.window, None)), self.model)
         self.timed("parse", lambda: add_tweets(window))
-        texts = self.timed("clean", lambda: [clean(text, model.spec.cleaner_version) for text in window.texts])
-        window.rows = self.timed("tokenise", lambda: model.encode(texts, model.spec.config.max_length))
-        window.scores = scores = self.timed("batch, pad", lambda: model.forward(window.rows))
-        self.seconds["batch, pad"][-1] -= self.engine.seconds
+        return window
+
+    def tokenise(self, window: Window) -> None:
+        spec = self.model.spec
+        texts = self.timed("clean", lambda: [clean(text, spec.cleaner_version) for text in window.texts])
+        window.rows = self.timed("tokenise", lambda: self.model.encode(texts, spec.config.max_length))
+
+    def forward(self, window: Window, model: ScoringModel, step: str) -> None:
+        window.scores = self.timed(step, lambda: model.forward(window.rows))
+        self.seconds[step][-1] -= self.engine.seconds
+
+    def commit(self, window: Window) -> None:
+        scores = window.scores
+        assert scores is not None
         columns = self.timed("rows", lambda: (tweet_columns(window), stored_predictions(window, scores)))
         self.timed("SQL", lambda: self.store(window, *columns))
         self.timed("ack", lambda: self.acknowledge(window))

@@ -54,7 +54,8 @@ class Deployment:
         self._path = [folder / "bin", Path(sys.executable).parent]
 
     def inside(self, text: str) -> str:
-        """A text for a container, with the paths and ports of this machine."""
+        """A text for a container, with the paths and ports of this machine. Variables have their defaults."""
+        text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", text)
         for name, port in self.ports.items():
             text = text.replace(name, f"127.0.0.1:{port}" if ":" in name else str(port))
         for there, here in (

@@ -3,7 +3,9 @@
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -29,9 +31,9 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def gpus() -> list[str]:
-    """Return the UUIDs of the GPUs that this process sees, in the order of their numbers."""
-    if not torch.cuda.is_available():
+def gpus(wanted: str = "auto") -> list[str]:
+    """Return the UUIDs of the GPUs that `wanted` leaves the choice of, in the order of their numbers."""
+    if wanted not in ("auto", "cuda") or not torch.cuda.is_available():
         return []
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
 
@@ -40,41 +42,89 @@ def claim_device(
     wanted: str,
     folder: Path,
     kind: str,
-    found: Callable[[], Sequence[str]] = gpus,
+    workers: int = 1,
+    found: Callable[[str], Sequence[str]] = gpus,
     free: Callable[[torch.device], int] | None = None,
 ) -> str:
     """Return the name of a device for a process of this `kind`, and keep it claimed until the process ends.
 
-    With `auto` or `cuda` a process gets the first GPU that no other process of its kind has claimed. A claim is a file
-    lock in `folder`, which the processes of this machine share. If all GPUs are claimed, the process shares the one
-    with the most free memory and logs a warning. Other devices are returned unchanged, without a lock.
+    With `auto` or `cuda`, `workers` processes of a kind may claim each GPU, and a process claims the GPU with the
+    fewest claims. A claim is a file lock in `folder`, which the processes of this machine share. If every GPU has all
+    its claims, the process shares the one with the most free memory and logs a warning. Other devices are returned
+    unchanged, without a lock.
     """
-    uuids = found() if wanted in ("auto", "cuda") else []
+    uuids = found(wanted)
     if not uuids:
         return wanted
-    number = _lock_first(uuids, folder, kind)
+    number = _claim_gpu(uuids, folder, kind, workers)
     if number is None:
         measure = free or free_bytes
         number = max(range(len(uuids)), key=lambda number: measure(torch.device("cuda", number)))
-        log.warning("every GPU already has a %s worker; sharing cuda:%d", kind, number)
+        log.warning(
+            "every GPU already has its %d %s workers; sharing cuda:%d, beyond the memory that is meant for them",
+            workers, kind, number,
+        )  # fmt: skip
     return f"cuda:{number}"
 
 
-def _lock_first(uuids: Sequence[str], folder: Path, kind: str) -> int | None:
-    """Lock the first GPU that no process of this kind has locked. Returns its number; None when all are locked.
+def claims_held(folder: Path, kind: str) -> int:
+    """Return how many claims on GPUs processes of this kind hold."""
+    files = list(folder.glob(f"{kind}-*.lock"))
+    with _choosing(folder, kind) if files else nullcontext():
+        free = [descriptor for file in files if (descriptor := _lock(file)) is not None]
+        for descriptor in free:
+            os.close(descriptor)
+    return len(files) - len(free)
+
+
+def _claim_gpu(uuids: Sequence[str], folder: Path, kind: str, workers: int) -> int | None:
+    """Lock a claim on the GPU with the fewest. Returns its number; None when every claim is taken.
 
     The file stays open until the process ends, which releases the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, uuid in enumerate(uuids):
-        descriptor = os.open(folder / f"{kind}-{uuid}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        return number
-    return None
+    with _choosing(folder, kind):
+        free: list[list[int]] = []  # per GPU, the claims that no other process holds, locked
+        for uuid in uuids:
+            names = [f"{kind}-{uuid}{f'.{claim}' if claim > 1 else ''}.lock" for claim in range(1, workers + 1)]
+            free.append([descriptor for name in names if (descriptor := _lock(folder / name)) is not None])
+        number = max(range(len(uuids)), key=lambda number: len(free[number]))
+        chosen = free[number][:1]
+        for descriptor in chain.from_iterable(free):
+            if descriptor not in chosen:
+                os.close(descriptor)
+    return number if chosen else None
+
+
+@contextmanager
+def _choosing(folder: Path, kind: str) -> Iterator[None]:
+    """One process of a kind chooses at a time: several that start together would count the same claims."""
+    descriptor = os.open(folder / f"{kind}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the open file, locked; None when another process holds the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def bound_memory(device: torch.device, share: float) -> None:
+    """Let torch allocate at most this share of a GPU's memory in this process; more raises its out-of-memory error.
+
+    The CUDA context, about half a gigabyte, does not count. Other devices have no bound.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def answers(device: torch.device) -> bool:
@@ -89,9 +139,18 @@ def answers(device: torch.device) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that this process can still allocate: on the GPU, including torch's cache, or on the machine."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return within_share(free, total, reserved, allocated, torch.cuda.get_per_process_memory_fraction(device))
     return free_memory()
+
+
+def within_share(free: int, total: int, reserved: int, allocated: int, share: float) -> int:
+    """Return the bytes that a process can still allocate on a GPU of which it may use a share.
+
+    `reserved` bytes are the process's own, and `allocated` of them are in use.
+    """
+    return max(0, min(free + reserved, int(share * total)) - allocated)
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

@@ -134,10 +134,28 @@ def _mecab(settings: Settings) -> str:
 
 
 def _device(settings: Settings) -> str:
-    from training.model.devices import pick_device
+    from training.model.devices import gpus, pick_device
 
     device = pick_device(settings.device)
-    return f"{device}" + ("" if device.type == "cuda" else f", {os.cpu_count()} cores")
+    if device.type != "cuda":
+        return f"{device}, {os.cpu_count()} cores"
+    found = len(gpus(settings.device))
+    return f"{device}" + (f", GPUs: {found}, {describe_claims(settings)}" if found else "")
+
+
+def describe_claims(settings: Settings) -> str:
+    """Describe how many scoring workers have a claim on a GPU; raises `TweetscoreError` when some have none."""
+    from training.model.devices import claims_held
+    from worker.process.heartbeat import read_heartbeats
+
+    running = sum(beat.kind == "scoring" and not beat.stale for beat in read_heartbeats(settings.run))
+    held = claims_held(settings.run / "gpus", "scoring")
+    if running > held:
+        raise TweetscoreError(
+            f"scoring workers: {running} run, and {held} of them have a share of a GPU; the others may use memory that "
+            "is meant for those; raise TWEETSCORE_GPU_SCORERS, or start fewer"
+        )
+    return f"scoring workers: {running}"
 
 
 def _stores(settings: Settings) -> str:

@@ -106,7 +106,14 @@ def demo() -> None:
 
 @app.command()
 def up(
-    scorers: Annotated[int, typer.Option(min=1, max=64, help="Number of scoring workers; use one per GPU.")] = 1,
+    scorers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Number of scoring workers, which share the GPUs. Default: TWEETSCORE_SCORERS, or 1.",
+        ),
+    ] = None,
 ) -> None:
     """Run the server, a training worker and scoring workers, until Ctrl-C.
 
@@ -117,10 +124,12 @@ def up(
     from worker.settings import load_settings
 
     settings = load_settings()
+    if scorers is not None:
+        settings = settings.model_copy(update={"scorers": scorers})
     open_sql(settings).close()
     signals: list[int] = []  # not an Event: a signal handler that interrupts its wait cannot set it
     started: list[Supervisor] = []
-    roles = ["train", *["score"] * scorers]
+    roles = ["train", *["score"] * (settings.scorers or 1)]
 
     def stop(number: int, _: object) -> None:
         signals.append(number)

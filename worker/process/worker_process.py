@@ -11,13 +11,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from math import ceil
 
 from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.errors import SchemaMismatch, TweetscoreError
-from training.model.devices import answers, claim_device, pick_device
+from training.model.devices import answers, bound_memory, claim_device, gpus, pick_device
 from worker.connections import open_guarded, open_stream, stream_url, training_context
 from worker.errors import StreamError
 from worker.exit_codes import DEVICE_LOST_EXIT, POLLER_DIED_EXIT, STALLED_EXIT
@@ -79,8 +80,17 @@ class WorkerProcess:
         )
 
     def claim(self) -> str:
-        """Claim a device until this process ends, so that no other worker of this kind uses the same GPU."""
-        return claim_device(self.settings.device, self.settings.run / "gpus", self.kind)
+        """Claim a device until this process ends, and limit its memory, so that workers of a kind share GPUs fairly."""
+        workers = self.workers_a_gpu()
+        device = claim_device(self.settings.device, self.settings.run / "gpus", self.kind, workers)
+        share = self.settings.gpu_memory_share or 1 / workers
+        if share < 1:
+            bound_memory(pick_device(device), share)
+        return device
+
+    def workers_a_gpu(self) -> int:
+        """How many workers of this kind may share a GPU."""
+        return 1
 
     def start(self) -> None:
         self._poller.start()
@@ -212,6 +222,11 @@ class WorkerProcess:
             self.run()
 
 
+def scorers_a_gpu(settings: Settings, found: int) -> int:
+    """How many scoring workers may share each of the GPUs that were found."""
+    return settings.gpu_scorers or ceil((settings.scorers or 1) / max(1, found))
+
+
 class ScoringWorker(WorkerProcess):
     kind = "scoring"
 
@@ -234,6 +249,9 @@ class ScoringWorker(WorkerProcess):
     def start(self) -> None:
         super().start()
         self.shadow.start()
+
+    def workers_a_gpu(self) -> int:
+        return scorers_a_gpu(self.settings, len(gpus(self.settings.device)))
 
     def work(self) -> int:
         try:

@@ -33,7 +33,7 @@ def test_a_home_that_cannot_be_made_is_refused_with_the_remedy() -> None:
         ("TWEETSCORE_TOKEN_BUDGET", "many", "TWEETSCORE_TOKEN_BUDGET is 'many'.*integer"),
         ("TWEETSCORE_TOKEN_BUDGET", "1", "TWEETSCORE_TOKEN_BUDGET is '1'.*greater than or equal to 64"),
         ("TWEETSCORE_DEVICE", "gpu", "TWEETSCORE_DEVICE is 'gpu'.*auto, cpu"),
-        ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide, fast"),
+        ("TWEETSCORE_PRESET", "slow", "TWEETSCORE_PRESET is 'slow'.*guide or fast"),
         ("TWEETSCORE_SERVER_SYNC", "no", "TWEETSCORE_SERVER_SYNC is 'no'.*everysec or always"),
         ("TWEETSCORE_MODEL_STORE", "floppy://models", "TWEETSCORE_MODEL_STORE is 'floppy://models'.*folder"),
     ],

@@ -3,8 +3,8 @@
 import threading
 
 from tests.conftest import PATIENCE_SECONDS, wait_until
-from worker.process.worker_process import WorkerProcess
-from worker.settings import Settings
+from worker.process.worker_process import WorkerProcess, scorers_a_gpu
+from worker.settings import Settings, load_settings
 
 
 class Counting(WorkerProcess):
@@ -54,3 +54,9 @@ def test_a_stopped_worker_is_closed_once_and_works_no_more(settings: Settings) -
     busy.go.set()
     wait_until(lambda: not thread.is_alive())
     assert (busy.run(), busy.calls, busy.closed) == (0, 1, 1)
+
+
+def test_the_scoring_workers_of_up_are_divided_among_the_gpus_unless_a_number_is_set() -> None:
+    assert [scorers_a_gpu(load_settings(scorers=8), gpus) for gpus in (0, 1, 2, 3, 16)] == [8, 8, 4, 3, 1]
+    assert scorers_a_gpu(load_settings(scorers=8, gpu_scorers=2), 1) == 2
+    assert scorers_a_gpu(load_settings(), 4) == 1
