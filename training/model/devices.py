@@ -127,6 +127,11 @@ def bound_memory(device: torch.device, share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
+def memory_share(device: torch.device) -> float:
+    """Return the share of a GPU's memory that this process may use, and 1 for other devices."""
+    return float(torch.cuda.get_per_process_memory_fraction(device)) if device.type == "cuda" else 1.0
+
+
 def answers(device: torch.device) -> bool:
     """Return whether a device still computes. After some faults of a GPU nothing in the process can use it again."""
     try:
@@ -141,7 +146,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        return within_share(free, total, reserved, allocated, torch.cuda.get_per_process_memory_fraction(device))
+        return within_share(free, total, reserved, allocated, memory_share(device))
     return free_memory()
 
 

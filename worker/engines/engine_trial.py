@@ -26,6 +26,7 @@ import torch
 from structlog.contextvars import bound_contextvars
 
 from training.model.artifact import WEIGHTS, Artifact, load_artifact
+from training.model.devices import bound_memory
 from worker.engines.engine_choice import CHOICE, Choice, read_choice
 from worker.engines.engine_selection import first_line, load_saved_engine, save_choice, select_engine, trial_memory
 from worker.engines.engines import Engine, EngineBuilder
@@ -58,6 +59,8 @@ class TrialRequest:
     wanted: str
     folders: list[str]
     threads: int = field(default_factory=torch.get_num_threads)
+    # A trial with more memory than the worker would choose a token budget that the worker cannot use.
+    memory_share: float = 1.0
 
 
 class EngineTrial:
@@ -250,6 +253,7 @@ def run_trial(request: TrialRequest) -> None:
     """Try all engines and save the choice. Raises `TrialFailed` when it cannot be saved, or any error of the trial."""
     torch.set_num_threads(request.threads)
     device = torch.device(request.device)
+    bound_memory(device, request.memory_share)
     artifact = load_artifact(Path(request.artifact), request.sha256)
     builder = EngineBuilder(artifact.model, device)
     _, choice = select_engine(builder, artifact, device, request.wanted)

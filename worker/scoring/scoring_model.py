@@ -27,7 +27,7 @@ from training.model.base_model import STARTER_FOLDER
 from training.model.batching import Logits
 from training.model.cascade import CascadePart, is_cascade, load_cascade
 from training.model.classifier import Classifier
-from training.model.devices import free_bytes, pick_device
+from training.model.devices import free_bytes, memory_share, pick_device
 from training.store.store import Store
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, UnknownShare, load_tokenizer
@@ -188,7 +188,10 @@ def _load(version_id: int, url: str, sha256: str, serving: Serving) -> ScoringMo
         log.info("model %d: %s %s", version_id, choice.engine, choice.reason)
     model = ScoringModel(version_id, artifact, engine, choice, serving.token_budget)
     if not final:
-        request = TrialRequest(str(folder), sha256, str(device), serving.engine, list(map(str, folders)))
+        request = TrialRequest(
+            str(folder), sha256, str(device), serving.engine, list(map(str, folders)),
+            memory_share=memory_share(device),
+        )  # fmt: skip
         model.start_trial = partial(
             EngineTrial, version_id, artifact, request, hold, serving.free_bytes, serving.engines_folder
         )
