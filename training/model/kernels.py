@@ -71,7 +71,8 @@ def masked_always(*arguments: Any, allow_is_bidirectional_skip: bool = False, **
 
     Transformers leaves out a mask that hides nothing. To find out, the host waits for the GPU once per forward pass.
     """
-    return sdpa_mask(*arguments, allow_is_bidirectional_skip=False, **options)
+    mask: Tensor | None = sdpa_mask(*arguments, allow_is_bidirectional_skip=False, **options)
+    return mask
 
 
 AttentionInterface.register(PLAIN, plain_attention)
