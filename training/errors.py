@@ -39,6 +39,10 @@ class NoTrialFinished(TweetscoreError):
     """Raised when tuning ends before its first trial does."""
 
 
+class OutOfMemory(TweetscoreError):
+    """Raised when a single row, or a batch that cannot be divided, does not fit into the memory of its device."""
+
+
 class StoreUnavailable(TweetscoreError):
     """Raised when a remote store does not answer or refuses access. The job is retried later."""
 

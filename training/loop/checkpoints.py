@@ -42,6 +42,7 @@ class Progress:
 
     `epoch` is the epoch in progress, from 1, and `batch` the number of its finished optimizer steps; `step` counts
     steps over all epochs. `loss_sum` is the sum of the epoch's losses over rows. `best` names the best weights.
+    `tokens_at_once` is what the memory had room for after it was full, see `TokenBudget`.
     """
 
     epoch: int = 1
@@ -52,6 +53,7 @@ class Progress:
     best: str | None = None
     best_f1_macro: float = -1.0
     history: list[dict[str, float]] = field(default_factory=list)
+    tokens_at_once: int | None = None
 
 
 @dataclass

@@ -3,7 +3,9 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,23 @@ from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch
 from training.evaluation.metrics import epoch_quality
 from training.loop.checkpoints import Checkpoints, Progress, RunState
+from training.loop.memory import TokenBudget, tokens_at_once
+from training.loop.overlap import StepLosses, ahead, pinned
 from training.loop.predict import loss_function, predict
 from training.loop.soft_targets import SoftTargets
-from training.model.batching import cut, pad, shuffled_batches
+from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, half_precision
 from training.model.kernels import training_kernels
 from training.reporting.tensorboard import TensorBoardWriter
-
-# Tokens of one forward and backward pass, padding included. With fewer, a CPU spends its time on casting the weights to
-# bfloat16 for every pass; with more, it is not faster, and a GPU is full.
-TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
 class Hooks:
     """Callbacks of a run: when it starts or resumes, after every step, and after every epoch.
 
-    `on_step` gets (step, total steps, loss, samples per second) and may raise to stop the run. It is also called before
-    the first step and between the batches of a validation, with None for the last two.
+    `on_step` gets (step, total steps, loss, samples per second) and may raise to stop the run. On a GPU the loss is
+    that of the step before. It is also called before the first step and between the batches of a validation, with None
+    for the last two.
     """
 
     on_resume: Callable[[Progress], None] = lambda progress: None
@@ -110,6 +111,16 @@ def fit(
     return [Epoch(**figures) for figures in progress.history]  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are computed at once: ids (B, T) and mask (B, T), and the numbers of the rows, also as (B,)."""
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    index: torch.Tensor
+
+
 class _Run:
     """State and steps of one run of `fit`."""
 
@@ -124,7 +135,7 @@ class _Run:
         self.inputs, self.config, self.device = inputs, inputs.config, device
         self.checkpoints, self.hooks = checkpoints, hooks
         self.lengths = [len(row) for row in inputs.train_rows]
-        self.targets = torch.from_numpy(inputs.train.targets)
+        self.targets = torch.from_numpy(inputs.train.targets).to(device)
         steps_per_epoch = inputs.steps_per_epoch
         self.total_steps = steps_per_epoch * self.config.epochs
         self.model = model
@@ -135,7 +146,16 @@ class _Run:
         self.progress = self.state.progress
         hooks.on_resume(self.progress)
         weights = inputs.train.weights
-        self.weights = None if weights is None else torch.from_numpy(weights)
+        self.weights = None if weights is None else torch.from_numpy(weights).to(device)
+        self.soft = None if inputs.soft is None else inputs.soft.to(device)
+        self.losses = StepLosses(device)
+        self.budget = TokenBudget(
+            device,
+            self.lengths,
+            tokens_at_once(device),
+            divisible=self.config.head != "guide",  # BatchNorm would see batches smaller than `train_batch_size`
+            lowered_to=self.progress.tokens_at_once,
+        )
         reduction = "mean" if weights is None and inputs.soft is None else "none"
         self.loss_of = loss_function(self.config, inputs.train.targets, reduction).to(device)
         # The weights stay float32; bfloat16 is used for computation where the hardware supports it.
@@ -147,6 +167,7 @@ class _Run:
         try:
             self.hooks.on_step(self.progress.step, self.total_steps, loss, samples_per_second)
         except StopRequested:
+            self.losses.read()
             self.checkpoints.save(self.state)
             raise
 
@@ -154,45 +175,63 @@ class _Run:
         """Run the steps of the epoch that are not done yet. `started` is its start by `time.monotonic`."""
         progress, trained = self.progress, 0
         self.model.train()
-        for batches in _steps(self.lengths, self.config, progress.epoch)[progress.batch :]:
-            rows = sum(map(len, batches))
-            value = self._backward(batches, rows)
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            progress.learning_rate = self.state.optimizer.param_groups[0]["lr"]
-            self.state.optimizer.step()
-            self.state.optimizer.zero_grad(set_to_none=True)
-            self.state.scheduler.step()
-            progress.loss_sum += value * rows
-            progress.batch += 1
-            progress.step += 1
-            trained += rows
-            board.step(progress.step, value, progress.learning_rate)
-            failpoint.passing("stepped")
-            self.report_step(value, trained / (time.monotonic() - started))
+        steps = _steps(self.lengths, self.config, progress.epoch)[progress.batch :]
+        with closing(ahead(steps, self._prepare, self.device)) as prepared:
+            for batches, pieces in zip(steps, prepared, strict=True):
+                rows = sum(map(len, batches))
+                losses = self._backward(batches, pieces, rows)
+                update(self.state, self.config)
+                trained += rows
+                note = partial(self._note, board, progress.step, rows, progress.learning_rate)
+                value = self.losses.add(losses, note)
+                failpoint.passing("stepped")
+                self.report_step(value, trained / (time.monotonic() - started))
+        self.losses.read()
 
-    def _backward(self, batches: list[list[int]], rows_of_step: int) -> float:
-        """Compute the gradient of one step. Returns its loss, the mean over the step's rows."""
-        value = 0.0
-        for index in (piece for batch in batches for piece in _pieces(batch, self.lengths, self.config, self.device)):
-            ids, mask = pad([self.inputs.train_rows[i] for i in index], self.inputs.pad_id)
-            with self.autocast:
-                logits = self.model(ids.to(self.device), mask.to(self.device))
-            # A row counts the same in small and in large batches.
-            loss = self._loss(logits.float(), index) * (len(index) / rows_of_step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            value += loss.item()
-        return value
+    def _prepare(self, batches: list[list[int]]) -> list[Piece]:
+        return [self._piece(rows) for rows in self.budget.cut(batches)]
 
-    def _loss(self, logits: torch.Tensor, index: list[int]) -> torch.Tensor:
-        """Return the mean loss of the rows in `index`, each multiplied by its weight. `logits` (B, K)."""
-        loss: torch.Tensor = self.loss_of(logits, self.targets[index].to(self.device))
-        if self.inputs.soft is not None:
-            loss = self.inputs.soft.mix(loss, logits, index, self.loss_of)
+    def _piece(self, rows: list[int]) -> Piece:
+        ids, mask = pad([self.inputs.train_rows[i] for i in rows], self.inputs.pad_id)
+        index = torch.tensor(rows)
+        return Piece(rows, *(pinned(tensor, self.device) for tensor in (ids, mask, index)))
+
+    def _backward(self, batches: list[list[int]], prepared: list[Piece], rows_of_step: int) -> list[torch.Tensor]:
+        """Compute the gradient of one step. Returns the parts of its loss, the mean over the step's rows."""
+
+        def compute(cut: list[list[int]]) -> list[torch.Tensor]:
+            self.state.optimizer.zero_grad(set_to_none=True)  # that of a pass that was out of memory
+            # The budget may have been lowered since the pieces were prepared.
+            pieces = prepared if [piece.rows for piece in prepared] == cut else map(self._piece, cut)
+            return [self._backward_piece(piece, rows_of_step) for piece in pieces]
+
+        losses = self.budget.run(batches, compute)
+        self.progress.tokens_at_once = self.budget.lowered_to
+        return losses
+
+    def _backward_piece(self, piece: Piece, rows_of_step: int) -> torch.Tensor:
+        """Add the gradient of a piece. Returns its part of the step's loss."""
+        ids, mask, index = (part.to(self.device, non_blocking=True) for part in (piece.ids, piece.mask, piece.index))
+        with self.autocast:
+            logits = self.model(ids, mask)
+        # A row counts the same in small and in large batches.
+        loss = self._loss(logits.float(), index) * (len(index) / rows_of_step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of the rows `index` (B,), each multiplied by its weight. `logits` (B, K)."""
+        loss: torch.Tensor = self.loss_of(logits, self.targets[index])
+        if self.soft is not None:
+            loss = self.soft.mix(loss, logits, index, self.loss_of)
         if self.weights is not None:
-            of_row = loss.reshape(len(index), -1).mean(1)
-            loss = of_row * self.weights[index].to(self.device)
+            loss = loss.reshape(len(index), -1).mean(1) * self.weights[index]
         return loss.mean()
+
+    def _note(self, board: TensorBoardWriter, step: int, rows: int, learning_rate: float, loss: float) -> None:
+        """Count the loss of a step when it is read."""
+        self.progress.loss_sum += loss * rows
+        board.step(step, loss, learning_rate)
 
     def validate(self, started: float) -> tuple[Epoch, Floats]:
         """Return the epoch's figures and the probabilities (N, K) of the validation rows."""
@@ -249,6 +288,19 @@ class _Run:
                 value.lerp_(self.start[name], self.inputs.start_share)
 
 
+def update(state: RunState, config: TrainConfig | AdaptConfig) -> None:
+    """Make an optimizer step with the gradient."""
+    progress, optimizer = state.progress, state.optimizer
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+    progress.learning_rate = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.scheduler.step()
+    progress.batch += 1
+    progress.step += 1
+
+
 def count_steps(lengths: list[int], config: TrainConfig) -> int:
     """Return the optimizer steps of a run over training rows of these lengths, unless it stops early."""
     return len(_steps(lengths, config, epoch=0)) * config.epochs
@@ -259,13 +311,6 @@ def _steps(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[lis
     batches = shuffled_batches(lengths, config.train_batch_size, config.seed + epoch)
     per_step = config.gradient_accumulation_steps
     return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
-
-
-def _pieces(batch: list[int], lengths: list[int], config: TrainConfig, device: torch.device) -> list[list[int]]:
-    """Cut a batch of long texts into pieces. The gradient is the same and needs less memory."""
-    if config.head == "guide":
-        return [batch]  # BatchNorm would see batches smaller than `train_batch_size`
-    return cut(batch, lengths, TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"]))
 
 
 def as_good(f1_macro: float, best: float, rows: int) -> bool:

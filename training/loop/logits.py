@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from training.evaluation.decisions import Floats
-from training.loop.fit import TOKENS_AT_ONCE
+from training.loop.memory import TokenBudget, tokens_at_once
+from training.loop.overlap import pinned
 from training.model.batching import pad, plan_batches
 from training.model.classifier import Classifier, half_precision
 
@@ -32,13 +33,23 @@ def logits_of(
     for layer in model.modules():
         if dropout and isinstance(layer, nn.Dropout):
             layer.train()
-    budget = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, precision))
+    lengths = [len(row) for row in rows]
+    budget = TokenBudget(device, lengths)
+
+    def forward(pieces: list[list[int]]) -> list[Floats]:
+        """Return the logits (K,) of each row."""
+        logits: list[Floats] = []
+        for piece in pieces:
+            padded = pad([rows[i] for i in piece], pad_id)
+            ids, mask = (pinned(tensor, device).to(device, non_blocking=True) for tensor in padded)
+            with autocast:
+                logits += list(model(ids, mask).float().cpu().numpy())
+        return logits
+
     found: dict[int, Floats] = {}
-    for index in plan_batches([len(row) for row in rows], token_budget=budget):
-        ids, mask = pad([rows[i] for i in index], pad_id)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, precision)):
-            logits = model(ids.to(device), mask.to(device))
-        found |= dict(zip(index, logits.float().cpu().numpy(), strict=True))
+    for index in plan_batches(lengths, token_budget=tokens_at_once(device)):
+        found |= dict(zip(index, budget.run([index], forward), strict=True))
         between_batches()
     model.eval()
     return np.stack([found[i] for i in range(len(rows))])

@@ -3,27 +3,32 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from training import failpoint
 from training.config import AdaptConfig
 from training.errors import StopRequested
 from training.loop.checkpoints import Checkpoints, Progress, RunState
-from training.loop.fit import TOKENS_AT_ONCE, build_optimizer, build_scheduler
-from training.model.batching import Ids, cut, pad_arrays, plan_batches, shuffled_batches
+from training.loop.fit import build_optimizer, build_scheduler, update
+from training.loop.memory import TokenBudget, tokens_at_once
+from training.loop.overlap import StepLosses, ahead, pinned
+from training.model.batching import Ids, pad_arrays, plan_batches, shuffled_batches
 from training.model.classifier import half_precision
 from training.model.kernels import training_kernels
 from training.model.language_model import LanguageModel
 from training.model.masking import Masking
 
 TokenIds = NDArray[np.int32]
+# Row -> token ids of which some are hidden, and the tokens to predict, `NO_TARGET` for the others.
+Masked = dict[int, tuple[Ids, Ids]]
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +87,27 @@ def masked_fit(
     return Losses(progress.history[0]["loss"], progress.history[-1]["loss"])
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are computed at once: ids (B, T), mask (B, T), the positions (M,) of the hidden tokens among the B * T,
+    and the tokens (M,) to predict there."""
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    wanted: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch: its rows, the number of hidden tokens in them, and the pieces that the batch is cut into."""
+
+    masked: Masked
+    hidden: int
+    pieces: list[Piece]
+
+
 class _Run:
     """State and steps of one run of `masked_fit`."""
 
@@ -108,6 +134,9 @@ class _Run:
         self.total_steps = self.progress.step + max(0, left)
         half = half_precision(device, self.config.precision)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        self.losses = StepLosses(device)
+        lowered = self.progress.tokens_at_once
+        self.budget = TokenBudget(device, self.lengths, tokens_at_once(device), lowered_to=lowered)
         self.saved_at = time.monotonic()
 
     def _batches(self, epoch: int) -> list[list[int]]:
@@ -125,22 +154,18 @@ class _Run:
         """Run the steps of the epoch that are not done yet."""
         progress, trained, started = self.progress, 0, time.monotonic()
         self.model.train()
-        for batch in self._batches(progress.epoch)[progress.batch :]:
-            value = self._backward(batch)
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            progress.learning_rate = self.state.optimizer.param_groups[0]["lr"]
-            self.state.optimizer.step()
-            self.state.optimizer.zero_grad(set_to_none=True)
-            self.state.scheduler.step()
-            progress.loss_sum += value * len(batch)
-            progress.batch += 1
-            progress.step += 1
-            trained += len(batch)
-            failpoint.passing("stepped")
-            self.report_step(value, trained / (time.monotonic() - started))
-            if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-                self._save()
+        batches = self._batches(progress.epoch)[progress.batch :]
+        with closing(ahead(batches, self._prepare, self.device)) as prepared:
+            for batch, ready in zip(batches, prepared, strict=True):
+                losses = self._backward(batch, ready)
+                update(self.state, self.config)
+                trained += len(batch)
+                value = self.losses.add(losses, partial(self._note, len(batch)))
+                failpoint.passing("stepped")
+                self.report_step(value, trained / (time.monotonic() - started))
+                if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                    self._save()
+        self.losses.read()
 
     def end_epoch(self) -> None:
         """Measure the held-out loss and save a checkpoint from which the next epoch begins."""
@@ -158,34 +183,65 @@ class _Run:
         failpoint.passing("checkpointed")
 
     def _save(self) -> None:
+        self.losses.read()
         self.checkpoints.save(self.state)
         self.saved_at = time.monotonic()
 
-    def _backward(self, batch: list[int]) -> float:
-        """Compute the gradient of one step. Returns its loss, the mean over the hidden tokens of the batch."""
-        masked = {
-            row: self._masked(self.inputs.train[row], self.config.seed, self.progress.epoch, row) for row in batch
-        }
-        hidden = max(1, sum(int((targets != NO_TARGET).sum()) for _, targets in masked.values()))
-        value = 0.0
-        for index in cut(batch, self.lengths, TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])):
-            loss = self._loss([masked[row] for row in index]) / hidden
-            loss.backward()  # type: ignore[no-untyped-call]
-            value += loss.item()
-        return value
+    def _prepare(self, batch: list[int]) -> Prepared:
+        epoch = self.progress.epoch
+        masked = {row: self._masked(self.inputs.train[row], self.config.seed, epoch, row) for row in batch}
+        return Prepared(masked, _hidden(masked), [self._piece(rows, masked) for rows in self.budget.cut([batch])])
+
+    def _piece(self, rows: list[int], masked: Masked) -> Piece:
+        ids, mask = pad_arrays([masked[row][0] for row in rows], self.inputs.pad_id)
+        targets, _ = pad_arrays([masked[row][1] for row in rows], NO_TARGET)
+        positions = np.flatnonzero(targets != NO_TARGET)
+        arrays = (ids, mask, positions, targets.ravel()[positions])
+        return Piece(rows, *(pinned(torch.from_numpy(array), self.device) for array in arrays))
+
+    def _backward(self, batch: list[int], prepared: Prepared) -> list[torch.Tensor]:
+        """Compute the gradient of one step. Returns the parts of its loss, the mean over the batch's hidden tokens."""
+
+        def compute(cut: list[list[int]]) -> list[torch.Tensor]:
+            self.state.optimizer.zero_grad(set_to_none=True)  # that of a pass that was out of memory
+            losses = []
+            for piece in self._pieces(prepared, cut):
+                loss = self._loss(piece) / max(1, prepared.hidden)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
+            return losses
+
+        losses = self.budget.run([batch], compute)
+        self.progress.tokens_at_once = self.budget.lowered_to
+        return losses
+
+    def _pieces(self, prepared: Prepared, cut: list[list[int]]) -> Iterable[Piece]:
+        """Return the pieces `cut`: those that are prepared, unless the budget has been lowered since."""
+        if [piece.rows for piece in prepared.pieces] == cut:
+            return prepared.pieces
+        return (self._piece(rows, prepared.masked) for rows in cut)
+
+    def _note(self, rows: int, loss: float) -> None:
+        """Count the loss of a step when it is read."""
+        self.progress.loss_sum += loss * rows
 
     @torch.inference_mode()
     def held_out_loss(self) -> float:
         """Return the mean loss of the hidden tokens of the held-out rows."""
         self.model.eval()
         rows = self.inputs.held_out
+        lengths = [len(row) for row in rows]
+        budget = TokenBudget(self.device, lengths)
         total, hidden = 0.0, 0
-        for index in plan_batches([len(row) for row in rows], batch_size=self.config.valid_batch_size):
-            masked = [self._masked(rows[row], HELD_OUT_SEED, row) for row in index]
-            total += float(self._loss(masked))
-            hidden += sum(int((targets != NO_TARGET).sum()) for _, targets in masked)
+        for index in plan_batches(lengths, batch_size=self.config.valid_batch_size):
+            masked = {row: self._masked(rows[row], HELD_OUT_SEED, row) for row in index}
+            total += budget.run([index], partial(self._total_loss, masked))
+            hidden += _hidden(masked)
             self.report_step()
         return total / max(1, hidden)
+
+    def _total_loss(self, masked: Masked, cut: list[list[int]]) -> float:
+        return sum(float(self._loss(self._piece(rows, masked))) for rows in cut)
 
     def _masked(self, row: TokenIds, *seed: int) -> tuple[Ids, Ids]:
         """Return token ids of which some are hidden, and the tokens to predict, `NO_TARGET` for the others."""
@@ -194,12 +250,15 @@ class _Run:
         targets[~chosen] = NO_TARGET
         return ids, targets
 
-    def _loss(self, masked: Sequence[tuple[Ids, Ids]]) -> torch.Tensor:
+    def _loss(self, piece: Piece) -> torch.Tensor:
         """Return the sum of the losses of the hidden tokens."""
-        ids, mask = pad_arrays([ids for ids, _ in masked], self.inputs.pad_id)
-        targets, _ = pad_arrays([targets for _, targets in masked], NO_TARGET)
-        to_predict = torch.from_numpy(targets).to(self.device)
-        chosen = to_predict != NO_TARGET  # (B, T)
+        parts = (piece.ids, piece.mask, piece.positions, piece.wanted)
+        ids, mask, positions, wanted = (part.to(self.device, non_blocking=True) for part in parts)
         with self.autocast:
-            logits = self.model(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device), chosen)
-        return cross_entropy(logits.float(), to_predict[chosen], reduction="sum")
+            logits = self.model(ids, mask, positions)
+        return cross_entropy(logits.float(), wanted, reduction="sum")
+
+
+def _hidden(masked: Masked) -> int:
+    """Return the number of hidden tokens."""
+    return sum(int((targets != NO_TARGET).sum()) for _, targets in masked.values())

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.evaluation.decisions import Floats, to_probabilities
+from training.loop.memory import TokenBudget
+from training.loop.overlap import pinned
 from training.model.batching import pad, plan_batches
 from training.model.classifier import Classifier
 
@@ -66,13 +68,13 @@ class OrdinalLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits (B, K) and targets (B, K)."""
-        loss: Tensor = self.cross_entropy(logits, targets @ soft_levels(targets.shape[1]).to(targets))
+        loss: Tensor = self.cross_entropy(logits, targets @ soft_levels(targets.shape[1], targets.device))
         return loss
 
 
-def soft_levels(levels: int) -> Tensor:
+def soft_levels(levels: int, device: torch.device | None = None) -> Tensor:
     """Return the soft labels (K, K) of each level; every row sums to 1."""
-    steps = torch.arange(levels, dtype=torch.float32)
+    steps = torch.arange(levels, dtype=torch.float32, device=device)
     return (-SHARPNESS * (steps[:, None] - steps) ** 2).softmax(dim=1)
 
 
@@ -89,17 +91,30 @@ def predict(
 ) -> Predictions:
     """Return the predictions of rows of token ids, in their order.
 
-    Rows of similar length share a batch, which keeps padding low. `between_batches` may raise to stop.
+    Rows of similar length share a batch, which keeps padding low. `between_batches` may raise to stop. Batches that do
+    not fit into the memory are computed in pieces.
     """
+
+    def forward(pieces: list[list[int]]) -> Tensor:
+        return torch.cat([_logits(model, [rows[i] for i in piece], pad_id, device) for piece in pieces])
+
     model.eval()
+    lengths = [len(row) for row in rows]
+    budget = TokenBudget(device, lengths)
     loss_of = loss_function(config)
     all_logits = torch.zeros(targets.shape)
     loss = 0.0
-    for index in plan_batches([len(row) for row in rows], batch_size=batch_size):
-        ids, mask = pad([rows[i] for i in index], pad_id)
-        logits = model(ids.to(device), mask.to(device)).float()
-        loss += float(loss_of(logits, torch.from_numpy(targets[index]).to(device))) * len(index)
-        all_logits[index] = logits.cpu()
+    for index in plan_batches(lengths, batch_size=batch_size):
+        logits = budget.run([index], forward)
+        loss += float(loss_of(logits, torch.from_numpy(targets[index]))) * len(index)
+        all_logits[index] = logits
         between_batches()
     probabilities = to_probabilities(all_logits, config.task).numpy()
     return Predictions(all_logits.numpy(), probabilities, loss / len(rows))
+
+
+def _logits(model: Classifier, rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:
+    """Return logits (B, K) float32 on the CPU."""
+    ids, mask = (pinned(tensor, device).to(device, non_blocking=True) for tensor in pad(rows, pad_id))
+    logits: Tensor = model(ids, mask).float().cpu()
+    return logits

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.evaluation.decisions import Floats
-
 
 @dataclass(frozen=True)
 class SoftTargets:
@@ -16,19 +14,21 @@ class SoftTargets:
     `shares` (N,), 0 to 1, are the parts that they have in the losses of the rows; a row's own target has the rest.
     """
 
-    probabilities: Floats
-    shares: Floats
+    probabilities: Tensor
+    shares: Tensor
     temperature: float
 
-    def mix(self, own: Tensor, logits: Tensor, index: list[int], loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return (1 - share) * own + share * T^2 * loss_of(logits / T, probabilities) for each row in `index`: (B,).
+    def to(self, device: torch.device) -> "SoftTargets":
+        return SoftTargets(self.probabilities.to(device), self.shares.to(device), self.temperature)
+
+    def mix(self, own: Tensor, logits: Tensor, index: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return (1 - share) * own + share * T^2 * loss_of(logits / T, probabilities) for the rows `index` (B,): (B,).
 
         `own` (B,) or (B, K) is the loss of the rows' own targets, `logits` (B, K), and `loss_of` returns a loss like
         `own`. The gradient of the second loss shrinks with T^2; the factor makes up for it.
         """
-        probabilities = torch.from_numpy(self.probabilities[index]).to(logits.device)
-        shares = torch.from_numpy(self.shares[index]).to(logits.device)
-        soft = loss_of(logits / self.temperature, probabilities) * self.temperature**2
+        soft = loss_of(logits / self.temperature, self.probabilities[index]) * self.temperature**2
+        shares = self.shares[index]
         return (1 - shares) * _of_row(own) + shares * _of_row(soft)
 
 

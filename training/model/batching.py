@@ -86,9 +86,9 @@ def padded_batches(rows: Sequence[Sequence[int]], token_budget: int, pad_id: int
 
 def cut(batch: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Split a batch into the fewest pieces of about equal size that have at most `token_budget` tokens, padding
-    included. A piece has at least two rows, even if it then exceeds the budget."""
+    included. A row longer than the budget is a piece by itself."""
     tokens = len(batch) * max(lengths[row] for row in batch)
-    pieces = max(1, min(ceil(tokens / token_budget), len(batch) // 2))
+    pieces = min(ceil(tokens / token_budget), len(batch))
     return [piece.tolist() for piece in np.array_split(np.array(batch), pieces)]
 
 

@@ -1,4 +1,4 @@
-"""Choose a device, claim a GPU for a process, and measure free memory."""
+"""Choose a device, claim a GPU for a process, measure free memory, and recognise that there is too little."""
 
 import fcntl
 import logging
@@ -17,6 +17,10 @@ from training.errors import BadConfig
 log = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
+# Parts of the messages of torch, of C++ libraries and of cuBLAS.
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory", "alloc_failed",
+)  # fmt: skip
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -139,6 +143,11 @@ def answers(device: torch.device) -> bool:
         return float(torch.ones(2, device=device).sum()) == 2
     except RuntimeError:
         return False
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a device, or the machine, is out of memory. Libraries have no common error for it."""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 def free_bytes(device: torch.device) -> int:

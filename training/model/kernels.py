@@ -7,31 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from training.model.dropout import FastDropout, fast_dropout
 
 # Architectures whose plain attention is `plain_attention`; those of others have more inputs.
 WITH_PLAIN_ATTENTION = ("bert", "roberta", "distilbert")
 PLAIN = "tweetscore_plain"
+MASKED = "tweetscore_masked"
 
 
 @contextmanager
 def training_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Use plain attention and faster dropout until the block ends when `device` is a CPU.
+    """Use other kernels until the block ends.
 
-    With texts of a few dozen tokens, torch's fused attention takes longer there, mostly in its backward pass.
+    On a CPU: plain attention and faster dropout. With texts of a few dozen tokens, torch's fused attention takes longer
+    there, mostly in its backward pass. On a GPU: fused attention that always gets a mask, see `masked_always`.
     """
-    if device.type != "cpu":
-        yield
-        return
+    on_cpu = device.type == "cpu"
     network = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     implementation = getattr(network and network.config, "_attn_implementation", None)
-    dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
+    dropouts = [module for module in model.modules() if type(module) is nn.Dropout] if on_cpu else []
     try:
         if network is not None and implementation == "sdpa":
-            plain = network.config.model_type in WITH_PLAIN_ATTENTION
-            network.set_attn_implementation(PLAIN if plain else "eager")
+            if network.config.model_type in WITH_PLAIN_ATTENTION:
+                network.set_attn_implementation(PLAIN if on_cpu else MASKED)
+            elif on_cpu:
+                network.set_attn_implementation("eager")
         for module in dropouts:
             module.__class__ = FastDropout
         yield
@@ -63,5 +66,16 @@ def plain_attention(
     return (shares @ value).transpose(1, 2).contiguous(), shares
 
 
+def masked_always(*arguments: Any, allow_is_bidirectional_skip: bool = False, **options: Any) -> Tensor | None:
+    """Return transformers' mask of fused attention, also for a batch without padding.
+
+    Transformers leaves out a mask that hides nothing. To find out, the host waits for the GPU once per forward pass.
+    """
+    mask: Tensor | None = sdpa_mask(*arguments, allow_is_bidirectional_skip=False, **options)
+    return mask
+
+
 AttentionInterface.register(PLAIN, plain_attention)
 AttentionMaskInterface.register(PLAIN, eager_mask)
+AttentionInterface.register(MASKED, sdpa_attention_forward)
+AttentionMaskInterface.register(MASKED, masked_always)

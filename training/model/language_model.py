@@ -38,15 +38,16 @@ class LanguageModel(nn.Module):
         """The module whose state dict is saved in a checkpoint."""
         return self.get_submodule("hugging_face")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor) -> Tensor:
-        """Return the logits (M, V) float of the M `chosen` tokens, row by row. All arguments are (B, T).
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits (M, V) float of the tokens at `positions` (M,) of the B * T. The others are (B, T).
 
         Only these go through the head: it has one output per token of the vocabulary, and would cost a quarter of the
         time for the others.
         """
 
         def keep_chosen(_module: nn.Module, _arguments: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[chosen].unsqueeze(0)  # (1, M, H)
+            # Not by a mask (B, T): the host would wait for the GPU to count its tokens.
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[positions].unsqueeze(0)  # (1, M, H)
             return output
 
         encoder: Any = self.network.base_model

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from training import failpoint
+from training.model.devices import is_out_of_memory
 from worker.errors import DeviceFull
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 
 
 @contextmanager
@@ -18,7 +17,7 @@ def device_full(engine: str, release: Callable[[], object] = lambda: None) -> It
         failpoint.passing("device")
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

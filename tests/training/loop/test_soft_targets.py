@@ -23,7 +23,7 @@ def make(tiny_encoder: Path, labelled_csv: Path) -> Callable[..., Bench]:
 
 
 def soft_of(probabilities: list[list[float]], shares: list[float], temperature: float) -> SoftTargets:
-    return SoftTargets(np.array(probabilities, np.float32), np.array(shares, np.float32), temperature)
+    return SoftTargets(torch.tensor(probabilities), torch.tensor(shares), temperature)
 
 
 def test_the_loss_of_a_row_is_that_of_its_label_and_of_its_teacher_by_their_shares() -> None:
@@ -44,7 +44,7 @@ def test_the_loss_of_a_row_is_that_of_its_label_and_of_its_teacher_by_their_shar
     targets = soft_of(teacher[order].tolist(), shares[order].tolist(), temperature)
     given, loss_of = torch.tensor(logits, dtype=torch.float32), torch.nn.CrossEntropyLoss(reduction="none")
     own = loss_of(given, torch.tensor(labels, dtype=torch.float32))
-    assert targets.mix(own, given, index, loss_of).numpy() == pytest.approx(expected, rel=1e-5)
+    assert targets.mix(own, given, torch.tensor(index), loss_of).numpy() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_higher_temperature_does_not_weaken_the_gradient() -> None:
@@ -55,7 +55,7 @@ def test_a_higher_temperature_does_not_weaken_the_gradient() -> None:
     for temperature in (1.0, 5.0, 20.0):
         probabilities = (teacher / temperature).softmax(dim=1).tolist()
         given = student.clone().requires_grad_()
-        loss = soft_of(probabilities, [1.0], temperature).mix(torch.zeros(1), given, [0], loss_of)
+        loss = soft_of(probabilities, [1.0], temperature).mix(torch.zeros(1), given, torch.tensor([0]), loss_of)
         loss.sum().backward()
         gradients.append(given.grad)
     for gradient in gradients:
@@ -67,8 +67,8 @@ def test_fit_learns_the_teachers_labels_where_a_row_has_no_own(make: Callable[..
     bench = make(epochs=3, learning_rate=5e-3, pooling="mean")
     valid = replace(bench.data.valid, targets=np.ascontiguousarray(bench.data.valid.targets[:, ::-1]))
     turned = np.ascontiguousarray(bench.data.train.targets[:, ::-1]) * 0.9 + 0.05
-    shares = np.ones(len(turned), np.float32)
-    inputs = replace(bench.inputs(valid), soft=SoftTargets(turned.astype(np.float32), shares, 2.0))
+    soft = SoftTargets(torch.tensor(turned, dtype=torch.float32), torch.ones(len(turned)), 2.0)
+    inputs = replace(bench.inputs(valid), soft=soft)
     model = bench.model()
     fit(
         model, inputs, device=CPU, board_folder=tmp_path / "board", checkpoints=Checkpoints(tmp_path / "checkpoints"),

@@ -28,7 +28,7 @@ from training.model.artifact import load_artifact, make_spec, save_artifact
 from training.model.base_model import BaseModelFolder
 from training.model.batching import pad, shuffled_batches
 from training.model.classifier import Classifier, build_model
-from training.model.kernels import PLAIN, training_kernels
+from training.model.kernels import MASKED, PLAIN, training_kernels
 
 # Dropout and BatchNorm, so that random state and buffers matter, and a learning rate at which every epoch differs.
 SENSITIVE = {"preset": "guide", "pooling": "mean", "learning_rate": 1e-2}
@@ -108,19 +108,19 @@ def test_dropout_within_the_encoder_is_the_base_models_unless_it_is_set(
     assert {p for name, p in found.items() if name not in head} == {expected}
 
 
-def test_training_on_a_cpu_uses_plain_attention_with_the_same_results_and_ends_with_the_former(
-    tiny_encoder: Path,
+@pytest.mark.parametrize(("device", "attention"), [("cpu", PLAIN), ("cuda", MASKED)])
+def test_training_uses_the_attention_for_its_device_with_the_same_results_and_ends_with_the_former(
+    tiny_encoder: Path, device: str, attention: str
 ) -> None:
     model = build_model(BaseModelFolder("tiny", tiny_encoder), 3, make_config("fast", pooling="native")).eval()
-    ids = torch.tensor([[2, 10, 11, 3, 0], [2, 12, 13, 14, 3]])
-    mask = (ids != 0).long()
-    before = model(ids, mask)
-    with training_kernels(model, torch.device("cpu")):
-        assert model.encoder_config._attn_implementation == PLAIN
-        torch.testing.assert_close(model(ids, mask), before, atol=1e-5, rtol=1e-4)
+    padded = torch.tensor([[2, 10, 11, 3, 0], [2, 12, 13, 14, 3]])
+    batches = [(ids, (ids != 0).long()) for ids in (padded, padded[:, :4])]
+    before = [model(*batch) for batch in batches]
+    with training_kernels(model, torch.device(device)):
+        assert model.encoder_config._attn_implementation == attention
+        for batch, logits in zip(batches, before, strict=True):
+            torch.testing.assert_close(model(*batch), logits, atol=1e-5, rtol=1e-4)
     assert model.encoder_config._attn_implementation == "sdpa"
-    with training_kernels(model, torch.device("cuda")):
-        assert model.encoder_config._attn_implementation == "sdpa"
 
 
 def test_a_max_length_beyond_the_encoder_is_refused(tiny_encoder: Path) -> None:

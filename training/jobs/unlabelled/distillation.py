@@ -48,7 +48,8 @@ def add_soft_labelled(setup: Setup) -> TrainingRows:
     inputs = with_rows(setup.inputs, tweets, setup.tokenise(tweets), targets, weights)
     shares = np.ones(len(texts), np.float32)
     shares[: len(train)] = config.teacher_share
-    soft = SoftTargets(probabilities(config.soft_temperature), shares, config.soft_temperature)
+    of_teacher = torch.from_numpy(probabilities(config.soft_temperature))
+    soft = SoftTargets(of_teacher, torch.from_numpy(shares), config.soft_temperature)
     hooks = one_stage(setup.hooks, setup.steps_for(len(texts)), 0)
     return TrainingRows(replace(inputs, soft=soft), setup.checkpoints, hooks, compare=teacher.compare)
 
