@@ -4,16 +4,15 @@ A random encoder tells texts apart by little more than rounding, so its head sta
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from tests.support.paths import ROOT
 from training.config import TrainConfig, make_config
-from training.data.dataset import Split, read_rows, split_rows
 from training.loop.predict import predict
 from training.model.artifact import make_reference, make_spec, save_artifact
 from training.model.base_model import STARTER_FOLDER, BaseModelFolder
@@ -21,6 +20,9 @@ from training.model.classifier import Classifier, build_model
 from training.model.last_layer import FirstPosition
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, load_tokenizer
+
+if TYPE_CHECKING:
+    from training.data.dataset import Split
 
 SAMPLE_LABELLED = ROOT / "training" / "sample" / "labelled.csv"
 # Real tweets if the file exists beside the project; else the sample's.
@@ -68,11 +70,13 @@ def operations(model: Classifier, tokens: int, texts: int) -> int:
 
 
 def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fit: bool) -> str:
+    from training.data.dataset import Split, read_rows, split_rows  # needs pandas, which the benchmark of GPUs does not
+
     tokenizer = load_tokenizer(STARTER_FOLDER)
     encode = TextEncoder(tokenizer)
     data = split_rows(read_rows(SAMPLE_LABELLED), config)
 
-    def rows(split: Split) -> list[list[int]]:
+    def rows(split: "Split") -> list[list[int]]:
         return encode([clean(text) for text in split.texts], config.max_length)
 
     model.eval()
@@ -87,6 +91,8 @@ def _save(folder: Path, model: Classifier, config: TrainConfig, name: str, *, fi
 
 def _fit_head(model: Classifier, rows: list[list[int]], targets: np.ndarray, config: TrainConfig, pad_id: int) -> None:
     """Logistic regression over what the untouched encoder says."""
+    from sklearn.linear_model import LogisticRegression
+
     head = model.classifier
     model.classifier = nn.Identity()
     pooled = predict(model, rows, np.zeros((len(rows), head.in_features), np.float32), config, 64, pad_id, CPU).logits

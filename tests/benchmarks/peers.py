@@ -27,6 +27,7 @@ from worker.stream.stream import Stream
 
 Classify = Callable[[Sequence[str]], None]
 
+CPU = torch.device("cpu")
 MAX_LENGTH = 200
 GUIDE_BATCH_SIZE = 8
 
@@ -45,13 +46,13 @@ class PipelineSettings:
         return f"{str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}{order}"
 
 
-def pipeline(folder: Path) -> Classify:
-    """The Hugging Face pipeline on the CPU, in float32 with batches of 32.
+def pipeline(folder: Path, settings: PipelineSettings | None = None, device: torch.device = CPU) -> Classify:
+    """The Hugging Face pipeline, by default on the CPU in float32 with batches of 32.
 
     `folder` is an artifact with a linear head on the pooler. Raises `ModelUnavailable` or OSError when it is none.
     """
-    settings = PipelineSettings()
-    return _classify(_pipeline(folder, settings.dtype), settings)
+    settings = settings or PipelineSettings()
+    return _classify(_pipeline(folder, settings.dtype, device), settings)
 
 
 def best_pipeline(folder: Path, few: Sequence[str], *, bf16: bool) -> tuple[PipelineSettings, Classify]:
@@ -59,7 +60,7 @@ def best_pipeline(folder: Path, few: Sequence[str], *, bf16: bool) -> tuple[Pipe
     the CPU has it, in batches of 32 or 64. Raises as `pipeline`."""
     best: tuple[float, PipelineSettings, Classify] | None = None
     for dtype in (torch.float32, torch.bfloat16) if bf16 else (torch.float32,):
-        loaded = _pipeline(folder, dtype)
+        loaded = _pipeline(folder, dtype, CPU)
         _classify(loaded, PipelineSettings(dtype))(few[:32])
         for batch_size in (32, 64):
             settings = PipelineSettings(dtype, batch_size, by_length=True)
@@ -73,9 +74,11 @@ def best_pipeline(folder: Path, few: Sequence[str], *, bf16: bool) -> tuple[Pipe
     return best[1], best[2]
 
 
-def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
-    tokenizer, cpu = load_tokenizer(folder), torch.device("cpu")
-    return transformers.pipeline("text-classification", model=str(folder), tokenizer=tokenizer, device=cpu, dtype=dtype)
+def _pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    tokenizer = load_tokenizer(folder)
+    return transformers.pipeline(
+        "text-classification", model=str(folder), tokenizer=tokenizer, device=device, dtype=dtype
+    )
 
 
 def _classify(loaded: Any, settings: PipelineSettings) -> Classify:
@@ -105,19 +108,20 @@ class GuideDataset(Dataset[dict[str, Tensor]]):
         return {name: torch.tensor(encoded[name], dtype=torch.long) for name in ("input_ids", "attention_mask")}
 
 
-def guide(folder: Path) -> Classify:
-    """The guide's test loop: batches of 8, every text padded to 200 tokens, float32 on the CPU, no gradients.
+def guide(folder: Path, device: torch.device = CPU) -> Classify:
+    """The guide's test loop: batches of 8, every text padded to 200 tokens, float32, no gradients.
 
     It runs the artifact's own model, and today's torch and transformers make its forward faster than the guide's were.
     Raises `BadArtifact` or `ModelUnavailable`.
     """
     artifact = load_artifact(folder)
+    model = artifact.model.to(device)
 
     def label_all(texts: Sequence[str]) -> None:
         outputs: list[list[float]] = []
         with torch.no_grad():
             for batch in DataLoader(GuideDataset(texts, artifact.tokenizer), batch_size=GUIDE_BATCH_SIZE):
-                logits = artifact.model(batch["input_ids"], batch["attention_mask"])  # (8, K)
+                logits = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))  # (8, K)
                 outputs.extend(torch.sigmoid(logits).cpu().numpy().tolist())
         np.array(outputs).argmax(axis=1)
 

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 import psutil
-import pytest
 import redis
 from sqlalchemy import func, select
 
@@ -146,8 +146,8 @@ class System:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            with pytest.MonkeyPatch.context() as patch:
-                self._set_environment(patch)
+            with mock.patch.dict(os.environ):
+                self._set_environment()
                 self._start(stack)
             self._make_ready()
             self._stack = stack.pop_all()
@@ -158,13 +158,12 @@ class System:
 
     # --- starting
 
-    def _set_environment(self, patch: pytest.MonkeyPatch) -> None:
+    def _set_environment(self) -> None:
         for name in [name for name in os.environ if name.startswith("TWEETSCORE_")] + ["REDIS_URL", "DATABASE_URL"]:
-            patch.delenv(name, raising=False)
+            os.environ.pop(name, None)
         store = str(self.artifact.absolute().parent)  # models are loaded from the store alone
         places = {"TWEETSCORE_HOME": str(self.home), "TWEETSCORE_MODEL_STORE": store}
-        for name, value in {**self.environment, **places}.items():
-            patch.setenv(name, value)
+        os.environ.update({**self.environment, **places})
 
     def _start(self, stack: ExitStack) -> None:
         settings = load_settings(**({"database_url": self.database_url} if self.database_url else {}))
@@ -181,10 +180,11 @@ class System:
         celery = make_app(settings)
         stack.callback(celery.close)
         self._nudge = lambda: nudge(celery, SCORING)
-        self.version_id = self._promote()
+        self.version_id = self.promote()
         self.workers = stack.enter_context(supervise(settings, ["score"] * self.scorers, log.warning))
 
-    def _promote(self) -> int:
+    def promote(self) -> int:
+        """Register the artifact as one more version, and make it the champion. Returns its id."""
         with self.database.begin() as session:
             version = ModelVersion(
                 base_model=self.artifact.name, artifact_url=self.artifact.absolute().as_uri(), sha256=self.sha256,
@@ -207,6 +207,14 @@ class System:
 
         self._wait(missing, "workers that have scored", DEPTH_POLL_SECONDS)
         self.drain()
+
+    def shrink(self, scorers: int) -> None:
+        """Stop workers until there are so few."""
+        self.drain()
+        leaving = Supervisor(self.workers.settings, self.workers.notify, self.workers.children[scorers:])
+        del self.workers.children[scorers:]
+        leaving.stop()
+        self.scorers = scorers
 
     # --- measuring
 

@@ -28,7 +28,6 @@ from transformers import (
 from tests.benchmarks.peers import GuideDataset
 from training.config import TrainConfig, make_config
 from training.data.dataset import Split
-from training.evaluation.metrics import metrics
 from training.loop.checkpoints import Checkpoints
 from training.loop.fit import FitInputs, Hooks, fit
 from training.model.base_model import BaseModelFolder
@@ -40,8 +39,10 @@ LABELS = ["negative", "neutral", "positive"]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def ours(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
-    """Samples a second of one epoch of `fit`, checkpoints on disk and TensorBoard in its place."""
+def ours(
+    folder: Path, texts: Sequence[str], config: TrainConfig, device: torch.device = CPU, *, board: bool = True
+) -> float:
+    """Samples a second of one epoch of `fit`, checkpoints on disk and, with `board`, TensorBoard in its place."""
     tokenizer = load_tokenizer(folder)
     rows = TextEncoder(tokenizer)(texts, config.max_length)
     model = build_model(BaseModelFolder("encoder", folder), len(LABELS), config)
@@ -55,8 +56,8 @@ def ours(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
 
     with tempfile.TemporaryDirectory() as scratch:
         fit(
-            model, FitInputs(split, few, rows, rows[:32], LABELS, config, tokenizer.pad_token_id), device=CPU,
-            checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board",
+            model, FitInputs(split, few, rows, rows[:32], LABELS, config, tokenizer.pad_token_id), device=device,
+            checkpoints=Checkpoints(Path(scratch) / "job"), board_folder=Path(scratch) / "board" if board else None,
             hooks=Hooks(on_step=on_step),
         )  # fmt: skip
     return len(texts) / (steps[-1] - steps[0])
@@ -76,12 +77,13 @@ class Clock(TrainerCallback):
 
 
 def hugging_face(
-    folder: Path, train: Split, test: Split | None, config: TrainConfig, labels: Sequence[str] = LABELS
-) -> tuple[float, Floats | None]:
-    """Samples a second of the Trainer, and its test logits (N, K).
+    folder: Path, train: Split, test: Split | None, config: TrainConfig, labels: Sequence[str] = LABELS,
+    **options: Any,
+) -> tuple[float, Floats | None]:  # fmt: skip
+    """Samples a second of the Trainer on the CPU, and its test logits (N, K).
 
     Its defaults stand, float32 among them, but for what both are given alike: batch size, epochs, learning rate with
-    its schedule, and the seed.
+    its schedule, and the seed; and for `options`, arguments of the Trainer.
     """
     tokenizer = load_tokenizer(folder)
     encode, clock = TextEncoder(tokenizer), Clock()
@@ -107,7 +109,7 @@ def hugging_face(
                 seed=config.seed,
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=True,
+                **{"use_cpu": True, **options},
             ),
             train_dataset=items(train),
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -116,6 +118,12 @@ def hugging_face(
         trainer.train()
         logits = trainer.predict(items(test)).predictions if test is not None else None
     return config.epochs * len(train) / (clock.ended - clock.began), logits
+
+
+def trainer(folder: Path, texts: Sequence[str], config: TrainConfig, **options: Any) -> float:
+    """Samples a second of the Trainer over texts with labels in turn."""
+    split = Split(list(texts), _targets(len(texts)), list(range(len(texts))))
+    return hugging_face(folder, split, None, config, **options)[0]
 
 
 def guide(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
@@ -137,6 +145,8 @@ def guide(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
 
 
 def macro_f1(targets: Floats, logits: Floats, labels: list[str]) -> float:
+    from training.evaluation.metrics import metrics  # needs scikit-learn, which a speed does not
+
     return metrics(targets, np.asarray(logits, np.float32), labels, "single_label")["f1_macro", ""]
 
 
@@ -155,10 +165,6 @@ def main() -> None:
     options = parser.parse_args()
     texts = options.texts.read_text(encoding="utf-8").splitlines()
     config = make_config("fast", epochs=1, train_batch_size=options.batch_size)
-
-    def trainer(folder: Path, texts: Sequence[str], config: TrainConfig) -> float:
-        split = Split(list(texts), _targets(len(texts)), list(range(len(texts))))
-        return hugging_face(folder, split, None, config)[0]
 
     ways: dict[str, Callable[[Path, Sequence[str], TrainConfig], float]] = {
         "ours": ours, "trainer": trainer, "guide": guide,

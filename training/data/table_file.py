@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from db.errors import plain, public_url
 from training.data.columns import has_surrogates
@@ -278,6 +276,9 @@ def _json_lines(table: TableFile, start: int, lines: Iterable[str]) -> Rows:
 
 
 def _parquet_rows(table: TableFile) -> Rows:
+    import pyarrow as pa  # loads slowly
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         file = pq.ParquetFile(table.binary)

@@ -19,7 +19,8 @@ from training import failpoint
 from training.data.dataset import Dataset, Split
 from training.errors import Cancelled, StopRequested
 from training.evaluation.decisions import Floats
-from training.evaluation.metrics import Figures, epoch_quality, metrics
+from training.evaluation.epoch_quality import epoch_quality
+from training.evaluation.metrics import Figures, metrics
 
 log = logging.getLogger(__name__)
 

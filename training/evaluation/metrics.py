@@ -7,10 +7,8 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     confusion_matrix,
-    d2_absolute_error_score,
     f1_score,
     precision_recall_fscore_support,
-    r2_score,
     roc_auc_score,
 )
 from torch import Tensor
@@ -48,21 +46,6 @@ def metrics(
     if task == "ordinal":
         figures |= _whole(figures_of(_ordinal_measure(targets, chosen, labels), len(targets)))
     return figures
-
-
-def epoch_quality(targets: Floats, probabilities: Floats, task: str) -> tuple[float, float]:
-    """Return accuracy and macro-F1 of the validation rows, 0 to 1; `targets` and `probabilities` (N, K).
-
-    For a continuous task R^2 and D^2, both at least 0. D^2 is the share of the absolute error around the median that a
-    model removes, so it is highest where the mean absolute error is lowest.
-    """
-    if task == "continuous":
-        if len(targets) < 2:
-            return 0.0, 0.0
-        scores = r2_score(targets, probabilities), d2_absolute_error_score(targets, probabilities)
-        return max(0.0, float(scores[0])), max(0.0, float(scores[1]))
-    truth, chosen = targets.astype(np.int64), choose(probabilities, task)
-    return float(accuracy_score(truth, chosen)), float(f1_score(truth, chosen, average="macro", zero_division=0))
 
 
 def model_figures(

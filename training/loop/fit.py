@@ -21,7 +21,7 @@ from training.data.numbers import TargetScale
 from training.errors import StopRequested
 from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch
-from training.evaluation.metrics import epoch_quality
+from training.evaluation.epoch_quality import epoch_quality
 from training.loop.checkpoints import Checkpoints, Progress, RunState
 from training.loop.memory import TokenBudget, tokens_at_once
 from training.loop.overlap import StepLosses, ahead, pinned

@@ -5,10 +5,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from training.config import TrainConfig
 from training.data.dataset import Split
@@ -17,7 +16,6 @@ from training.evaluation.decisions import Floats
 from training.evaluation.epoch import Epoch, quality_names
 from training.model.batching import pad
 from training.model.classifier import Classifier
-from training.reporting import plots
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +23,15 @@ log = logging.getLogger(__name__)
 class TensorBoardWriter:
     """The log folder of one run. A resumed run writes to the same folder; from `first_step` it replaces old steps.
 
-    Without a folder nothing is drawn or written.
+    Without a folder nothing is drawn or written, and the packages for it are not loaded.
     """
 
     def __init__(self, folder: Path | None, first_step: int = 0) -> None:
-        self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
     def __enter__(self) -> Self:
         return self
@@ -60,6 +62,8 @@ class TensorBoardWriter:
         """Write an epoch's figures, and plots of the predicted `probabilities` (N, K) of the validation rows."""
         if self._writer is None:
             return
+        from training.reporting import plots
+
         accuracy, f1_macro = quality_names(config.task)
         figures = {
             "epoch loss": epoch.train_loss,

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import cohen_kappa_score, mean_absolute_error, root_mean_squared_error
+from sklearn.metrics import (
+    accuracy_score,
+    cohen_kappa_score,
+    d2_absolute_error_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    root_mean_squared_error,
+)
 
 from training.config import make_config
 from training.data.dataset import Dataset, Split
@@ -19,7 +27,8 @@ from training.evaluation.baselines import baselines, majority
 from training.evaluation.bootstrap import resamples
 from training.evaluation.calibration import fit_temperature
 from training.evaluation.decisions import agreement, choose, confidence
-from training.evaluation.metrics import epoch_quality, metrics, model_figures
+from training.evaluation.epoch_quality import epoch_quality
+from training.evaluation.metrics import metrics, model_figures
 from training.evaluation.numeric import figures_of, intervals_of, ordinal_measure, value_measure
 from training.loop.predict import loss_function, soft_levels
 
@@ -184,6 +193,22 @@ def test_the_quality_of_an_epoch_is_highest_where_the_absolute_error_is_lowest()
     assert epoch_quality(targets, targets, "continuous") == (1.0, 1.0)
     assert epoch_quality(targets, targets + 100, "continuous") == (0.0, 0.0)
     assert epoch_quality(targets[:1], targets[:1], "continuous") == (0.0, 0.0)  # one row has no spread
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "continuous"])
+def test_the_quality_of_an_epoch_is_that_of_scikit_learn(task: str) -> None:
+    generator = np.random.default_rng(2)
+    probabilities = generator.random((50, 1 if task == "continuous" else 4)).astype(np.float32)
+    targets = probabilities + generator.normal(0, 0.2, probabilities.shape).astype(np.float32)
+    if task == "continuous":
+        expected = r2_score(targets, probabilities), d2_absolute_error_score(targets, probabilities)
+    else:
+        targets, probabilities = targets * [1, 1, 1, 0], probabilities * [1, 1, 1, 0]  # a label that no row has
+        targets = choose(targets, task).astype(np.float32)
+        chosen = choose(probabilities, task)
+        expected = accuracy_score(targets, chosen), f1_score(targets, chosen, average="macro", zero_division=0)
+    assert epoch_quality(targets, probabilities, task) == pytest.approx(expected, rel=1e-5)
+    assert 0 < min(expected) < 1
 
 
 def test_the_baselines_of_levels_are_the_commonest_level_and_logistic_regression() -> None:
