@@ -157,7 +157,7 @@ def up(
 @app.command()
 def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train or score.")]) -> None:
     """Run one Celery worker in this process."""
-    from worker.process.supervisor import limit_spin_waiting
+    from worker.process.supervisor import keep_compiled_code, limit_spin_waiting
     from worker.settings import load_settings
     from worker.stream import embedded_valkey
 
@@ -168,7 +168,8 @@ def worker(role: Annotated[str, typer.Argument(help="Role of the worker: train o
     home = settings.home
     if settings.embedded and embedded_valkey.failure_reason(home) is None and embedded_valkey.find(home) is None:
         raise ServerFailed(f"no server runs on {home}; start `tweetscore up`, or set REDIS_URL")
-    limit_spin_waiting()  # must come before the next line, which loads torch
+    keep_compiled_code(settings.engines / "compiled")
+    limit_spin_waiting()  # both must come before the next line, which loads torch
     from worker.app import SCORING, TRAINING
     from worker.app import app as celery
 

@@ -131,6 +131,14 @@ def limit_spin_waiting() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def keep_compiled_code(folder: Path) -> None:
+    """Let `torch.compile` keep its code in `folder`. Call this in a worker process before torch is loaded.
+
+    By default the code is in a folder of temporary files. Without it a worker compiles for a minute when it starts.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 @contextmanager
 def supervise(settings: Settings, roles: Sequence[str], notify: Callable[[str], None]) -> Iterator[Supervisor]:
     """Start a worker for each role, and stop them all at the end."""
