@@ -233,7 +233,7 @@ def _check_saved(engine: Engine, artifact: Artifact) -> None:
     if artifact.reference is None:
         return
     few = artifact.reference.rows[:FEW_ROWS]
-    found = _probabilities(_logits(engine, few, CHECK_BUDGET), artifact.spec)
+    found = _probabilities(run_rows(engine, few, CHECK_BUDGET), artifact.spec)
     expected = _probabilities(artifact.reference.logits[: len(few)], artifact.spec)
     if not np.abs(found - expected).mean() <= MAX_MEAN_DIFFERENCE:
         raise BadArtifact("its results differ from those it was verified with")
@@ -291,7 +291,7 @@ def _run_windows(
         rows = [reference.rows[i] for i in window]
         start = time.perf_counter()
         try:
-            found = _logits(engine, rows, budget)
+            found = run_rows(engine, rows, budget)
         except DeviceFull:
             if budget == min(budgets):
                 raise
@@ -319,11 +319,11 @@ def smallest_near_best(speeds: Mapping[int, float]) -> int:
 def _speed(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> float:
     """Rows a second."""
     began = time.perf_counter()
-    _logits(engine, rows, budget)
+    run_rows(engine, rows, budget)
     return len(rows) / (time.perf_counter() - began)
 
 
-def _logits(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> Logits:
+def run_rows(engine: Engine, rows: Sequence[Sequence[int]], budget: int) -> Logits:
     """Logits (N, K) in the rows' order."""
     batches = engine.batches(rows, budget)
     found = engine.run(batches)

@@ -258,8 +258,9 @@ class ScoringWorker(WorkerProcess):
             return self.pipeline.drain()
         except Exception:
             if not answers(self._device):
+                log.exception("scoring failed")
                 # The records it holds go to another worker, or to this one when it is started again.
-                end_at_once(DEVICE_LOST_EXIT, f"{self._device} no longer computes; the error is logged above")
+                end_at_once(DEVICE_LOST_EXIT, f"{self._device} no longer computes")
             raise
 
     def state(self) -> str:

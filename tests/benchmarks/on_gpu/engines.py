@@ -14,6 +14,7 @@ from training.model.batching import Batch, Logits
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, encode
 from worker.engines.engine_choice import Choice
+from worker.engines.engine_selection import run_rows
 from worker.engines.engines import Engine
 from worker.errors import DeviceFull
 from worker.scoring.scoring_model import ScoringModel
@@ -47,7 +48,7 @@ def agreement(bench: Bench, record: Record) -> None:
         expected = probabilities(measured, forward(measured.artifact.model, rows))
         for name in bench.engines:
             try:
-                found = probabilities(measured, logits(measured.engine(name, bench.device), rows, AGREEMENT_BUDGET))
+                found = probabilities(measured, run_rows(measured.engine(name, bench.device), rows, AGREEMENT_BUDGET))
                 _agreement(table, record, measured.name, name, expected, found)
             except Exception as error:
                 record.failed(f"{name}, {measured.name}", error)
@@ -172,7 +173,7 @@ def full_card(bench: Bench, record: Record) -> None:
     name = bench.fastest[0] if bench.speeds else bench.engines[0]
     measured, budget = bench.base, max(bench.size.budgets)
     rows = measured.rows
-    expected = probabilities(measured, logits(measured.engine(name, bench.device), rows, min(bench.size.budgets)))
+    expected = probabilities(measured, run_rows(measured.engine(name, bench.device), rows, min(bench.size.budgets)))
     engine: Any = measured.engine(name, bench.device)
     filling: list[torch.Tensor] = []
     if bench.device.type == "cuda":
@@ -211,15 +212,6 @@ class SmallCard:
 
 
 # --- helpers
-
-
-def logits(engine: Any, rows: Sequence[Sequence[int]], budget: int) -> Logits:
-    """Logits (N, K) in the rows' order."""
-    batches = engine.batches(rows, budget)
-    found = engine.run(batches)
-    order = [index for batch in batches for index in batch.rows]
-    made: Logits = np.concatenate(found)[np.argsort(order)]
-    return made
 
 
 def probabilities(measured: Measured, found: Logits) -> Logits:

@@ -23,9 +23,8 @@ from tests.support.artifacts import artifact_of, random_rows
 from training.config import make_config
 from training.errors import BadArtifact
 from training.model.artifact import Artifact, Reference, load_artifact
-from training.model.base_model import BaseModelFolder
 from training.model.batching import Batch, Logits, pad, pad_arrays
-from training.model.classifier import Classifier, build_model
+from training.model.classifier import Classifier
 from training.store.paths import file_sha256
 from training.store.sealed_folder import SUMS
 from worker.engine_names import FLOAT32_TORCH
@@ -45,15 +44,6 @@ from worker.errors import DeviceFull
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    model = build_model(
-        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
-    )
-    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
-    return artifact_of(model.eval(), tmp_path_factory.mktemp("engines") / "tiny")
 
 
 def digest(artifact: Artifact) -> str:

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import LABELS
-from tests.support.artifacts import artifact_of, random_rows
-from training.config import make_config
+from tests.support.artifacts import random_rows
+from tests.worker.engines.conftest import artifact_in
 from training.model.artifact import Artifact
-from training.model.base_model import BaseModelFolder
-from training.model.classifier import build_model
 from training.model.packing import ROW_TOKENS
 from worker.engines.engine_choice import Choice
 from worker.engines.engine_selection import GPU_BUDGETS, GPU_WINDOWS, select_engine
@@ -43,18 +40,6 @@ try:
 except RuntimeError as error:
     print("lost" if not answers(gpu) else "still there", type(error).__name__)
 """
-
-
-def artifact_in(folder: Path, encoder: Path, seed: int) -> Artifact:
-    config = make_config("fast", base_model=str(encoder), seed=seed)
-    model = build_model(BaseModelFolder("tiny", encoder), len(LABELS), config)
-    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
-    return artifact_of(model.eval(), folder)
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return artifact_in(tmp_path_factory.mktemp("gpu") / "tiny", tiny_encoder, 1)
 
 
 def model_on(artifact: Artifact, engine: Engine, budget: int = BUDGET) -> ScoringModel:

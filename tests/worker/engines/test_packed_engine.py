@@ -1,6 +1,5 @@
 """The engine of packed rows, on the CPU: the code is that of a GPU but for graphs."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +7,11 @@ import pytest
 import torch
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
-from tests.conftest import LABELS
-from tests.support.artifacts import artifact_of, random_rows
+from tests.support.artifacts import random_rows
 from tests.support.classifiers import SMALL
 from training.config import make_config
 from training.model.artifact import Artifact
-from training.model.base_model import BaseModelFolder
-from training.model.classifier import Classifier, build_model
+from training.model.classifier import Classifier
 from training.model.packing import ROW_TOKENS
 from worker.engine_names import CUDA_ENGINES, FLOAT32_TORCH
 from worker.engines import engine_selection
@@ -26,15 +23,6 @@ from worker.errors import DeviceFull
 from worker.scoring.scoring_model import ScoringModel
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    model = build_model(
-        BaseModelFolder("tiny", tiny_encoder), len(LABELS), make_config("fast", base_model=str(tiny_encoder))
-    )
-    torch.nn.init.normal_(model.network.classifier.weight, std=2.0)  # confident, as a trained model is
-    return artifact_of(model.eval(), tmp_path_factory.mktemp("packed") / "tiny")
 
 
 @pytest.fixture
