@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -250,7 +251,12 @@ def test_every_listing_is_also_json(tweetscore: Run) -> None:
     models = json.loads(tweetscore("models", "list", "--json").stdout)
     assert ["champion"] in [model["aliases"] for model in models]
     promoted = next(model for model in models if "champion" in model["aliases"])
-    shown = json.loads(tweetscore("models", "show", str(promoted["id"]), "--json").stdout)
+
+    def show() -> Any:
+        return json.loads(tweetscore("models", "show", str(promoted["id"]), "--json").stdout)
+
+    wait_until(lambda: show()["engines"])  # there are none until the trial has ended
+    shown = show()
     assert {"metric", "label", "value"} <= set(shown["metrics"][0])
     assert json.loads(tweetscore("jobs", "list", "--json").stdout)[0]["id"] >= models[0]["job_id"]
     checks = json.loads(tweetscore("doctor", "--json").stdout)
