@@ -40,6 +40,9 @@ class UtcDateTime(TypeDecorator[datetime]):
         return datetime.fromisoformat(value) if isinstance(value, str) else value.astimezone(UTC)
 
 
+# Ids of tweets. In this collation PostgreSQL sorts the ids of one length as numbers, as SQLite does, so that a range of
+# ids is a range of time; the partitions of `tweets` and `predictions` are such ranges.
+TweetId = Text().with_variant(Text(collation="C"), "postgresql")
 # JSONB supports comparison and indexes; SQLite stores JSON as text. None is stored as SQL NULL, not as JSON null.
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 

@@ -1,11 +1,12 @@
 """The tables of labels that people give to stored tweets, and of the tweets that are picked for them to read."""
 
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index
+from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from db.base import Base, utc_now
+from db.base import Base, TweetId, utc_now
 
 # `model` marks labels that a model proposed. They are kept apart: no figure and no training counts them.
 LABEL_SOURCES = ("review", "import", "model")
@@ -18,21 +19,30 @@ def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({', '.join(map(repr, values))})", name=column)
 
 
+def on_sqlite(column: str, target: str, **more: Any) -> ForeignKeyConstraint:
+    """A foreign key of SQLite alone. PostgreSQL drops whole partitions of tweets: triggers and functions of migration
+    0006 do the work of the foreign keys to them."""
+    return ForeignKeyConstraint([column], [target], info={"only_on": "sqlite"}, **more).ddl_if(dialect="sqlite")
+
+
+def of_tweet() -> ForeignKeyConstraint:
+    return on_sqlite("tweet_id", "tweets.tweet_id", ondelete="CASCADE")
+
+
 class Label(Base):
     """Rows are added and not changed: a second label of the same annotator replaces the first one for readers."""
 
     __tablename__ = "labels"
     __table_args__ = (
         _one_of("source", LABEL_SOURCES),
+        of_tweet(),
         Index(None, "tweet_id", "annotator"),
         Index(None, "at"),
         {"comment": "One row per label that an annotator gave to a tweet. The newest of a tweet and annotator counts."},
     )
 
     id: Mapped[int] = mapped_column(primary_key=True, comment="Id of the label, rising.")
-    tweet_id: Mapped[str] = mapped_column(
-        ForeignKey("tweets.tweet_id", ondelete="CASCADE"), comment="The tweet that was labelled."
-    )
+    tweet_id: Mapped[str] = mapped_column(TweetId, comment="The tweet that was labelled.")
     label: Mapped[str] = mapped_column(comment="The label. Several labels of a multi-label task are joined with |.")
     annotator: Mapped[str] = mapped_column(comment="Name of the person, or of the model, that gave the label.")
     source: Mapped[str] = mapped_column(
@@ -45,12 +55,11 @@ class ReviewTweet(Base):
     __tablename__ = "review_tweets"
     __table_args__ = (
         _one_of("reason", PICK_REASONS),
+        of_tweet(),
         {"comment": "One row per tweet that was picked to be labelled."},
     )
 
-    tweet_id: Mapped[str] = mapped_column(
-        ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True, comment="The tweet that was picked."
-    )
+    tweet_id: Mapped[str] = mapped_column(TweetId, primary_key=True, comment="The tweet that was picked.")
     reason: Mapped[str] = mapped_column(
         comment="Why it was picked: random, uncertain, disagreement (of champion and challenger) or spread."
     )
@@ -70,7 +79,7 @@ class ReviewAsk(Base):
     )
 
     tweet_id: Mapped[str] = mapped_column(
-        ForeignKey("review_tweets.tweet_id", ondelete="CASCADE"), primary_key=True, comment="The picked tweet."
+        TweetId, ForeignKey("review_tweets.tweet_id", ondelete="CASCADE"), primary_key=True, comment="The picked tweet."
     )
     annotator: Mapped[str] = mapped_column(primary_key=True, comment="Name of the annotator.")
     state: Mapped[str] = mapped_column(comment="State of the question: asked, labelled or skipped.")

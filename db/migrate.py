@@ -1,8 +1,10 @@
 """Upgrade a database to the newest schema, or check that this code can work with the schema it has."""
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
@@ -15,6 +17,21 @@ INSUFFICIENT_PRIVILEGE = "42501"
 # A deadlock with workers, or a lock timeout. While a migration waits for a lock, other transactions wait behind it.
 CONTENDED = ("40P01", "55P03")
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+# Partitions, which are named as their table and a suffix. The models know the whole tables alone.
+PARTITION = re.compile(r"(tweets|predictions)_(other|before|[0-9_]+)")
+
+
+def compared_on(dialect: str) -> Callable[..., bool]:
+    """Alembic's `include_object`: whether it compares an object with the models on this kind of database."""
+
+    def include_object(given: Any, name: str | None, kind: str, reflected: bool, _compared_to: object) -> bool:
+        if kind == "table":
+            return PARTITION.fullmatch(name or "") is None
+        return reflected or given.info.get("only_on", dialect) == dialect
+
+    return include_object
 
 
 def upgrade(database: Database) -> None:

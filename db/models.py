@@ -7,11 +7,11 @@ from here too.
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, true
+from sqlalchemy import CheckConstraint, ForeignKey, Index, func, text, true
 from sqlalchemy.orm import Mapped, mapped_column
 
-from db.base import Base, utc_now
-from db.label_models import Label, ReviewAsk, ReviewTweet
+from db.base import Base, TweetId, utc_now
+from db.label_models import Label, ReviewAsk, ReviewTweet, of_tweet, on_sqlite
 from db.registry_models import (
     BaseModel,
     Cascade,
@@ -54,6 +54,8 @@ __all__ = [
 
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 FINISHED_STATES = ("succeeded", "failed", "cancelled")
+# Condition of the index of uncertain predictions, and of the view v_low_confidence.
+UNCERTAIN = "probability < 0.6"
 # `train` makes a model version, `adapt` a base model.
 JOB_KINDS = ("train", "adapt")
 
@@ -61,11 +63,23 @@ JOB_KINDS = ("train", "adapt")
 class Tweet(Base):
     __tablename__ = "tweets"
     __table_args__ = (
-        {"comment": "One row per tweet, with the text as it was received. A repeated tweet keeps its first row."},
+        # Tweets of a period, by the time at which they were written: rows of one time lie together.
+        Index(
+            "ix_tweets_written_at",
+            func.coalesce(text("tweet_created_at"), text("received_at")),
+            postgresql_using="brin",
+            postgresql_with={"autosummarize": "on", "pages_per_range": 32},
+        ).ddl_if(dialect="postgresql"),
+        {
+            "comment": "One row per tweet, with the text as it was received. A repeated tweet keeps its first row.",
+            "postgresql_partition_by": "RANGE (tweet_id)",
+        },
     )
 
     tweet_id: Mapped[str] = mapped_column(
-        primary_key=True, comment="Id of the tweet, as text: ids exceed 2^53, where JSON readers start to round."
+        TweetId,
+        primary_key=True,
+        comment="Id of the tweet, as text: ids exceed 2^53, where JSON readers start to round.",
     )
     text: Mapped[str] = mapped_column(comment="Text of the tweet, as received and before cleaning.")
     author_id: Mapped[str | None] = mapped_column(comment="Id of the author. NULL when the record had none.")
@@ -79,28 +93,44 @@ class Tweet(Base):
         comment="Time at which the tweet was written, UTC. NULL when the record had none."
     )
     received_at: Mapped[datetime] = mapped_column(index=True, comment="Time at which the stream received it, UTC.")
-    retweeted_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it repeats. NULL for no retweet.")
-    quoted_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it quotes. NULL for no quote.")
-    replied_to_id: Mapped[str | None] = mapped_column(comment="Id of the tweet that it answers. NULL for no reply.")
+    retweeted_id: Mapped[str | None] = mapped_column(
+        TweetId, comment="Id of the tweet that it repeats. NULL for no retweet."
+    )
+    quoted_id: Mapped[str | None] = mapped_column(TweetId, comment="Id of the tweet that it quotes. NULL for no quote.")
+    replied_to_id: Mapped[str | None] = mapped_column(
+        TweetId, comment="Id of the tweet that it answers. NULL for no reply."
+    )
 
 
 class Prediction(Base):
-    """The key makes a replay an upsert that changes nothing."""
+    """The key makes a replay an upsert that changes nothing.
+
+    On PostgreSQL the model version has no foreign key, which would lock one row of `model_versions` for every
+    prediction; that of `sentiment_rollup`, which a trigger fills, refuses an unknown version.
+    """
 
     __tablename__ = "predictions"
     __table_args__ = (
+        of_tweet(),
+        on_sqlite("model_version_id", "model_versions.id"),
+        # The newest predictions of a model. The rows of a window have one time, which PostgreSQL stores once.
         Index(None, "model_version_id", "scored_at"),
-        # Covers the queries for uncertain predictions and for counts by label.
-        Index(None, "model_version_id", "probability", "label"),
-        {"comment": "One row per tweet and model version: the label that the model predicted."},
+        # The least certain predictions, which are few: an index of all of them grows at random places.
+        Index(
+            "ix_predictions_uncertain",
+            "model_version_id",
+            "probability",
+            sqlite_where=text(UNCERTAIN),
+            postgresql_where=text(UNCERTAIN),
+        ),
+        {
+            "comment": "One row per tweet and model version: the label that the model predicted.",
+            "postgresql_partition_by": "RANGE (tweet_id)",
+        },
     )
 
-    tweet_id: Mapped[str] = mapped_column(
-        ForeignKey("tweets.tweet_id", ondelete="CASCADE"), primary_key=True, comment="The tweet that was scored."
-    )
-    model_version_id: Mapped[int] = mapped_column(
-        ForeignKey("model_versions.id"), primary_key=True, comment="The model version that scored it."
-    )
+    tweet_id: Mapped[str] = mapped_column(TweetId, primary_key=True, comment="The tweet that was scored.")
+    model_version_id: Mapped[int] = mapped_column(primary_key=True, comment="The model version that scored it.")
     label: Mapped[str] = mapped_column(
         comment="The predicted label. A multi-label model joins all labels of probability 0.5 or more with |. The "
         "label of a continuous model is value."

@@ -1,40 +1,36 @@
 """Queries of tweets, predictions, scoring windows and dead letters. The caller owns the transaction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from operator import itemgetter
 from typing import Any
 
-from msgspec.json import encode
-from sqlalchemy import JSON, ColumnElement, Dialect, LargeBinary, Row, delete, func, or_, select
+from sqlalchemy import ColumnElement, Row, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from db.base import UtcDateTime
+from db import insert
 from db.errors import NotFound
-from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
-
-# Name of a column -> its values, one per row.
-Columns = Mapping[str, Sequence[Any]]
+from db.insert import Columns
+from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 
 
 def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert tweets whose id is new. A tweet that exists keeps its first text and time of arrival."""
-    _add_rows(session, Tweet, rows)
+    insert.add_rows(session, Tweet, rows)
 
 
 def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert predictions whose (tweet, model version) is new, so that a replay changes nothing."""
-    _add_rows(session, Prediction, rows)
+    insert.add_rows(session, Prediction, rows)
 
 
 def add_tweet_columns(session: Session, columns: Columns) -> None:
     """`add_tweets` for the rows of a window, given by column."""
-    _add_columns(session, Tweet, columns)
+    insert.add_columns(session, Tweet, columns)
 
 
 def add_prediction_columns(session: Session, columns: Columns) -> None:
     """`add_predictions` for the rows of a window, given by column."""
-    _add_columns(session, Prediction, columns)
+    insert.add_columns(session, Prediction, columns)
 
 
 def unscored(
@@ -86,7 +82,7 @@ def _unscored(model_version_id: int, since: datetime | None, until: datetime) ->
 
 def bury(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert dead letters whose record id is new."""
-    _add_rows(session, DeadLetter, rows)
+    insert.add_rows(session, DeadLetter, rows)
 
 
 def add_window(session: Session, row: dict[str, Any]) -> None:
@@ -158,45 +154,3 @@ def delete_tweets(
     session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
     session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))
     return ids
-
-
-def _add_rows(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        _add_columns(session, model, {name: [row[name] for row in rows] for name in rows[0]})
-
-
-def _add_columns(session: Session, model: type[Base], columns: Columns) -> None:
-    """Insert rows whose key is new. One statement for the driver: SQLAlchemy's own work per row would cost as much as
-    the database's."""
-    table: Any = model.__table__
-    connection = session.connection()
-    values = [_bound(table.c[name].type, column, connection.dialect) for name, column in columns.items()]
-    names = list(columns)
-    # Row locks are taken in key order, so that two workers with the same tweets wait and do not deadlock.
-    key = itemgetter(*(names.index(column.name) for column in table.primary_key))
-    rows = sorted(zip(*values, strict=True), key=key)
-    if not rows:
-        return
-    into = f"INSERT INTO {table.name} ({', '.join(names)})"
-    if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(names))
-        connection.exec_driver_sql(f"{into} VALUES ({marks}) ON CONFLICT DO NOTHING", rows)
-    else:
-        # One statement with one parameter; the statement triggers run once.
-        source = f"json_populate_recordset(NULL::{table.name}, CAST(%(rows)s AS json))"
-        given = encode([dict(zip(names, row, strict=True)) for row in rows]).decode()
-        chosen = f"SELECT {', '.join(names)} FROM {source} ON CONFLICT DO NOTHING"  # noqa: S608 - names of the schema
-        connection.exec_driver_sql(f"{into} {chosen}", {"rows": given})
-
-
-def _bound(kind: Any, values: Sequence[Any], dialect: Dialect) -> Sequence[Any]:
-    """Values of a column in the form that the driver, or JSON for PostgreSQL, takes."""
-    if isinstance(kind, UtcDateTime):
-        # Few distinct ones: a window is scored at one time, and records arrive many in a millisecond.
-        times = {value: kind.process_bind_param(value, dialect) for value in set(values)}
-        return [times[value] for value in values]
-    if isinstance(kind, JSON) and dialect.name == "sqlite":
-        return [None if value is None else encode(value).decode() for value in values]
-    if isinstance(kind, LargeBinary) and dialect.name != "sqlite":
-        return [f"\\x{value.hex()}" for value in values]
-    return values

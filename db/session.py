@@ -125,6 +125,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # `_begin_sqlite` begins transactions instead of the driver
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    if cursor.execute("PRAGMA page_count").fetchone() == (0,):
+        cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # so that retention can give pages back
     cursor.execute("PRAGMA journal_mode=WAL")
     # A commit must be on disk when it returns, since its records are acknowledged next. With NORMAL a power failure
     # could lose the commits of several seconds, whose records the stream has already dropped. The first sync of a WAL

@@ -34,6 +34,7 @@ def _from_table(table: type[Base], *names: str) -> tuple[ViewColumn, ...]:
 def sql_type(column: ColumnElement[Any]) -> str:
     """The PostgreSQL type of a table's column, in small letters."""
     compiled = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+    compiled = compiled.partition(" COLLATE")[0]
     return {"FLOAT": "double precision"}.get(compiled, compiled.lower())
 
 

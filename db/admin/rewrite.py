@@ -26,6 +26,11 @@ LOCK_MS = 2_000
 PAUSE_SECONDS = 0.5
 IN_USE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 LOCK_NOT_AVAILABLE, DEADLOCK = "55P03", "40P01"
+# The partitions of a table, or the table itself when it has none.
+PARTITIONS = """
+    WITH parts AS (SELECT relid, isleaf FROM pg_partition_tree(CAST(:table AS regclass)))
+    SELECT CAST(relid AS text) FROM parts WHERE isleaf
+    UNION ALL SELECT CAST(:table AS text) WHERE NOT EXISTS (SELECT 1 FROM parts)"""
 
 # Does one part of the work. Returns None, or the reason why the part must be retried.
 Step = Callable[[], str | None]
@@ -76,6 +81,7 @@ def _sqlite_steps(connection: Connection) -> list[Step]:
     def step() -> str | None:
         if not vacuumed:
             try:
+                raw.execute("PRAGMA auto_vacuum=INCREMENTAL")  # a file of before 0.2 changes to it
                 raw.execute("VACUUM")
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF not in IN_USE:
@@ -94,7 +100,8 @@ def _sqlite_steps(connection: Connection) -> list[Step]:
 
 def _postgresql_steps(connection: Connection) -> list[Step]:
     connection.execute(text(f"SET lock_timeout = {LOCK_MS}"))
-    return [partial(_vacuum_full, connection, table) for table in TABLES]
+    files = [file for table in TABLES for file in connection.scalars(text(PARTITIONS), {"table": table})]
+    return [partial(_vacuum_full, connection, file) for file in files]
 
 
 def _vacuum_full(connection: Connection, table: str) -> str | None:

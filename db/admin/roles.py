@@ -12,10 +12,12 @@ from db.session import Database
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 # `server_version_num` of the first release with the MAINTAIN privilege, which allows VACUUM.
 MAINTAIN_SINCE = 170_000
+PARTITION_FUNCTIONS = ("add_tweets_partition", "drop_tweets_partition")
 
 
 def grant_worker(database: Database, role: str) -> None:
-    """Let an existing role read and write the rows of all present and future tables, without changing the schema.
+    """Let an existing role read and write the rows of all present and future tables, without changing the schema, and
+    call the functions that add and drop partitions.
 
     From PostgreSQL 17 on the role may also VACUUM them, as `tweetscore delete` does. Raises the same errors as
     `grant_readonly`.
@@ -29,6 +31,7 @@ def grant_worker(database: Database, role: str) -> None:
         "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE{maintain} ON TABLES TO {role}",
         "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE ON SEQUENCES TO {role}",
+        *(f"GRANT EXECUTE ON FUNCTION {function} TO {{role}}" for function in PARTITION_FUNCTIONS),
         "REVOKE INSERT, UPDATE, DELETE{maintain} ON alembic_version, schema_compatibility FROM {role}",
     )
 

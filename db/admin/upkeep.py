@@ -8,14 +8,19 @@ skipped.
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, select, text
+from sqlalchemy import column, delete, func, literal, select, table, text
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from db.models import Base, DeadLetter, Prediction, ScoringWindow, Tweet
+from db.models import Base, DeadLetter, Prediction, ScoringWindow, SentimentRollup, Tweet
 
 KEY = ("model_version_id", "hour", "topic", "label")
 COUNTED = ("tweets", "probability_sum", "score_sum", "with_score")
 KEY_NAMES = ", ".join(KEY)
+
+# SQLite's mode in which a file becomes shorter only when asked.
+INCREMENTAL = 2
 
 # One statement, so that a reader sees either the rows of the shards or their sum. Only this statement writes to shard
 # 0, and it skips rows that the transaction of a scoring worker has locked, so it never waits for one.
@@ -39,12 +44,39 @@ DROP_EMPTY = f"""
         AND {" AND ".join(f"other.{name} = sums.{name}" for name in KEY)})"""  # noqa: S608 - names of the schema
 
 
-def delete_received_before(session: Session, before: datetime, limit: int) -> int:
-    """Delete tweets received before a time, oldest first, with their predictions."""
-    ids = _oldest(session, Tweet.tweet_id, Tweet.received_at, before, limit)
-    # One statement, so that the trigger runs once; the trigger on tweets would delete them tweet by tweet.
-    session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
-    return _delete(session, Tweet, Tweet.tweet_id, ids)
+def delete_received_before(session: Session, before: datetime, limit: int, source: str = "tweets") -> int:
+    """Delete tweets received before a time, oldest first, with their predictions. The sums of `sentiment_rollup` stay.
+
+    `source` is `tweets` or one of its partitions.
+    """
+    stored = table(source, column("tweet_id"), column("received_at"))
+    query = select(stored.c.tweet_id).where(stored.c.received_at < before).order_by(stored.c.received_at).limit(limit)
+    ids = list(session.scalars(query.with_for_update(skip_locked=True)))
+    if ids:
+        _count_again(session, ids)
+        # One statement, so that the trigger runs once; the trigger on tweets would delete them tweet by tweet.
+        session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
+        session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))
+    return len(ids)
+
+
+def _count_again(session: Session, ids: list[str]) -> None:
+    """Add the predictions of tweets to the sums, from which the deletion subtracts them."""
+    sqlite = session.get_bind().dialect.name == "sqlite"
+    written = func.coalesce(Tweet.tweet_created_at, Tweet.received_at)
+    hour = func.substr(written, 1, 13).op("||")(":00:00.000000Z") if sqlite else func.date_trunc("hour", written, "UTC")
+    shard = literal(0) if sqlite else func.pg_backend_pid()
+    counted = (func.count(), func.sum(Prediction.probability), func.sum(func.coalesce(Prediction.score_signed, 0)))
+    key = (Prediction.model_version_id, hour, func.coalesce(Tweet.topic, ""), Prediction.label)
+    sums = select(*key, shard, *counted, func.count(Prediction.score_signed)).join_from(
+        Prediction, Tweet, Tweet.tweet_id == Prediction.tweet_id
+    )
+    sums = sums.where(Tweet.tweet_id.in_(ids), Prediction.tweet_id.in_(ids)).group_by(text("1, 2, 3, 4"))
+    insert = (sqlite_insert if sqlite else postgresql_insert)(SentimentRollup).from_select(
+        [*KEY, "shard", *COUNTED], sums
+    )
+    more = {name: SentimentRollup.__table__.c[name] + insert.excluded[name] for name in COUNTED}
+    session.execute(insert.on_conflict_do_update(index_elements=[*KEY, "shard"], set_=more))
 
 
 def delete_buried_before(session: Session, before: datetime, limit: int) -> int:
@@ -57,6 +89,22 @@ def delete_windows_before(session: Session, before: datetime, limit: int) -> int
     """Delete windows that began before a time, oldest first."""
     ids = _oldest(session, ScoringWindow.id, ScoringWindow.started_at, before, limit)
     return _delete(session, ScoringWindow, ScoringWindow.id, ids)
+
+
+def give_back_pages(session: Session, limit: int) -> int:
+    """Shorten a SQLite file by up to `limit` pages that deleted rows left.
+
+    A file of before version 0.2 keeps them for new rows, until `tweetscore delete` rewrites it.
+    """
+    if session.get_bind().dialect.name != "sqlite":
+        return 0
+    connection = session.connection()
+    before = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+    if connection.exec_driver_sql("PRAGMA auto_vacuum").scalar_one() != INCREMENTAL:
+        return 0
+    raw: Any = connection.connection.driver_connection
+    raw.execute(f"PRAGMA incremental_vacuum({limit})").fetchall()  # a page is freed for every row that is fetched
+    return int(before - connection.exec_driver_sql("PRAGMA freelist_count").scalar_one())
 
 
 def fold_sums(session: Session, limit: int) -> int:

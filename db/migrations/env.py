@@ -5,6 +5,7 @@ import os
 from alembic import context
 from sqlalchemy import Connection, inspect, text
 
+from db.migrate import compared_on
 from db.models import Base
 from db.session import open_database
 
@@ -29,6 +30,7 @@ def migrate(connection: Connection) -> None:
         target_metadata=Base.metadata,
         render_as_batch=True,  # SQLite alters a table by copying it, without its triggers
         compare_type=True,
+        include_object=compared_on(connection.dialect.name),
     )
     with context.begin_transaction():
         context.run_migrations()

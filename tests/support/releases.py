@@ -138,7 +138,7 @@ def with_mood(tree: Path) -> None:
     edit(tree / "db" / "compatibility.py", r'OLDEST_SCHEMA = "\d+"', f'OLDEST_SCHEMA = "{NEXT}"')
     edit(
         tree / "db" / "models.py",
-        r"(    replied_to_id: .*\n)",
+        r"(    replied_to_id: [^#]+?\n    \)\n)",
         r'\1    mood: Mapped[str] = mapped_column(default="?")\n',
     )
     edit(tree / "worker" / "scoring" / "window.py", r'("text": \[.*\],)', r'\1 "mood": ["seen"] * len(tweets),')

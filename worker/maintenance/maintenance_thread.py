@@ -10,23 +10,25 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
-from db.admin import upkeep
 from db.errors import TweetscoreError
-from db.models import utc_now
 from db.session import Database
 from training.jobs.context import TrainingContext
 from training.jobs.expired_checkpoints import remove_expired_checkpoints
 from training.jobs.unregistered_artifacts import remove_unregistered_artifacts
-from worker.maintenance.deletion import DeletedCounts
+from worker.maintenance.retention import (
+    Begin,
+    add_partitions,
+    apply_retention,
+    compact_rollup,
+    delete_old_windows,
+)
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,14 +36,9 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 3600.0
 # Interval after a failure, and while another worker holds the lock: that worker may end before it is done.
 RETRY_SECONDS = 60.0
-# Rows deleted in one transaction. It holds SQLite's write lock, which scoring workers wait for.
-CHUNK_ROWS = 500
-PAUSE_SECONDS = 0.2
 # PostgreSQL's advisory locks of tasks that run in one worker at a time.
 LOCK_NUMBERS = {"maintenance": 7413953, "webhook": 7413954}
 
-# Begins a transaction.
-Begin = Callable[[], AbstractContextManager[Session]]
 # Returns False to be tried again after `RETRY_SECONDS`.
 MaintenanceTask = Callable[[], bool]
 
@@ -95,6 +92,7 @@ def scoring_maintenance(database: Database, settings: Settings, stopping: thread
                 apply_retention(begin, days, stopping)
             delete_old_windows(begin, window_days, stopping)
             compact_rollup(begin, stopping)
+            add_partitions(begin, days, stopping)
         return True
 
     return [maintain]
@@ -115,33 +113,6 @@ def training_maintenance(
         return True
 
     return [clear_checkpoints, clear_artifacts]
-
-
-def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> DeletedCounts:
-    """Delete tweets and dead letters that were received more than `days` days ago, whenever they were written."""
-    before = utc_now() - timedelta(days=days)
-    tweets = _in_chunks(begin, partial(upkeep.delete_received_before, before=before), stopping)
-    letters = _in_chunks(begin, partial(upkeep.delete_buried_before, before=before), stopping)
-    if tweets or letters:
-        log.info("retention of %g days: %d tweets and %d dead letters were deleted", days, tweets, letters)
-    return DeletedCounts(0, tweets, letters)
-
-
-def delete_old_windows(begin: Begin, days: float, stopping: threading.Event) -> int:
-    """Delete the rows of windows that began more than `days` days ago."""
-    deleted = _in_chunks(
-        begin, partial(upkeep.delete_windows_before, before=utc_now() - timedelta(days=days)), stopping
-    )
-    if deleted:
-        log.info("%d windows older than %g days were deleted", deleted, days)
-    return deleted
-
-
-def compact_rollup(begin: Begin, stopping: threading.Event) -> None:
-    """Merge the rows of each key in `sentiment_rollup`, and delete rows whose counts are zero."""
-    _in_chunks(begin, upkeep.fold_sums, stopping)
-    with begin() as session:
-        upkeep.drop_empty_sums(session)
 
 
 @contextmanager
@@ -175,18 +146,3 @@ def _locked(path: Path) -> Iterator[bool]:
         yield False
     finally:
         os.close(descriptor)
-
-
-def _in_chunks(begin: Begin, delete: Callable[..., int], stopping: threading.Event) -> int:
-    """Call `delete(session, limit=)` until it deletes less than a full chunk. Between chunks, pause for as long as the
-    last one took, so that other writers get the lock."""
-    total = 0
-    while not stopping.is_set():
-        began = time.monotonic()
-        with begin() as session:
-            deleted = delete(session, limit=CHUNK_ROWS)
-        total += deleted
-        if deleted < CHUNK_ROWS:
-            break
-        stopping.wait(max(PAUSE_SECONDS, time.monotonic() - began))
-    return total

@@ -19,7 +19,8 @@ from db.admin import webhook_events
 from db.admin.webhook_events import Event
 from db.models import WebhookEvent, utc_now
 from db.session import Database
-from worker.maintenance.maintenance_thread import Begin, maintenance_lock
+from worker.maintenance.maintenance_thread import maintenance_lock
+from worker.maintenance.retention import Begin
 from worker.maintenance.webhook import NotDelivered, Receiver, send
 
 log = logging.getLogger(__name__)

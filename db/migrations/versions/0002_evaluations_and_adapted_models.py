@@ -131,7 +131,7 @@ LEADERBOARD = """
 EVALUATIONS = f"""
     SELECT e.model_version_id, e.dataset, e.rows, e.evaluated_at, {columns(EVALUATION_METRICS)}
     FROM evaluations AS e LEFT JOIN evaluation_metrics AS x ON x.evaluation_id = e.id AND x.label = ''
-    GROUP BY e.id, e.model_version_id, e.dataset, e.rows, e.evaluated_at"""  # noqa: S608 - constants
+    GROUP BY e.id, e.model_version_id, e.dataset, e.rows, e.evaluated_at"""
 # Columns are only appended: PostgreSQL then replaces a view and keeps its privileges.
 NEW = {
     "v_jobs": JOBS_BEFORE.format(more=", j.kind"),
