@@ -99,12 +99,12 @@ def give_back_pages(session: Session, limit: int) -> int:
     if session.get_bind().dialect.name != "sqlite":
         return 0
     connection = session.connection()
-    before = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
     if connection.exec_driver_sql("PRAGMA auto_vacuum").scalar_one() != INCREMENTAL:
         return 0
-    raw: Any = connection.connection.driver_connection
-    raw.execute(f"PRAGMA incremental_vacuum({limit})").fetchall()  # a page is freed for every row that is fetched
-    return int(before - connection.exec_driver_sql("PRAGMA freelist_count").scalar_one())
+    pages = min(limit, connection.exec_driver_sql("PRAGMA freelist_count").scalar_one())
+    for _ in range(pages):
+        connection.exec_driver_sql("PRAGMA incremental_vacuum(1)")  # Python's driver frees one page a call at most
+    return int(pages)
 
 
 def fold_sums(session: Session, limit: int) -> int:
