@@ -5,7 +5,7 @@ takes them fastest by COPY, which has no ON CONFLICT: rows that exist are left o
 one of them in the same moment, a slower statement inserts the others.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -35,17 +35,21 @@ def add_rows(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]
         add_columns(session, model, {name: [row[name] for row in rows] for name in rows[0]})
 
 
-def add_columns(session: Session, model: type[Base], columns: Columns) -> None:
+def add_columns(
+    session: Session, model: type[Base], columns: Columns, possible: Collection[str] | None = None
+) -> Collection[Any]:
     """Insert rows whose key is new. Those that exist cannot be deleted until the transaction ends.
 
-    Rows are locked in the order of their keys, so that two workers with the same tweets wait and do not deadlock.
+    Rows are locked in the order of their keys, so that two workers with the same tweets wait and do not deadlock. With
+    `possible`, only rows whose first key column is one of these can exist. Returns the keys that existed before; SQLite
+    does not look for them, and returns all keys.
     """
     table: Any = model.__table__
     connection = session.connection()
     if connection.dialect.name == "sqlite":
         _add_to_sqlite(connection, table, columns)
-    else:
-        _add_to_postgresql(connection, table, columns)
+        return columns[table.primary_key.columns[0].name]
+    return _add_to_postgresql(connection, table, columns, possible)
 
 
 def _in_order(table: Table, names: list[str], rows: Iterable[Row]) -> list[Row]:
@@ -78,28 +82,37 @@ def _for_sqlite(kind: Any, values: Sequence[Any], dialect: Dialect) -> Sequence[
 # --- PostgreSQL
 
 
-def _add_to_postgresql(connection: Connection, table: Table, columns: Columns) -> None:
+def _add_to_postgresql(
+    connection: Connection, table: Table, columns: Columns, possible: Collection[str] | None
+) -> set[Any]:
     names = [name for name, values in columns.items() if any(value is not None for value in values)]
+    if not names:
+        return set()
     for name in names:
         if isinstance(kind := table.c[name].type, UtcDateTime):
             for value in set(columns[name]):
                 kind.process_bind_param(value, connection.dialect)  # refuses a time without a zone
-    rows = _in_order(table, names, zip(*(columns[name] for name in names), strict=True)) if names else []
-    known = _known(connection, table, columns)
-    if known:
-        key = itemgetter(*(names.index(column.name) for column in table.primary_key))
-        rows = [row for row in rows if key(row) not in known]
+    known = _known(connection, table, columns, possible)
+    key = itemgetter(*(names.index(column.name) for column in table.primary_key))
+    new: dict[Any, Row] = {}  # the first of rows with the same key
+    for row in zip(*(columns[name] for name in names), strict=True):
+        if key(row) not in known:
+            new.setdefault(key(row), row)
+    rows = [new[key] for key in sorted(new)]
     if rows and not (len(rows) >= COPY_ROWS and _copied(connection, table, names, rows)):
         _insert(connection, table, names, rows)
+    return known
 
 
-def _known(connection: Connection, table: Table, columns: Columns) -> set[Any]:
+def _known(connection: Connection, table: Table, columns: Columns, possible: Collection[str] | None) -> set[Any]:
     """The keys that exist, locked against deletion. A key of one column is its value, others are tuples."""
     keys = [column.name for column in table.primary_key]
     conditions = " AND ".join(f"{name} = ANY (%({name})s)" for name in keys)
     # A range as well: with it, a plan that is kept for later arrays still reads the partitions of these ids alone.
     conditions += f" AND {keys[0]} BETWEEN %(first)s AND %(last)s"
     values = {name: list(set(columns[name])) for name in keys}
+    if possible is not None:
+        values[keys[0]] = [value for value in values[keys[0]] if value in possible]
     if not values[keys[0]]:
         return set()
     given = {**values, "first": min(values[keys[0]]), "last": max(values[keys[0]])}
@@ -132,7 +145,6 @@ def _copied(connection: Connection, table: Table, names: list[str], rows: list[R
         # The message would contain the row. What is wrong with it, or with the server, the next statement says.
         connection.exec_driver_sql("ROLLBACK TO SAVEPOINT copying")
         return False
-    connection.exec_driver_sql("RELEASE SAVEPOINT copying")
     return True
 
 

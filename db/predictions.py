@@ -23,14 +23,10 @@ def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     insert.add_rows(session, Prediction, rows)
 
 
-def add_tweet_columns(session: Session, columns: Columns) -> None:
-    """`add_tweets` for the rows of a window, given by column."""
-    insert.add_columns(session, Tweet, columns)
-
-
-def add_prediction_columns(session: Session, columns: Columns) -> None:
-    """`add_predictions` for the rows of a window, given by column."""
-    insert.add_columns(session, Prediction, columns)
+def add_scored(session: Session, tweets: Columns, scored: Columns) -> None:
+    """`add_tweets` and `add_predictions` for a window, given by column; `scored` are predictions of `tweets`."""
+    known = insert.add_columns(session, Tweet, tweets)
+    insert.add_columns(session, Prediction, scored, possible=known)  # a tweet that is new has no predictions
 
 
 def unscored(

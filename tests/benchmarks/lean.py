@@ -100,8 +100,7 @@ class Steps:
     def store(self, window: Window, stored: Any, scored: Any) -> None:
         assert window.scores is not None
         with self.database.begin() as session:
-            predictions.add_tweet_columns(session, stored)
-            predictions.add_prediction_columns(session, scored)
+            predictions.add_scored(session, stored, scored)
             predictions.bury(session, window.dead)
             predictions.add_window(session, window_row(window, window.scores, self.stream.consumer))
 

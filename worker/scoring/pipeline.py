@@ -232,8 +232,7 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    predictions.add_tweet_columns(session, tweet_columns(window))
-                    predictions.add_prediction_columns(session, stored_predictions(window, window.scores))
+                    predictions.add_scored(session, tweet_columns(window), stored_predictions(window, window.scores))
                     predictions.bury(session, window.dead)
                     # The row of the window is part of the transaction, so `store_ms` ends before the commit.
                     window.set_time("store", began)

@@ -15,6 +15,9 @@ from worker.engines.engine_choice import Choice
 from worker.engines.engine_trial import EngineTrial
 from worker.engines.engines import Engine
 
+# Of stored probabilities.
+DECIMALS = 6
+
 # Name of a column of `predictions` -> its values, one per tweet.
 Columns = dict[str, list[Any]]
 
@@ -75,15 +78,17 @@ def describe(spec: Spec, probabilities: Floats) -> Columns:
     if spec.scale is not None:
         return _describe_values(spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
+    # Digits that say nothing would take a fifth of a row of `predictions`.
+    rounded: Any = np.round(probabilities.astype(np.float64), DECIMALS)
     signed: list[float | None] = [None] * len(probabilities)
     if spec.polarity is not None:
         polarity = np.array([spec.polarity[label] for label in spec.labels], np.float64)
-        signed = (probabilities.astype(np.float64) @ polarity).clip(-1.0, 1.0).tolist()
+        signed = (rounded @ polarity).clip(-1.0, 1.0).tolist()
     return {
         "label": label_texts(chosen, spec.labels),
-        "probability": confidence(probabilities, chosen, spec.config.task).tolist(),
+        "probability": confidence(rounded, chosen, spec.config.task).tolist(),
         "score_signed": signed,
-        "probabilities": [dict(zip(spec.labels, row, strict=True)) for row in probabilities.tolist()],
+        "probabilities": [dict(zip(spec.labels, row, strict=True)) for row in rounded.tolist()],
     }
 
 
