@@ -4,24 +4,30 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from db.models import Prediction, ScoringWindow
 from tests.conftest import wait_until
-from tests.support.actors import Actor
+from tests.support.actors import Actor, wait_for_log
 from tests.support.bench import wire
 from tests.support.scraped import looked
+from tests.support.stream_servers import StreamServer, cluster, sentinels, stream_servers
 from tests.support.world import World, on_postgresql, on_sqlite, on_two_shards
 from worker.app import make_app
 from worker.connections import open_stream
+from worker.errors import StreamError
 from worker.intake.publish import send
 from worker.maintenance.dead_letters import retry
 from worker.maintenance.deletion import TweetFilter, delete_tweets
 from worker.process.metrics_endpoint import WorkerCollector
 from worker.settings import load_settings
+from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS
 from worker.stream.shards import shard_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,6 +38,7 @@ def environment(world: World) -> dict[str, str]:
         "DATABASE_URL": str(world.given["database_url"]), "REDIS_URL": world.url,
         "TWEETSCORE_STREAM_KEY": world.settings.stream_key, "TWEETSCORE_HOME": str(world.given["home"]),
         "TWEETSCORE_STREAM_SHARDS": str(world.settings.stream_shards),
+        "TWEETSCORE_STREAM_URLS": " ".join(world.settings.stream_urls),
     }  # fmt: skip
 
 
@@ -185,3 +192,106 @@ def test_a_long_backlog_in_shards_is_scored_in_large_windows(world: World) -> No
         world.drained()
     assert world.predictions() == 10_000
     assert max(row["tweets"] for row in world.rows(ScoringWindow)) > 512
+
+
+# --- several servers, a cluster, Sentinels; the broker is another server
+
+
+def elsewhere(world: World, *urls: str, shards: int) -> World:
+    """The same world with its stream on other servers."""
+    return replace(world, given={**world.given, "stream_urls": urls, "stream_shards": shards})
+
+
+def scored_here(
+    world: World, ids: range, away: Callable[[], object], back: Callable[[], object], server: StreamServer
+) -> float:
+    """Publish tweets to the shard 0 of a server while the other is away, and to both later; returns the seconds until
+    the first were scored."""
+    with world.worker() as worker:
+        world.stream.publish([wire(f"before {i}") for i in ids])
+        world.drained()
+        away()
+        began = time.monotonic()
+        here = [i for i in ids if shard_of(str(i), 2) == 0]
+        for i in here:
+            server.client().xadd(f"{world.settings.stream_key}:0", {"tweet": wire(i)})
+        wait_until(lambda: world.predictions() == len(ids) + len(here))
+        took = time.monotonic() - began
+        wait_for_log(worker, "is away")
+        back()
+        world.stream.publish([wire(i) for i in ids])
+        world.drained()
+    assert world.scored() == {*(f"before {i}" for i in ids), *map(str, ids)}
+    assert world.predictions() == 2 * len(ids)
+    assert world.dead() == []
+    return took
+
+
+@pytest.mark.slow
+@on_sqlite
+def test_a_worker_serves_the_other_server_while_one_is_killed(world: World, tmp_path: Path, tweetscore: Run) -> None:
+    with stream_servers(tmp_path / "servers", 2) as servers:
+        both = elsewhere(world, *(server.url for server in servers), shards=2)
+
+        def back() -> None:
+            found = tweetscore("health", "broker", **environment(both))
+            assert (found.returncode, servers[1].address in found.stderr) == (1, True)
+            servers[1].start()
+
+        assert scored_here(both, range(40), servers[1].kill, back, servers[0]) < 30
+        assert "0 records in the stream" in tweetscore("health", "broker", **environment(both)).stdout
+
+
+@pytest.mark.slow
+@on_postgresql
+def test_a_worker_serves_the_other_server_while_one_does_not_answer(world: World, tmp_path: Path) -> None:
+    with stream_servers(tmp_path / "servers", 2) as servers:
+        both = elsewhere(world, *(server.url for server in servers), shards=2)
+        took = scored_here(both, range(40), servers[1].freeze, servers[1].thaw, servers[0])
+    assert took < 4 * CLIENT_TIMEOUT_SECONDS
+
+
+@on_sqlite
+def test_a_worker_scores_the_shards_of_a_cluster(world: World, tmp_path: Path, tweetscore: Run) -> None:
+    with cluster(tmp_path / "cluster") as nodes:
+        world = elsewhere(world, f"redis+cluster://{nodes[0].address}", shards=4)
+        world.stream.publish([*(wire(i) for i in range(40)), b"no tweet"])
+        world.killed_at("committed=kill")
+        with world.worker() as worker:
+            world.drained()
+            world.stream.publish([wire(i) for i in range(40, 80)])
+            world.drained()
+            assert "0 records in the stream" in tweetscore("health", "broker", **environment(world)).stdout
+            worker.send(signal.SIGTERM)
+            assert worker.ended() == 0
+        world.stream.publish([wire("gone", author_id="gone")])
+        assert delete_tweets(world.database, world.stream, TweetFilter(authors=("gone",))).records == 1
+        world.recovers()
+    assert world.scored() == {str(i) for i in range(80)}
+    assert world.predictions() == 80
+    assert [letter["payload"] for letter in world.dead()] == [b"no tweet"]
+
+
+@pytest.mark.slow
+@on_sqlite
+def test_a_worker_goes_on_with_the_primary_that_sentinels_name(world: World, tmp_path: Path) -> None:
+    with sentinels(tmp_path / "sentinels") as (url, (primary, _)):
+        world = elsewhere(world, url, shards=2)
+        with world.worker() as worker:
+            world.stream.publish([wire(i) for i in range(40)])
+            world.drained()
+            primary.client().execute_command("WAIT", 1, 5_000)
+            primary.kill()
+            wait_until(lambda: published(world, range(40, 80)))
+            world.drained()
+            assert worker.alive
+    assert world.scored() == {str(i) for i in range(80)}
+    assert world.predictions() == 80
+
+
+def published(world: World, ids: range) -> bool:
+    try:
+        world.stream.publish([wire(i) for i in ids])
+    except StreamError:
+        return False
+    return True

@@ -28,19 +28,22 @@ AWAY = (redis.ConnectionError, redis.TimeoutError, ClusterDownError, RedisCluste
 DEFAULT_PORTS = {SENTINEL: 26_379, CLUSTER: 6_379}
 
 
-def connect(url: str, retries: int = 5) -> "redis.Redis":
+def connect(url: str, *, patient: bool = True) -> "redis.Redis":
     """A client that retries for a few seconds while the server is unavailable, and detects a dead connection.
 
+    A client that is not patient, because there are other servers to serve, retries once, and not after a timeout.
     Raises `StreamError` when `url` is not the URL of a Redis server, and `StreamAway` when it is that of a cluster
     that does not answer: only such a client connects at once.
     """
+    again = [redis.ConnectionError, redis.BusyLoadingError, *([redis.TimeoutError] if patient else [])]
+    backoff = ExponentialBackoff(cap=1, base=0.05)
     return _client(
         url,
         socket_connect_timeout=5,
         socket_timeout=CLIENT_TIMEOUT_SECONDS,
         health_check_interval=15,
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=retries),
-        retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
+        retry=Retry(backoff, 5) if patient else Retry(backoff, 1, (redis.ConnectionError,)),
+        retry_on_error=again,
     )
 
 

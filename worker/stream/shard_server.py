@@ -25,8 +25,6 @@ DISCOVER_SECONDS = 5.0
 # Pauses before a server that does not answer is tried again, while others answer: they double up to the longest.
 FIRST_AWAY_SECONDS = 1.0
 LONGEST_AWAY_SECONDS = 30.0
-# With other servers to serve, one that does not answer is given up soon.
-RETRIES_BESIDE_OTHERS = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ class ShardServer:
             if self._brief:
                 self._client = connect_briefly(self._url)
             else:
-                self._client = connect(self._url, RETRIES_BESIDE_OTHERS) if self._tag else connect(self._url)
+                self._client = connect(self._url, patient=not self._tag)
         return self._client
 
     def close(self) -> None:

@@ -194,7 +194,7 @@ class ShardedStream:
         records: list[Record] = []
         for number in self._in_turn(shards):
             shard = shards[number]
-            if shard in self._empty:
+            if shard in self._empty or shard.server.away:  # since the call began
                 continue
             with self._spared(shard.server):
                 wanted = count - len(records)
@@ -223,7 +223,7 @@ class ShardedStream:
     def _wait(self, shards: list[Shard], block_ms: int) -> None:
         """Wait until one of the empty shards has news, at most `block_ms`."""
         positions = self._positions(shards)
-        if any(shard not in self._empty for shard in shards):
+        if any(shard not in self._empty for shard in shards if not shard.server.away):
             return  # read it first
         parts = [(server, part) for server, wanted in positions.items() for part in server.parts(wanted)]
         if len(parts) == 1:
@@ -253,6 +253,8 @@ class ShardedStream:
         shards, records = self._reachable(), list[Record]()
         for number in self._in_turn(shards):
             shard = shards[number]
+            if shard.server.away:
+                continue
             with self._spared(shard.server):
                 records += shard.marked(shard.stream.claim_idle(min_idle_ms, count - len(records)))
             if len(records) >= count:
@@ -267,7 +269,7 @@ class ShardedStream:
             return shards[0].stream.has_work()
         self._ask(shards)
         for shard in shards:
-            if shard in self._empty:
+            if shard in self._empty or shard.server.away:  # since the call began
                 continue
             with self._spared(shard.server):
                 _, last_id = shard.stream.read_new(0)
@@ -328,8 +330,9 @@ class ShardedStream:
     def _each(self, shards: list[Shard], action: Callable[[Stream], Any]) -> list[Any]:
         results = []
         for shard in shards:
-            with self._spared(shard.server):
-                results.append(action(shard.stream))
+            if not shard.server.away:
+                with self._spared(shard.server):
+                    results.append(action(shard.stream))
         return results
 
     # --- deletion
