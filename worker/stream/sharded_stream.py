@@ -145,11 +145,12 @@ class ShardedStream:
         try:
             yield
         except StreamAway as error:
-            if len(self._servers) == 1:
-                raise
             self._set_away(server, error)
 
     def _set_away(self, server: ShardServer, error: StreamAway) -> None:
+        """Raises the error when no other server answers."""
+        if len(self._servers) == 1:
+            raise error
         server.set_away(error)
         for shard in list(self._empty):
             if shard.server is server:  # it may return without its records

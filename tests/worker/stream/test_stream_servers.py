@@ -4,6 +4,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,37 @@ def test_a_replica_of_the_cluster_takes_over_and_the_stream_goes_on(tmp_path: Pa
         wait_until(all_read)
         wait_until(lambda: survives(lambda: stream.ack(sorted(stream.pending_ids()))))
         assert stream.depth().idle
+
+
+@pytest.mark.slow
+def test_an_idle_reader_survives_the_end_and_the_return_of_a_whole_cluster(tmp_path: Path, program: str | None) -> None:
+    with cluster(tmp_path, program=program) as nodes:
+        stream = ShardedStream([f"redis+cluster://{','.join(n.address for n in nodes)}"], "tweets", "scorers", 4)
+        for _ in range(3):
+            assert stream.read(10, 50) == []
+        for node in nodes:
+            node.kill()
+        with pytest.raises(StreamAway):
+            all(stream.read(10, 100) == [] for _ in range(100))
+        for node in nodes:
+            node.start()
+
+        def published() -> bool:
+            try:
+                stream.publish(TWEETS[:20])
+            except StreamError:
+                return False
+            return True
+
+        wait_until(published)
+        found: set[bytes | None] = set()
+
+        def all_read() -> bool:
+            with suppress(StreamError):
+                found.update(record.payload for record in stream.read(100, 100))
+            return found == set(TWEETS[:20])
+
+        wait_until(all_read)
 
 
 # --- Sentinels
