@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     found: dict[str, list[Figures]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = stack.enter_context(stream_servers(Path(folder) / "servers", 2))
+        servers = stack.enter_context(stream_servers(Path(folder) / "servers", 2, "--appendfsync", "everysec"))
         for _ in range(given.rounds):
             for name, (count, shards) in LAYOUTS.items():
                 found[name].append(measured([server.url for server in servers[:count]], shards, given.seconds))

@@ -17,14 +17,17 @@ REPLICATION = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", 
 
 
 class StreamServer:
-    """A Valkey, or another program with the same options, on a port of its own. It keeps its data in `folder`."""
+    """A Valkey, or another program with the same options, on a port of its own. It keeps its data in `folder`.
+
+    It syncs before it answers: with `everysec` a server on a busy disk postpones writes, which a kill then loses.
+    """
 
     def __init__(self, folder: Path, *options: str, program: str | None = None) -> None:
         folder.mkdir(parents=True)
         self.port = free_port()
         self._command = [
             program or str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder),
-            "--save", "", "--appendonly", "yes", *options,
+            "--save", "", "--appendonly", "yes", "--appendfsync", "always", *options,
         ]  # fmt: skip
         self.start()
 
