@@ -257,6 +257,8 @@ def test_work_is_seen_in_a_shard_that_is_new_full_or_held_by_a_worker_that_ended
     raw.xadd(f"{key}:1", {"tweet": wire(1)})
     wait_until(watching.has_work)
     (held,) = read_all(four)
+    for _ in range(5):
+        assert watching.read(10, None) == [], "it reads all shards to their ends"
     wait_until(watching.has_work)
     four.ack([held.id])
     wait_until(lambda: not any(watching.has_work() for _ in range(5)))
