@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from db import compatibility, migrate
 from db.errors import RightsMissing, shown
 from db.session import Database, open_database
-from worker.errors import BadSettings, ServerFailed
+from worker.errors import BadSettings, ServerFailed, StreamAway
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from training.jobs.context import TrainingContext
     from training.store.cache import Cache
     from training.store.store import Store
-    from worker.stream.stream import Depth, Stream
+    from worker.stream.sharded_stream import ShardedStream
+    from worker.stream.stream import Depth
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +66,28 @@ def open_for_queries(settings: Settings) -> Database:
     return database
 
 
-def open_stream(settings: Settings, url: str) -> "Stream":
-    from worker.stream.redis_client import connect
-    from worker.stream.stream import Stream
+def open_stream(settings: Settings, url: str, *, brief: bool = False) -> "ShardedStream":
+    """The stream, on the servers of `TWEETSCORE_STREAM_URLS`, else on the broker at `url`.
 
-    return Stream(connect(url), settings.stream_key, settings.group)
+    With `brief` its clients time out soon and do not retry, for status checks.
+    """
+    from worker.stream.sharded_stream import ShardedStream
+
+    urls = settings.stream_urls or (url,)
+    return ShardedStream(urls, settings.stream_key, settings.group, settings.stream_shards, brief=brief)
+
+
+def no_stream(settings: Settings) -> str | None:
+    """Why there is no stream to ask for its state: it is on the embedded server, and that does not run."""
+    from worker.stream import embedded_valkey
+
+    if settings.stream_urls or not settings.embedded or embedded_valkey.find(settings.home) is not None:
+        return None
+    return embedded_valkey.failure_reason(settings.home) or "no server runs; start `tweetscore up`"
 
 
 def stream_url(settings: Settings) -> str:
-    """The URL of broker and stream, whether or not a server runs there."""
+    """The URL of the broker, which holds the stream too by default. A server need not run there."""
     if settings.redis_url:
         return settings.redis_url
     from worker.stream import embedded_valkey
@@ -84,26 +98,23 @@ def stream_url(settings: Settings) -> str:
 def depth_reader(settings: Settings) -> "Callable[[], Depth | None]":
     """Return a function that reads the stream's depth with a short timeout; it returns None without an embedded
     server."""
-    from worker.stream import embedded_valkey
-    from worker.stream.redis_client import connect_briefly
-    from worker.stream.stream import Stream
-
-    if settings.embedded and embedded_valkey.find(settings.home) is None:
+    if no_stream(settings) is not None:
         return lambda: None
-    return Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group).depth
+    return open_stream(settings, stream_url(settings), brief=True).depth
 
 
 def wait_for_broker(settings: Settings, notify: Callable[[str], None]) -> bool:
-    """Wait for a broker that stopped answering: while it loads, or while the embedded server is restarted.
+    """Wait for the stream's server, which is the broker by default and stopped answering: while it loads, or while the
+    embedded server is restarted.
 
-    Returns False when an external broker does not answer. Raises `ServerFailed` when no process owns the embedded
+    Returns False when an external server does not answer. Raises `ServerFailed` when no process owns the embedded
     server or the restart takes too long.
     """
     from worker.stream import embedded_valkey
     from worker.stream.redis_client import connect_briefly
     from worker.stream.server_status import wait_until_ready
 
-    if settings.embedded:
+    if settings.embedded and not settings.stream_urls:
         if (
             embedded_valkey.wait_for_server(settings.home, notify) is None
             and embedded_valkey.find(settings.home) is None
@@ -113,8 +124,16 @@ def wait_for_broker(settings: Settings, notify: Callable[[str], None]) -> bool:
                 "`tweetscore up` and try again"
             )
         return True
-    with connect_briefly(stream_url(settings)) as client:
-        return wait_until_ready(client, 0, lambda: False, lambda loading: notify(f"waiting: the broker is {loading}"))
+    try:
+        for url in settings.stream_urls or (stream_url(settings),):
+            with connect_briefly(url) as client:
+                if not wait_until_ready(
+                    client, 0, lambda: False, lambda loading: notify(f"waiting: the broker is {loading}")
+                ):
+                    return False
+    except StreamAway:  # a cluster, whose client connects at once
+        return False
+    return True
 
 
 @contextmanager

@@ -8,7 +8,6 @@ SQLite file in the home. An empty variable counts as unset, as in a compose file
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fsspec.registry import known_implementations
 from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
@@ -20,8 +19,9 @@ from training.config import PRESETS
 from training.errors import BadConfig
 from training.store.store import is_remote, local_path
 from worker.engine_names import ENGINES
-from worker.errors import BadSettings, StreamError
+from worker.errors import BadSettings
 from worker.secret_files import read_secret, with_password
+from worker.setting_values import expanded, redis_server, web_address
 
 WITH_PASSWORD = ("redis", "database", "reader")
 SECRETS = ("console_oidc_client_secret", "webhook_secret")
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     redis_password_file: Path | None = Field(
         None,
         validation_alias=AliasChoices("REDIS_PASSWORD_FILE", "redis_password_file"),
-        description="file with the password of the user in `REDIS_URL`, such as a container secret",
+        description="file with the password of the user in `REDIS_URL` and `TWEETSCORE_STREAM_URLS`",
     )
     database_url: str | None = Field(
         None,
@@ -119,6 +119,14 @@ class Settings(BaseSettings):
     )
 
     stream_key: str = Field("tweets", min_length=1, description="key of the stream")
+    stream_shards: int = Field(
+        1, ge=1, le=64, description="shards that publishers divide tweets among by their ids; scoring workers read all "
+        "that exist",
+    )  # fmt: skip
+    stream_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="servers of the stream, separated by spaces: Redis, Valkey, Sentinels or a "
+        "cluster; unset: the broker",
+    )  # fmt: skip
     group: str = Field("scorers", min_length=1, description="consumer group of the scoring workers")
     window_tweets: int = Field(
         16_384, ge=1, le=100_000, description="most tweets in a window: read, scored and committed together; more than "
@@ -234,7 +242,7 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return _expanded(value).absolute()
+        return expanded(value).absolute()
 
     @field_validator("model_store", "dataset_store", "checkpoint_store", mode="before")
     @classmethod
@@ -243,7 +251,7 @@ class Settings(BaseSettings):
             return value
         text = str(value)
         if not is_remote(text):
-            return str(_expanded(local_path(text)).absolute()) if text else None
+            return str(expanded(local_path(text)).absolute()) if text else None
         if text.partition("://")[0] not in known_implementations:
             raise ValueError("it must be a folder or a URL that fsspec opens, such as s3://bucket/models")
         return text
@@ -251,23 +259,19 @@ class Settings(BaseSettings):
     @field_validator("read_roots", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(_expanded(Path(part)) for part in value.split(":") if part) if isinstance(value, str) else value
+        return tuple(expanded(Path(part)) for part in value.split(":") if part) if isinstance(value, str) else value
 
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: str | None) -> str | None:
         if value and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it must begin with redis://, rediss:// or unix://")
-        if value:
-            from worker.stream.redis_client import (
-                connect,  # the embedded server needs no check, and redis-py loads slowly
-            )
+        return redis_server(value) if value else None
 
-            try:
-                connect(value).close()
-            except StreamError as error:
-                raise ValueError(str(error)) from error
-        return value or None
+    @field_validator("stream_urls", mode="before")
+    @classmethod
+    def _servers(cls, value: Any) -> Any:
+        return tuple(map(redis_server, value.split() if isinstance(value, str) else value))
 
     @field_validator("database_url", "reader_url")
     @classmethod
@@ -294,12 +298,8 @@ class Settings(BaseSettings):
     @field_validator("console_oidc_metadata_url", "console_oidc_redirect_url", "webhook_url")
     @classmethod
     def _http(cls, value: str | None, info: ValidationInfo) -> str | None:
-        parts = urlsplit(value or "")
-        if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None):
-            raise ValueError("it must begin with https:// or http:// and name a host, without a user")
-        if value and info.field_name == "console_oidc_redirect_url" and parts.path != CALLBACK:
-            raise ValueError(f"it must end with {CALLBACK} right after the host, as in https://host{CALLBACK}")
-        return value
+        path = CALLBACK if info.field_name == "console_oidc_redirect_url" else None
+        return web_address(value, path) if value else value
 
     @field_validator("console_users", mode="before")
     @classmethod
@@ -352,26 +352,21 @@ class Settings(BaseSettings):
         return self.home / "logs"
 
 
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError("it names the home of a user that does not exist") from error
-
-
 def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment; raises `BadSettings` with the name, the value and what is allowed."""
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(fault) for fault in error.errors())) from error
-    urls = {f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD}
+    urls: dict[str, Any] = {f"{name}_url": _with_password(settings, name) for name in WITH_PASSWORD}
     secrets = {name: getattr(settings, name) or _in_file(settings, f"{name}_file") for name in SECRETS}
     if settings.webhook_url and not secrets["webhook_secret"]:
         raise BadSettings(
             "TWEETSCORE_WEBHOOK_URL is set without a secret; set TWEETSCORE_WEBHOOK_SECRET or "
             "TWEETSCORE_WEBHOOK_SECRET_FILE too"
         )
+    if (password := _in_file(settings, "redis_password_file")) is not None:
+        urls["stream_urls"] = tuple(with_password(url, password) for url in settings.stream_urls)
     return settings.model_copy(update={**urls, **secrets})
 
 
@@ -396,5 +391,5 @@ def _sentence(fault: Any) -> str:
     name = field if field.isupper() else environment_name(field)
     message = fault["msg"].removeprefix("Value error, ")
     # Leave out the value of a URL: it may contain a password.
-    value = "" if name.endswith(("_URL", "_SECRET")) else f" is {shown(fault['input'])}"
+    value = "" if name.endswith(("_URL", "_URLS", "_SECRET")) else f" is {shown(fault['input'])}"
     return f"{name}{value}: {message[0].lower()}{message[1:]}"

@@ -70,7 +70,7 @@ def _values(field: FieldInfo) -> str:
     annotation = _plain_type(field.annotation)
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
-    kind = "list" if get_origin(annotation) is dict else TYPES.get(annotation, "paths")
+    kind = "list" if get_origin(annotation) is dict or annotation == tuple[str, ...] else TYPES.get(annotation, "paths")
     bounds = {type(bound): bound for bound in field.metadata}
     low, above, high = bounds.get(Ge), bounds.get(Gt), bounds.get(Le)
     if low and high:

@@ -19,7 +19,7 @@ from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.actors import wait_for_log
 from tests.support.bench import wire
 from tests.support.outages import breakable
-from tests.support.world import World, on_postgresql, on_sqlite
+from tests.support.world import World, on_postgresql, on_sqlite, with_shards
 from worker.intake.publish import send
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import CLIENT_TIMEOUT_SECONDS, connect
@@ -36,6 +36,7 @@ def fill(client: redis.Redis) -> None:
 
 
 @pytest.mark.slow
+@with_shards
 @on_sqlite
 def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_trimming_go_on(own: World) -> None:
     said: list[str] = []
@@ -57,6 +58,7 @@ def test_17_at_maxmemory_publishers_wait_and_say_so_while_reading_acking_and_tri
     assert own.dead() == []
 
 
+@with_shards
 @on_postgresql
 def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away(own: World) -> None:
     home = own.settings.home
@@ -77,6 +79,7 @@ def test_18_work_goes_on_within_a_minute_of_the_return_of_a_broker_that_was_away
 
 
 @pytest.mark.slow
+@with_shards
 @on_sqlite
 def test_19_work_goes_on_within_a_minute_after_a_half_open_broker(own: World) -> None:
     """A server that keeps its connections and does not answer, for longer than a client waits."""

@@ -132,13 +132,14 @@ class Scorer(Command):
 
 
 @pytest.mark.parametrize(
-    ("kills", "database_url"),
+    ("kills", "database_url", "shards"),
     [
-        pytest.param(40, "sqlite", marks=pytest.mark.slow),
-        pytest.param(200, "sqlite", marks=pytest.mark.storm),
-        pytest.param(200, "postgresql", marks=pytest.mark.storm),
+        pytest.param(40, "sqlite", 1, marks=pytest.mark.slow),
+        pytest.param(40, "postgresql", 2, marks=pytest.mark.slow),
+        pytest.param(200, "sqlite", 2, marks=pytest.mark.storm),
+        pytest.param(200, "postgresql", 1, marks=pytest.mark.storm),
     ],
-    indirect=["database_url"],
+    indirect=["database_url", "shards"],
 )
 def test_01_random_kills_of_scorers_lose_no_tweet_and_score_none_twice(
     starter_world: World, kills: int, report: Callable[[str], None]

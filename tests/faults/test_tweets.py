@@ -12,13 +12,15 @@ from db.models import DeadLetter, ModelVersion, Prediction, Tweet
 from tests.conftest import LABELS, wait_until
 from tests.support.actors import wait_for_log
 from tests.support.bench import DRAINED, Bench, wire
-from tests.support.world import World, on_postgresql, on_sqlite
+from tests.support.world import World, on_postgresql, on_sqlite, with_shards
 from worker.connections import model_store
+from worker.stream.sharded_stream import ShardedStream
 from worker.stream.stream import Depth, Record, Stream
 
 POISON = "毒"
 
 
+@with_shards
 @on_postgresql
 def test_02_records_of_a_worker_killed_between_read_and_commit_are_claimed_after_min_idle(world: World) -> None:
     world.stream.publish([*(wire(i) for i in range(20)), b"no tweet"])
@@ -33,6 +35,7 @@ def test_02_records_of_a_worker_killed_between_read_and_commit_are_claimed_after
     assert [letter["payload"] for letter in world.dead()] == [b"no tweet"]
 
 
+@with_shards
 @on_postgresql
 def test_03_the_replay_after_a_kill_between_commit_and_ack_changes_nothing(world: World) -> None:
     world.stream.publish([*(wire(i) for i in range(20)), b"no tweet"])
@@ -45,6 +48,7 @@ def test_03_the_replay_after_a_kill_between_commit_and_ack_changes_nothing(world
     assert world.passes() == 40, "they were scored again, and that changed no row"
 
 
+@with_shards
 @on_sqlite
 def test_04_only_the_record_whose_scoring_kills_its_process_is_dead_lettered(world: World) -> None:
     world.stream.publish([wire(i, POISON if i == 7 else f"雨{i}") for i in range(20)])
@@ -84,6 +88,7 @@ def test_05_a_malformed_record_is_dead_lettered_with_a_reason_and_its_window_mat
     assert bench.stream.depth() == DRAINED
 
 
+@with_shards
 @on_sqlite
 def test_06_a_slow_but_live_worker_keeps_its_records(world: World) -> None:
     world.stream.publish([wire(i) for i in range(10)])
@@ -95,27 +100,28 @@ def test_06_a_slow_but_live_worker_keeps_its_records(world: World) -> None:
     assert world.passes() == 10
 
 
+@with_shards
 @on_postgresql
 def test_07_a_worker_that_wakes_late_takes_nothing_back(world: World) -> None:
     world.stream.publish([wire(i) for i in range(10)])
     with world.worker(failpoints="forwarded=stop@1") as sleeper:
         wait_until(lambda: sleeper.stopped)
         old = world.stream
-        (holder,) = {row["consumer"].decode() for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)}
-        asleep = Stream(world.raw, old.key, old.group, holder)
-        held = [row["message_id"].decode() for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)]
+        (holder,) = [consumer.name for consumer in old.consumers() if consumer.pending]
+        asleep = ShardedStream([world.url], old.key, old.group, world.settings.stream_shards, holder)
+        held = sorted(asleep.pending_ids())
         with world.worker(failpoints="forwarded=pause:3@1") as heir:
-            wait_for_log(heir, "claimed 10 records")
+            wait_for_log(heir, "claimed")
+            wait_until(lambda: all(consumer.pending == 0 for consumer in old.consumers() if consumer.name == holder))
             sleeper.send(signal.SIGCONT)
             assert asleep.renew(held) == 0, "the records belong to another consumer now"
-            assert {row["consumer"] for row in world.raw.xpending_range(old.key, old.group, "-", "+", 10)} != {
-                holder.encode()
-            }
+            assert all(consumer.pending == 0 for consumer in old.consumers() if consumer.name == holder)
             world.drained()
     assert world.predictions() == 10
     assert world.dead() == []
 
 
+@with_shards
 @on_sqlite
 def test_08_a_producer_that_repeats_itself_gets_one_prediction(world: World) -> None:
     world.stream.publish([wire("same", "初めて"), wire("other")])
@@ -126,15 +132,17 @@ def test_08_a_producer_that_repeats_itself_gets_one_prediction(world: World) -> 
     assert {row["text"] for row in world.rows(Tweet) if row["tweet_id"] == "same"} == {"初めて"}
 
 
+@with_shards
 @on_postgresql
 def test_15_after_flushall_the_group_is_made_again_and_new_tweets_are_scored(world: World) -> None:
     with world.worker():
         world.stream.publish([wire("before")])
         wait_until(lambda: world.scored() == {"before"})
         # The server is shared, so only this stream is deleted; its workers see the same as after FLUSHALL.
-        world.raw.delete(world.stream.key, f"{world.stream.key}:suspects")
+        world.raw.delete(*world.raw.keys(f"{world.stream.key}*"))
         world.raw.xadd(world.stream.key, {"tweet": wire("after")})
-        wait_until(lambda: world.scored() == {"before", "after"})
+        world.stream.publish([wire("more"), wire("most")])
+        wait_until(lambda: world.scored() == {"before", "after", "more", "most"})
         world.drained()
 
 
@@ -185,6 +193,7 @@ def test_29_a_champion_that_cannot_be_loaded_leaves_the_old_one_scoring_and_is_s
     assert {row["model_version_id"] for row in world.rows(Prediction)} == {world.champion}
 
 
+@with_shards
 @on_sqlite
 def test_30_out_of_memory_halves_the_budget_and_a_lone_culprit_is_buried(world: World) -> None:
     world.stream.publish([wire(i, f"雨が降る{i}") for i in range(20)])
@@ -202,14 +211,16 @@ def test_30_out_of_memory_halves_the_budget_and_a_lone_culprit_is_buried(world: 
     assert world.predictions() == 25
 
 
+@with_shards
 @on_sqlite
 def test_31_dead_consumers_are_taken_off_the_list_only_when_they_hold_nothing(world: World) -> None:
     world.stream.publish([wire(i) for i in range(12)])
     for _ in range(3):
         world.killed_at("read=kill", min_idle_seconds=0.1)
     stream = world.stream
-    assert len(world.raw.xinfo_consumers(stream.key, stream.group)) == 3
-    assert stream.sweep(0) <= 2
+    assert len(stream.consumers()) == 3
+    stream.sweep(0)
+    assert 1 <= len(stream.consumers()) < 3
     assert stream.depth().pending == 12, "a consumer with pending records stays on the list"
     with world.worker(min_idle_seconds=0.1):
         world.drained()
@@ -217,6 +228,6 @@ def test_31_dead_consumers_are_taken_off_the_list_only_when_they_hold_nothing(wo
 
         def only_the_living_is_listed() -> bool:
             world.stream.publish([wire("later")])  # a worker removes consumers while it has work
-            return len(world.raw.xinfo_consumers(stream.key, stream.group)) == 1
+            return len(stream.consumers()) == 1
 
         wait_until(only_the_living_is_listed, every=0.2)

@@ -21,17 +21,23 @@ TESTED_ELSEWHERE = {"forwarded", "committed", "recorded"}
 ORDINARY = {"stored", "draft", "artifact"}
 
 
-def walk(points: Iterable[str]) -> list[Any]:
-    """(point, kind of database), the two kinds in turn; all but the ordinary ones are slow."""
+def walk(points: Iterable[str], shards: int = 1) -> list[Any]:
+    """(point, kind of database, shards), the two kinds in turn; all but the ordinary ones are slow."""
     return [
-        pytest.param(point, kind, marks=[] if point in ORDINARY else pytest.mark.slow, id=f"{point}-{kind}")
+        pytest.param(
+            point, kind, shards, id=f"{point}-{kind}-{shards}", marks=[] if point in ORDINARY else pytest.mark.slow
+        )
         for point, kind in zip(
             (point for point in points if point not in TESTED_ELSEWHERE), cycle(("sqlite", "postgresql"))
         )
     ]
 
 
-@pytest.mark.parametrize(("point", "database_url"), walk(TWEET_POINTS), indirect=["database_url"])
+@pytest.mark.parametrize(
+    ("point", "database_url", "shards"),
+    [*walk(TWEET_POINTS), *walk(TWEET_POINTS, 2)],
+    indirect=["database_url", "shards"],
+)
 def test_a_scorer_killed_at_any_step_loses_nothing_and_scores_nothing_twice(world: World, point: str) -> None:
     world.stream.publish([wire(i, f"雨が{i}回降る") for i in range(TWEETS)] + [b"no tweet"])
     world.killed_at(f"{point}=kill")
@@ -42,7 +48,7 @@ def test_a_scorer_killed_at_any_step_loses_nothing_and_scores_nothing_twice(worl
     assert [letter["payload"] for letter in world.dead()] == [b"no tweet"]
 
 
-@pytest.mark.parametrize(("point", "database_url"), walk(JOB_POINTS), indirect=["database_url"])
+@pytest.mark.parametrize(("point", "database_url", "shards"), walk(JOB_POINTS), indirect=["database_url", "shards"])
 def test_a_trainer_killed_at_any_step_is_followed_by_one_that_ends_the_job_as_if_nothing_had_been(
     world: World, labelled_csv: Path, unbroken: dict[int, float], point: str
 ) -> None:

@@ -22,16 +22,18 @@ from tests.support.actors import Actor, acting, killed_at
 from tests.support.bench import DRAINED
 from training.jobs.run import run_next_job
 from worker.app import TRAINING, broker_url
-from worker.connections import training_context
+from worker.connections import open_stream, training_context
 from worker.intake.submit_job import submit_training
 from worker.settings import Settings, load_settings
 from worker.stream import embedded_valkey
-from worker.stream.redis_client import connect
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import ShardedStream
 
 # For tests in which the kind of database does not matter: one of the two.
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+# For tests that are to hold with one shard and with several.
+with_shards = pytest.mark.parametrize("shards", [1, 2], indirect=True)
+on_two_shards = pytest.mark.parametrize("shards", [2], indirect=True)
 # The 48 training rows make two steps an epoch.
 TWO_STEPS = {"train_batch_size": 32}
 
@@ -50,8 +52,8 @@ class World:
         return load_settings(**self.given)
 
     @property
-    def stream(self) -> Stream:
-        return Stream(connect(self.url), self.settings.stream_key, self.settings.group)
+    def stream(self) -> ShardedStream:
+        return open_stream(self.settings, self.url)
 
     @property
     def raw(self) -> "redis.Redis":
@@ -176,8 +178,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> di
 
 
 @pytest.fixture
-def given(quick: dict[str, Any], database_url: str) -> dict[str, Any]:
-    return {**quick, "database_url": database_url}
+def shards(request: pytest.FixtureRequest) -> int:
+    """The shards of a world's stream: one, or the parameter of a test."""
+    return int(getattr(request, "param", 1))
+
+
+@pytest.fixture
+def given(quick: dict[str, Any], database_url: str, shards: int) -> dict[str, Any]:
+    return {**quick, "database_url": database_url, "stream_shards": shards}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from worker.process.supervisor import Supervisor, supervise
 from worker.quality.promotion import promote
 from worker.settings import Settings
 from worker.stream import embedded_valkey
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import TweetStream
 
 SCORING_SECONDS = 120.0
 # As many rows as two cores train on in most of the demo's minute.
@@ -132,7 +132,7 @@ def _wait_until_scored(
     )
 
 
-def _nothing_pending(settings: Settings, stream: Stream) -> bool:
+def _nothing_pending(settings: Settings, stream: TweetStream) -> bool:
     try:
         return stream.depth().pending == 0
     except StreamAway:

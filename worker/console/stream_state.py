@@ -5,14 +5,12 @@ from datetime import UTC, datetime
 
 import streamlit as st
 
-from worker.connections import stream_url
+from worker.connections import no_stream, open_stream, stream_url
 from worker.console.context import FRESH_SECONDS
 from worker.errors import StreamError
 from worker.settings import Settings
-from worker.stream import embedded_valkey
-from worker.stream.redis_client import connect_briefly
-from worker.stream.server_status import Consumer, list_consumers
-from worker.stream.stream import Depth, Stream
+from worker.stream.server_status import Consumer
+from worker.stream.stream import Depth
 
 
 @dataclass(frozen=True)
@@ -33,21 +31,21 @@ class StreamState:
 
 
 def read(settings: Settings) -> StreamState:
-    return _read(settings, stream_url(settings), settings.stream_key, settings.group)
+    places = settings.stream_urls or (stream_url(settings),)
+    return _read(settings, places, settings.stream_key, settings.group)
 
 
 @st.cache_data(ttl=FRESH_SECONDS, show_spinner=False)
-def _read(_settings: Settings, url: str, key: str, group: str) -> StreamState:
-    if _settings.embedded and embedded_valkey.find(_settings.home) is None:
-        reason = embedded_valkey.failure_reason(_settings.home)
-        return StreamState(problem=reason or "no server runs here; start `tweetscore up`")
+def _read(_settings: Settings, places: tuple[str, ...], key: str, group: str) -> StreamState:
+    if reason := no_stream(_settings):
+        return StreamState(problem=reason)
+    stream = open_stream(_settings, places[0], brief=True)
     try:
-        with connect_briefly(url) as client:
-            stream = Stream(client, key, group)
-            consumers = list_consumers(client, key, group)
-            return StreamState(stream.depth(), stream.oldest(), tuple(consumers))
+        return StreamState(stream.depth(), stream.oldest(), tuple(stream.consumers()))
     except StreamError as error:
         return StreamState(problem=str(error))
+    finally:
+        stream.close()
 
 
 def duration(seconds: float | None) -> str | None:

@@ -10,7 +10,8 @@ from worker.connections import broker, open_stream, wait_for_broker
 from worker.errors import StreamAway, StreamFull
 from worker.intake.x_api import flat_tweets
 from worker.settings import Settings, load_settings
-from worker.stream.stream import FULL_WAIT_SECONDS, Stream
+from worker.stream.sharded_stream import TweetStream
+from worker.stream.stream import FULL_WAIT_SECONDS
 from worker.stream.tweet_record import parse_object
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     return len(payloads)
 
 
-def send(stream: Stream, payloads: Sequence[bytes], settings: Settings, notify: Callable[[str], None]) -> None:
+def send(stream: TweetStream, payloads: Sequence[bytes], settings: Settings, notify: Callable[[str], None]) -> None:
     """Append records. Above the high-water mark, and while the server is full or unavailable, wait and call `notify`.
 
     After an outage the records are sent again. Those that the server had already appended are then twice in the stream;

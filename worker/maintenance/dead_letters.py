@@ -8,13 +8,13 @@ from db import predictions
 from db.models import DeadLetter
 from db.session import Database
 from worker.app import SCORING, nudge
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import TweetStream
 from worker.stream.tweet_record import unpack_fields
 
 CHUNK_LETTERS = 250
 
 
-def retry(database: Database, stream: Stream, app: Celery, ids: Sequence[str] | None) -> int:
+def retry(database: Database, stream: TweetStream, app: Celery, ids: Sequence[str] | None) -> int:
     """Put dead letters back into the stream, all of them when `ids` is None. Returns how many.
 
     Raises `NotFound`, and does nothing, when one of `ids` does not exist.

@@ -13,7 +13,7 @@ from db.errors import DatabaseError
 from db.session import Database
 from worker.errors import BadRecord, StreamError
 from worker.maintenance import dead_letters
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import TweetStream
 from worker.stream.tweet_record import parse_payload
 
 CHUNK_ROWS = 1_000
@@ -46,7 +46,7 @@ class DeletedCounts:
 
 def delete_tweets(
     database: Database,
-    stream: Stream,
+    stream: TweetStream,
     tweets: TweetFilter,
     progress: Callable[[str, int], None] = lambda what, count: None,
 ) -> DeletedCounts:
@@ -67,7 +67,7 @@ def delete_tweets(
     return DeletedCounts(records, rows, letters)
 
 
-def compact(database: Database, stream: Stream) -> list[str]:
+def compact(database: Database, stream: TweetStream) -> list[str]:
     """Rewrite the files, so that they contain no deleted data. Other clients are blocked for seconds.
 
     Returns one sentence for each that could not be rewritten, with the remedy.
@@ -94,7 +94,7 @@ def _delete_rows(database: Database, tweets: TweetFilter, progress: Callable[[st
         progress("tweets", done)
 
 
-def _delete_records(stream: Stream, tweets: TweetFilter, progress: Callable[[str, int], None]) -> int:
+def _delete_records(stream: TweetStream, tweets: TweetFilter, progress: Callable[[str, int], None]) -> int:
     matching = []
     for chunk in stream.scan(CHUNK_ROWS):
         matching += [record.id for record in chunk if tweets.matches(record.payload, record.received_at)]

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import make_url
 
-from db.errors import TweetscoreError
+from db.errors import TweetscoreError, public_url
+from worker.connections import open_stream, stream_url
+from worker.errors import StreamAway
 from worker.process.heartbeat import STALE_SECONDS, find_heartbeat, find_waiting_reason
 from worker.settings import Settings
 from worker.stream import embedded_valkey
+from worker.stream.redis_client import connect_briefly
 from worker.stream.server_status import loading_status
 
 TIMEOUT_SECONDS = 5.0
@@ -66,15 +67,16 @@ def _broker(settings: Settings) -> str:
     if settings.embedded and embedded_valkey.find(settings.home) is None:
         reason = embedded_valkey.failure_reason(settings.home)
         raise Unhealthy(reason or f"no server runs on {settings.home}; start `tweetscore up`")
-    url = settings.redis_url or f"unix://{embedded_valkey.socket_path(settings.home)}"
-    client = redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3, retry=Retry(NoBackoff(), 0))
-    try:
-        with client:
-            if loading := loading_status(client):
-                raise Unhealthy(f"the broker is {loading}")
-            return f"broker answers, {client.xlen(settings.stream_key)} records in the stream"
-    except redis.RedisError as error:
-        raise Unhealthy(f"the broker does not answer ({type(error).__name__})") from error
+    broker = stream_url(settings)
+    for url in (broker, *settings.stream_urls):
+        name = "broker" if url == broker else f"stream's server {public_url(url)}"
+        try:
+            with connect_briefly(url) as client:
+                if loading := loading_status(client):
+                    raise Unhealthy(f"the {name} is {loading}")
+        except (redis.RedisError, StreamAway) as error:
+            raise Unhealthy(f"the {name} does not answer ({type(error).__name__})") from error
+    return f"broker answers, {open_stream(settings, broker, brief=True).length()} records in the stream"
 
 
 def _database(settings: Settings) -> str:

@@ -17,7 +17,7 @@ from training.jobs import lease  # noqa: F401 - registers its counter, which eve
 from worker.errors import BadSettings
 from worker.process.quality_metrics import QualityMetrics
 from worker.scoring import metrics  # noqa: F401 - registers the metrics of scoring
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import TweetStream
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class WorkerCollector(Collector):
     """
 
     def __init__(
-        self, kind: str, state: Callable[[], str], model_version: Callable[[], int | None], stream: Stream,
+        self, kind: str, state: Callable[[], str], model_version: Callable[[], int | None], stream: TweetStream,
         database: Database, engine: Callable[[], str | None] = lambda: None,
     ) -> None:  # fmt: skip
         self._kind = kind

@@ -16,13 +16,11 @@ from db.admin.activity import Windows
 from db.errors import RightsMissing, TweetscoreError
 from db.models import TrainingJob, utc_now
 from db.session import Database, open_database
-from worker.connections import stream_url
+from worker.connections import no_stream, open_stream, stream_url
 from worker.process.heartbeat import Beat, read_heartbeats
 from worker.settings import Settings
-from worker.stream import embedded_valkey
-from worker.stream.redis_client import connect_briefly
-from worker.stream.server_status import Consumer, list_consumers
-from worker.stream.stream import Depth, Stream
+from worker.stream.server_status import Consumer
+from worker.stream.stream import Depth
 
 # The last periods of the rate and of the labels, and their lengths.
 RATE = RATE_PERIODS, RATE_SECONDS = 30, 20
@@ -84,8 +82,7 @@ class OverviewReader:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database: Database | None = None
-        self._client = connect_briefly(stream_url(settings))
-        self._stream = Stream(self._client, settings.stream_key, settings.group)
+        self._stream = open_stream(settings, stream_url(settings), brief=True)
 
     def read(self) -> Overview:
         return Overview(
@@ -96,17 +93,14 @@ class OverviewReader:
         )
 
     def close(self) -> None:
-        self._client.close()
+        self._stream.close()
         if self._database is not None:
             self._database.close()
 
     def _read_stream(self) -> StreamState:
-        home = self._settings.home
-        if self._settings.embedded and embedded_valkey.find(home) is None:
-            reason = embedded_valkey.failure_reason(home)
-            raise TweetscoreError(reason or "no server runs; start `tweetscore up`")
-        depth = self._stream.depth()
-        return StreamState(depth, list_consumers(self._client, self._stream.key, self._stream.group))
+        if reason := no_stream(self._settings):
+            raise TweetscoreError(reason)
+        return StreamState(self._stream.depth(), self._stream.consumers())
 
     def _read_database(self) -> DatabaseState:
         if self._database is None:

@@ -116,7 +116,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
 def _as_variable(value: Any) -> str:
     if isinstance(value, tuple):
-        return ":".join(map(str, value))
+        return (":" if all(isinstance(part, Path) for part in value) else " ").join(map(str, value))
     if isinstance(value, dict):
         return ",".join(f"{name}={part}" for name, part in value.items())
     return str(value)

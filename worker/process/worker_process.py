@@ -42,8 +42,7 @@ from worker.scoring.scoring_model import serving_from
 from worker.scoring.shadow import Shadow
 from worker.scoring.window import USUAL_WINDOW_TWEETS
 from worker.settings import Settings
-from worker.stream.redis_client import connect_briefly
-from worker.stream.stream import Depth, Stream
+from worker.stream.stream import Depth
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class WorkerProcess:
         self.database = open_guarded(settings)
         self.gate = DatabaseGate(self.database, settings.watch_seconds)
         # For heartbeat and metrics, which need a shorter timeout than the pipeline.
-        self._status_stream = Stream(connect_briefly(stream_url(settings)), settings.stream_key, settings.group)
+        self._status_stream = open_stream(settings, stream_url(settings), brief=True)
         self.collector = WorkerCollector(
             self.kind, self.state, self.model_version, self._status_stream, self.database, self.engine
         )
@@ -294,19 +293,15 @@ class ScoringWorker(WorkerProcess):
         return scoring_maintenance(self.database, self.settings, self.stopping)
 
     def has_work(self) -> bool:
-        self.stream.ensure_group()
-        self.stream.detect_vanished()  # the pipeline does this only while it reads
+        waiting = self.stream.has_work()
         # Nothing can be scored without a champion. `current` logs that once, and starts to load a new champion early.
         if self.champion.current() is None:
             self.stopping.wait(min(NO_CHAMPION_SECONDS, self.settings.watch_seconds))
             return False
-        depth = self.stream.depth()
-        if not depth.idle:
-            return True
-        if depth.length:
-            self.stream.trim()  # the worker that scored these ended before it trimmed, or another group was behind
-        self.stream.wait_for_record(max(1, round(1000 * self.settings.watch_seconds)))
-        return not self.stream.depth().idle
+        if not waiting:
+            self.stream.wait_for_record(max(1, round(1000 * self.settings.watch_seconds)))
+            waiting = self.stream.has_work()
+        return waiting
 
     def close(self) -> None:
         self.shadow.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from worker.errors import StreamError
-from worker.stream.stream import Stream
+from worker.stream.sharded_stream import TweetStream
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class HeldRecords:
     """Ids of pending records, in the order in which they were read."""
 
-    def __init__(self, stream: Stream, renew_seconds: float) -> None:
+    def __init__(self, stream: TweetStream, renew_seconds: float) -> None:
         self._stream = stream
         self._renew_seconds = renew_seconds
         self._ids: dict[str, None] = {}  # ordered

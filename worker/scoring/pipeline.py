@@ -36,7 +36,8 @@ from worker.scoring.window import (
     tweet_columns,
     window_row,
 )
-from worker.stream.stream import MAX_ISOLATED_ATTEMPTS, Record, Stream
+from worker.stream.sharded_stream import TweetStream
+from worker.stream.stream import MAX_ISOLATED_ATTEMPTS, Record
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Pipeline:
     """The route in one scoring worker, from its stream to its database."""
 
     def __init__(
-        self, stream: Stream, database: Database, champion: Champion, limits: Limits, stopping: threading.Event,
+        self, stream: TweetStream, database: Database, champion: Champion, limits: Limits, stopping: threading.Event,
         may_read: Callable[[], bool] = lambda: True, after_commit: Callable[[Window], None] = lambda window: None,
     ) -> None:  # fmt: skip
         """`after_commit` gets each window that was stored and acknowledged; it must neither block nor raise."""

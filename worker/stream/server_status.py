@@ -11,6 +11,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
+from worker.errors import StreamDenied, StreamError
 from worker.stream.redis_client import converted
 
 TIMEOUT_SECONDS = 5.0
@@ -19,6 +20,7 @@ LONGEST_POLL_SECONDS = 0.25
 # A shorter load is not reported.
 FIRST_NOTICE_SECONDS = 1.0
 NOTICE_SECONDS = 10.0
+STILL_IN_LOG = "the deleted records are still in the append-only file"
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,29 @@ def wait_until_ready(
         time.sleep(pause)
         pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
     return False
+
+
+def rewrite_log(client: "redis.Redis") -> None:
+    """Rewrite the server's append-only file, and wait for it.
+
+    Raises `StreamError` when that is not allowed or fails: what was deleted is then still in the file.
+    """
+    _wait_for_rewrite(client)  # a rewrite that is already running may have begun before the deletion
+    try:
+        with converted():
+            client.bgrewriteaof()
+    except StreamDenied as error:
+        raise StreamDenied(f"{error}; {STILL_IN_LOG} until an administrator runs BGREWRITEAOF") from error
+    status = _wait_for_rewrite(client)["aof_last_bgrewrite_status"]
+    if status != "ok":
+        raise StreamError(f"{STILL_IN_LOG}: its rewrite ended with {status!r}; read the server's log")
+
+
+def _wait_for_rewrite(client: "redis.Redis") -> dict[str, Any]:
+    """Wait until no rewrite is running or scheduled; returns the server's persistence section of INFO."""
+    while True:
+        with converted():
+            state: dict[str, Any] = client.info("persistence")
+        if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
+            return state
+        time.sleep(0.05)

@@ -9,6 +9,8 @@ Keys
 Any client may XADD to KEY, but without MAXLEN or MINID, which erase records that are not scored yet. Scoring workers
 read the stream through one consumer group: a record stays pending with its consumer until its prediction is committed.
 When the consumer has not renewed it for `min_idle`, another consumer claims it.
+
+On a Redis Cluster the names of the hashes begin with {KEY}, so that they are in the slot of KEY.
 """
 
 import importlib.resources
@@ -24,8 +26,9 @@ from typing import Any
 import msgspec
 import redis
 
-from worker.errors import StreamDenied, StreamError, StreamFull
-from worker.stream.redis_client import FULL, converted, out_of_memory
+from worker.errors import StreamDenied, StreamFull
+from worker.stream.redis_client import FULL, converted, is_cluster, nodes, out_of_memory
+from worker.stream.server_status import Consumer, list_consumers, rewrite_log
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,6 @@ CLAIM_CHUNK = 1_000
 FULL_WAIT_SECONDS = 0.5
 # Shorter than the client's socket timeout.
 LONGEST_BLOCK_MS = 5_000
-STILL_IN_LOG = "the deleted records are still in the append-only file"
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -98,6 +100,7 @@ class Stream:
         self._redis = client
         self.unread: int | None = None  # records that were left for all consumers after the last `read`, if known
         self.key = key
+        self._hashes = f"{{{key}}}" if is_cluster(client) and "{" not in key else key  # prefix of their names
         self.group = group
         self.consumer = consumer or f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         folder = importlib.resources.files("worker.stream") / "lua"
@@ -106,7 +109,7 @@ class Stream:
         }
 
     def _run(self, script: str, *arguments: Any) -> Any:
-        return self._scripts[script](keys=[self.key, f"{self.key}:books", f"{self.key}:erased"], args=arguments)
+        return self._scripts[script](keys=[self.key, f"{self._hashes}:books", f"{self._hashes}:erased"], args=arguments)
 
     # --- publishing
 
@@ -135,24 +138,8 @@ class Stream:
             pipe.execute()
 
     def wait_for_room(self, high_water: int, on_wait: Callable[[int], None], max_seconds: float | None = None) -> None:
-        """Wait until the stream holds at most `high_water` records. Meanwhile call `on_wait` with its length.
-
-        Clients that may not call XLEN skip the check.
-        """
-        started = time.monotonic()
-        while (length := self._length_if_allowed()) > high_water:
-            on_wait(length)
-            if max_seconds is not None and time.monotonic() - started > max_seconds:
-                raise StreamFull(
-                    f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
-                )
-            time.sleep(FULL_WAIT_SECONDS)
-
-    def _length_if_allowed(self) -> int:
-        try:
-            return self.length()
-        except StreamDenied:
-            return 0
+        """See `wait_for_room` below."""
+        wait_for_room(self.length, high_water, on_wait, max_seconds)
 
     def length(self) -> int:
         with converted():
@@ -170,10 +157,10 @@ class Stream:
         A missing group (FLUSHALL, a new server) is created again at 0, so that no record in the stream is skipped.
         """
         with converted():
-            records, last_id = self._read_new(count)
+            records, last_id = self.read_new(count)
             if not records and last_id is not None and block_ms is not None:
                 self._redis.xread({self.key: last_id}, count=1, block=block_ms)
-                records, _ = self._read_new(count)
+                records, _ = self.read_new(count)
         return records
 
     def detect_vanished(self) -> None:
@@ -181,18 +168,18 @@ class Stream:
 
         `read` does this too; use this while nothing is read.
         """
-        with converted():
-            self._read_new(0)
+        self.read_new(0)
 
-    def _read_new(self, count: int) -> tuple[list[Record], Any]:
+    def read_new(self, count: int) -> tuple[list[Record], Any]:
         """Return new records and the stream's last generated id; None for the id when the group had to be created."""
-        try:
-            entries, last_id, vanished, lag = self._run("read", self.group, self.consumer, count)
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            self.ensure_group()
-            return [], None
+        with converted():
+            try:
+                entries, last_id, vanished, lag = self._run("read", self.group, self.consumer, count)
+            except redis.ResponseError as error:
+                if "NOGROUP" not in str(error):
+                    raise
+                self.ensure_group()
+                return [], None
         self.unread = None if lag is None else max(0, lag - len(entries))
         self._warn_vanished(vanished, "before they were read")
         return [_record(id_, fields, 1) for id_, fields in entries], last_id
@@ -229,6 +216,16 @@ class Stream:
         with converted():
             self._redis.xread({self.key: "$"}, count=1, block=min(block_ms, LONGEST_BLOCK_MS))
 
+    def has_work(self) -> bool:
+        """Whether records wait or are pending. Does what `read` does for a stream while nothing is read: creates the
+        group, detects records that were erased, and trims."""
+        self.ensure_group()
+        self.detect_vanished()
+        depth = self.depth()
+        if depth.idle and depth.length:
+            self.trim()  # the worker that scored these ended before it trimmed, or another group was behind
+        return not depth.idle
+
     # --- pending records
 
     def renew(self, ids: Sequence[str]) -> int:
@@ -244,15 +241,15 @@ class Stream:
         `by=-1` reverts one.
         """
         with converted():
-            return int(self._scripts["count"](keys=[f"{self.key}:suspects"], args=[id_, by]))
+            return int(self._scripts["count"](keys=[f"{self._hashes}:suspects"], args=[id_, by]))
 
     def ack(self, ids: Sequence[str]) -> None:
         with converted():
             if ids:
                 pipe = self._redis.pipeline(transaction=False)
                 pipe.xack(self.key, self.group, *ids)
-                pipe.hdel(f"{self.key}:suspects", *ids)
-                pipe.hdel(f"{self.key}:erased", *(f"{id_} {self.group}" for id_ in ids))
+                pipe.hdel(f"{self._hashes}:suspects", *ids)
+                pipe.hdel(f"{self._hashes}:erased", *(f"{id_} {self.group}" for id_ in ids))
                 pipe.execute()
 
     def trim(self) -> int:
@@ -310,28 +307,12 @@ class Stream:
                 start = f"({_text(rows[-1]['message_id'])}"
 
     def rewrite_log(self) -> None:
-        """Rewrite the server's append-only file without the removed records, and wait for it.
+        """Rewrite the append-only file of the server, or of each server of a cluster, without the removed records.
 
         Raises `StreamError` when that is not allowed or fails: the removed records are then still in the file.
         """
-        self._wait_for_rewrite()  # a rewrite that is already running may have begun before the removal
-        try:
-            with converted():
-                self._redis.bgrewriteaof()
-        except StreamDenied as error:
-            raise StreamDenied(f"{error}; {STILL_IN_LOG} until an administrator runs BGREWRITEAOF") from error
-        status = self._wait_for_rewrite()["aof_last_bgrewrite_status"]
-        if status != "ok":
-            raise StreamError(f"{STILL_IN_LOG}: its rewrite ended with {status!r}; read the server's log")
-
-    def _wait_for_rewrite(self) -> dict[str, Any]:
-        """Wait until no rewrite is running or scheduled; returns the server's persistence section of INFO."""
-        while True:
-            with converted():
-                state: dict[str, Any] = self._redis.info("persistence")
-            if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
-                return state
-            time.sleep(0.05)
+        for node in nodes(self._redis):
+            rewrite_log(node)
 
     # --- status
 
@@ -354,8 +335,11 @@ class Stream:
     def vanished(self) -> Vanished:
         with converted():
             names = [f"vanished {self.group}", f"vanished_at {self.group}"]
-            records, at = self._redis.hmget(f"{self.key}:books", names)
+            records, at = self._redis.hmget(f"{self._hashes}:books", names)
         return Vanished(int(records or 0), int(at or 0))
+
+    def consumers(self) -> list[Consumer]:
+        return list_consumers(self._redis, self.key, self.group)
 
     def oldest(self) -> datetime | None:
         """When the oldest record without an acknowledgement was received; None when there is none."""
@@ -374,6 +358,30 @@ class Stream:
                     raise
                 return None
         return Record(_text(waiting[0][0]), None, 0).received_at if waiting and waiting[0][0] else None
+
+
+def wait_for_room(
+    length: Callable[[], int], high_water: int, on_wait: Callable[[int], None], max_seconds: float | None
+) -> None:
+    """Wait until the stream holds at most `high_water` records. Meanwhile call `on_wait` with its length.
+
+    Clients that may not call XLEN skip the check.
+    """
+    started = time.monotonic()
+    while (found := _length_if_allowed(length)) > high_water:
+        on_wait(found)
+        if max_seconds is not None and time.monotonic() - started > max_seconds:
+            raise StreamFull(
+                f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
+            )
+        time.sleep(FULL_WAIT_SECONDS)
+
+
+def _length_if_allowed(length: Callable[[], int]) -> int:
+    try:
+        return length()
+    except StreamDenied:
+        return 0
 
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:

@@ -65,12 +65,21 @@ def test_an_empty_home_is_the_default_one_and_the_working_directory_stays_as_it_
     assert stat.S_IMODE((tmp_path / "here").stat().st_mode) == 0o755
 
 
-@pytest.mark.parametrize("name", ["REDIS_URL", "DATABASE_URL"])
+@pytest.mark.parametrize("name", ["REDIS_URL", "DATABASE_URL", "TWEETSCORE_STREAM_URLS"])
 def test_a_refused_url_does_not_show_its_password(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "mysql://user:hunter2@host/x")
-    with pytest.raises(BadSettings, match=f"{name}: it must begin with") as refused:
+    with pytest.raises(BadSettings, match=f"{name}: it (must begin with|is not a valid URL)") as refused:
         load_settings()
     assert "hunter2" not in str(refused.value)
+
+
+def test_servers_of_the_stream_get_the_password_of_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("a b\n")
+    monkeypatch.setenv("REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    monkeypatch.setenv("TWEETSCORE_STREAM_URLS", "redis://worker@a:1/0  redis+cluster://worker@b:1,c:2 redis://own:x@d")
+    assert load_settings().stream_urls == (
+        "redis://worker:a%20b@a:1/0", "redis+cluster://worker:a%20b@b:1,c:2", "redis://own:x@d"
+    )  # fmt: skip
 
 
 def test_the_settings_are_frozen(settings: Settings) -> None:
@@ -84,6 +93,8 @@ def test_a_child_process_reads_the_same_settings(tmp_path: Path, monkeypatch: py
         redis_url="redis://localhost:1/2",
         linger_seconds=0.5,
         read_roots=(tmp_path, Path("/srv")),
+        stream_shards=4,
+        stream_urls=("redis://localhost:1/2", "redis+cluster://a:1,b:2"),
     )
     for name, value in child_environment(given).items():
         monkeypatch.setenv(name, value)
