@@ -15,8 +15,8 @@ from worker.engines.engine_choice import Choice
 from worker.engines.engine_trial import EngineTrial
 from worker.engines.engines import Engine
 
-# Of stored probabilities.
-DECIMALS = 6
+# Of stored probabilities. PostgreSQL stores decimals in groups of four.
+DECIMALS = 8
 
 # Name of a column of `predictions` -> its values, one per tweet.
 Columns = dict[str, list[Any]]
@@ -78,7 +78,7 @@ def describe(spec: Spec, probabilities: Floats) -> Columns:
     if spec.scale is not None:
         return _describe_values(spec.scale, probabilities)
     chosen = choose(probabilities, spec.config.task)
-    # Digits that say nothing would take a fifth of a row of `predictions`.
+    # float32 has no more digits; as float64 the JSON would have twice as many.
     rounded: Any = np.round(probabilities.astype(np.float64), DECIMALS)
     signed: list[float | None] = [None] * len(probabilities)
     if spec.polarity is not None:
