@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import func, select
 
-from db.models import Prediction, Tweet
+from db.models import Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.soak.producer import made_at
 
@@ -84,6 +84,11 @@ class Ledger:
     def stored(self) -> int:
         with self._database.read() as session:
             return session.scalar(select(func.count()).select_from(Tweet)) or 0
+
+    def scored(self) -> int:
+        """Tweets of all windows: more than there are rows when some were scored again."""
+        with self._database.read() as session:
+            return session.scalar(select(func.coalesce(func.sum(ScoringWindow.tweets), 0))) or 0
 
     def stray_rows(self) -> int:
         """Stored tweets that nobody has published."""

@@ -30,7 +30,7 @@ from tests.soak.memory import Memory
 from tests.soak.plan import KILLED_SCORERS, PRODUCERS, REPEATED, SCORERS, Plan
 from tests.soak.probe import Probe
 from tests.soak.producer import Snowflakes, sample_tweets
-from tests.soak.table import Minute, memory_table, minutes_table
+from tests.soak.table import Minute, memory_by_minute, memory_table, minutes_table
 from tests.support.bench import wire
 from tests.support.commands import Command, command
 from tests.support.paths import ROOT
@@ -86,6 +86,7 @@ class Soak:
     kills: int = 0
     server_kills: int = 0
     promotions: int = 0
+    scored: int = 0  # by all windows: tweets that were scored again count again
     champion: int = 1
     minutes: dict[int, Minute] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -246,7 +247,7 @@ class Soak:
     def _check(self, older_than_seconds: float = YOUNG_SECONDS) -> None:
         self.ledger.add(self.probe.take_accepted())
         self.ledger.tick_off(older_than_seconds)
-        self.minute.stored = self.ledger.stored()
+        self.minute.stored, self.scored = self.ledger.stored(), self.ledger.scored()
         self.write_table()
 
     # --- after the load
@@ -281,7 +282,8 @@ class Soak:
             self.faults += [f"the memory of {trend.name} grows" for trend in trends if not trend.flat]
 
     def _deleted(self) -> int:
-        return self.ledger.accepted - self.ledger.stored()
+        """As of the last check."""
+        return self.ledger.accepted - len(self.ledger.waiting) - self.minutes[max(self.minutes)].stored
 
     # --- the table
 
@@ -302,17 +304,19 @@ class Soak:
     def report(self) -> str:
         ledger, kind = self.ledger, self.world.database.engine.dialect.name
         repeats = sum(ledger.repeats.values())
-        scored = sum(row["tweets"] for row in self.world.rows(ScoringWindow))
         summary = (
             f"{self.seconds / 60:.0f} minutes on {kind}: {self.rate or 0:,.0f} tweets/s of a capacity of "
             f"{self.capacity:,.0f}; {ledger.accepted:,} tweets published, {repeats:,} of them again; "
             f"{self.kills} kills of scorers, {self.server_kills} of the server, {self.promotions} promotions; "
-            f"{len(ledger.waiting):,} without a row, {sum(ledger.versions.values()):,} rows seen, {scored:,} tweets "
-            f"scored, {self._deleted():,} deleted by retention\n"
+            f"{len(ledger.waiting):,} without a row, {sum(ledger.versions.values()):,} rows seen, {self.scored:,} "
+            f"tweets scored, {self._deleted() if self.minutes else 0:,} deleted by retention\n"
         )
         faults = "".join(f"- {fault}\n" for fault in self.faults)
         trends = memory_table(self.memory.trends(self.plan.warm_up_seconds))
-        return "\n".join([summary, *([faults] if faults else []), minutes_table(self._filled_minutes()), trends])
+        minutes = self._filled_minutes()
+        return "\n".join(
+            [summary, *([faults] if faults else []), minutes_table(minutes), trends, memory_by_minute(minutes)]
+        )
 
     def write_table(self) -> None:
         self.table.write_text(self.report(), encoding="utf-8")

@@ -25,21 +25,25 @@ class Minute:
 
 
 def minutes_table(minutes: Sequence[Minute]) -> str:
-    """A row for each minute."""
-    names = sorted({name for minute in minutes for name in minute.memory})
     head = ["minute", "pushed", "again", "rows", "p50 ms", "p99 ms", "max ms", "visible p50", "visible p99", "deepest",
-            "stored", *names, "events"]  # fmt: skip
+            "stored", "events"]  # fmt: skip
     rows = [
         [
             str(minute.number), f"{minute.pushed:,}", f"{minute.repeats:,}", f"{minute.rows:,}",
             *_quantiles(minute.latency_ms, (50, 99, 100)), *_quantiles(minute.visible_ms, (50, 99)),
             f"{minute.depth:,}", f"{minute.stored:,}",
-            *(f"{minute.memory[name]:.0f}" if name in minute.memory else "" for name in names),
             ", ".join(minute.events),
         ]
         for minute in minutes
     ]  # fmt: skip
     return _markdown(head, rows)
+
+
+def memory_by_minute(minutes: Sequence[Minute]) -> str:
+    """MiB of each process at the end of each minute."""
+    names = sorted({name for minute in minutes for name in minute.memory})
+    rows = [[str(minute.number), *(f"{minute.memory.get(name, 0):.0f}" for name in names)] for minute in minutes]
+    return _markdown(["minute", *names], rows)
 
 
 def memory_table(trends: Sequence[Trend]) -> str:
