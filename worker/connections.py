@@ -69,7 +69,7 @@ def open_stream(settings: Settings, url: str) -> "Stream":
     from worker.stream.redis_client import connect
     from worker.stream.stream import Stream
 
-    return Stream(connect(url), settings.stream_key, settings.group)
+    return Stream(connect(url), settings.stream_key, settings.group, keep_hours=settings.stream_keep_hours)
 
 
 def stream_url(settings: Settings) -> str:

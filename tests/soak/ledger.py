@@ -1,6 +1,7 @@
 """Which tweets were accepted, and which of them have a row. Each row is looked up before retention deletes it."""
 
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class Ledger:
         self.repeats: Counter[int] = Counter()  # by the minute in which the first one was made
         self.rows: Counter[int] = Counter()  # by the minute of `scored_at`
         self.versions: Counter[int] = Counter()
-        self.latency_ms: dict[int, list[float]] = defaultdict(list)  # by the minute of `received_at`
+        self.latency_ms: dict[int, array[float]] = defaultdict(lambda: array("d"))  # by the minute of `received_at`
 
     def add(self, ids: Iterable[int]) -> None:
         """Count tweets that the server has accepted."""

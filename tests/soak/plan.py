@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def retention_seconds(self) -> float:
-        return 600 if self.full else 60
+        return 600 if self.full else 90
 
     @property
     def min_idle_seconds(self) -> float:

@@ -29,12 +29,11 @@ from tests.soak.ledger import Ledger
 from tests.soak.memory import Memory
 from tests.soak.plan import KILLED_SCORERS, PRODUCERS, REPEATED, SCORERS, Plan
 from tests.soak.probe import Probe
-from tests.soak.producer import Snowflakes, sample_tweets
+from tests.soak.producer import Snowflakes, made_at, sample_tweets
 from tests.soak.table import Minute, memory_by_minute, memory_table, minutes_table
 from tests.support.bench import wire
 from tests.support.commands import Command, command
 from tests.support.paths import ROOT
-from tests.support.servers import is_running
 from tests.support.world import World
 from worker.connections import model_store
 from worker.engines.engine_choice import saved_choices
@@ -88,6 +87,7 @@ class Soak:
     promotions: int = 0
     scored: int = 0  # by all windows: tweets that were scored again count again
     champion: int = 1
+    promoting: Command | None = None
     minutes: dict[int, Minute] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     producers: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
@@ -98,9 +98,9 @@ class Soak:
         self.ledger, self.probe = Ledger(self.world.database, files), Probe(self.world.stream, self.world.database)
         log = self.world.settings.logs
         with command(log / "up.log", self.world.given, "up") as self.up, self._killing_orphans():
+            self.memory = Memory(self.up.process.pid, {}, self.postgresql)
             try:
                 self.up.says("Press Ctrl-C to stop.")
-                self.memory = Memory(self.up.process.pid, {}, self.postgresql)
                 self._make_ready()
                 self._measure_capacity()
                 with self._producing(files):
@@ -133,9 +133,9 @@ class Soak:
             return len(scored) >= SCORERS and bool(saved_choices(artifacts[version - 1], self.world.settings.engines))
 
         wait_until(lambda: ready(1), every=0.2)
-        self._promote(2)
+        assert self._promote(2).ended() == 0
         wait_until(lambda: ready(2), every=0.2)
-        self._promote(1)
+        assert self._promote(1).ended() == 0
         self.world.drained()
 
     def _measure_capacity(self) -> None:
@@ -201,8 +201,9 @@ class Soak:
             if self.up.process.poll() is not None:
                 self.faults.append("`tweetscore up` ended")
                 return
-            if events and events[0].at_seconds <= self.seconds:
-                self._cause(events.pop(0).kind)
+            if events and events[0].at_seconds <= self.seconds and self._cause(events[0].kind):
+                events.pop(0)
+            self._look_at_promotion()
             if sample_at <= self.seconds:
                 sample_at = self.seconds + SAMPLE_EVERY_SECONDS
                 self._sample()
@@ -211,30 +212,35 @@ class Soak:
                 self._check()
             time.sleep(0.2)
 
-    def _cause(self, kind: str) -> None:
+    def _cause(self, kind: str) -> bool:
+        """Whether the event took place; else it is tried again. Does not wait: each row has to be seen in time."""
         if kind == "kill":
             number = 1 + self.kills % KILLED_SCORERS
-            wait_until(lambda: number in self.memory.scorers())
-            os.kill(self.memory.scorers()[number], signal.SIGKILL)
+            if (pid := self.memory.scorers().get(number)) is None:
+                return False  # it is being started again
+            os.kill(pid, signal.SIGKILL)
             self.kills += 1
             self.minute.events.append(f"scorer {number} killed")
         elif kind == "server":
-            pid = int(self.world.raw.info("server")["process_id"])
-            os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not is_running(pid))
+            os.kill(int(self.world.raw.info("server")["process_id"]), signal.SIGKILL)
             self.server_kills += 1
             self.minute.events.append("server killed")
         else:
-            self._promote(3 - self.champion)
+            if self.promoting is not None:
+                return False
+            self.promoting = self._promote(3 - self.champion)
+        return True
+
+    def _look_at_promotion(self) -> None:
+        if self.promoting is not None and self.promoting.process.poll() is not None:
+            assert self.promoting.ended() == 0, self.promoting.said()
+            self.champion, self.promoting = 3 - self.champion, None
             self.promotions += 1
             self.minute.events.append(f"model {self.champion} promoted")
 
-    def _promote(self, version: int) -> None:
-        promoting = Command(
-            self.world.settings.logs / "promote.log", self.world.given, "models", "promote", str(version)
-        )
-        assert promoting.ended() == 0, promoting.said()
-        self.champion = version
+    def _promote(self, version: int) -> Command:
+        log = self.world.settings.logs / "promote.log"
+        return Command(log, self.world.given, "models", "promote", str(version))
 
     def _sample(self) -> None:
         self.minute.memory |= self.memory.sample(self.seconds)
@@ -253,6 +259,8 @@ class Soak:
     # --- after the load
 
     def _end(self) -> None:
+        wait_until(lambda: self.promoting is None or self.promoting.process.poll() is not None)
+        self._look_at_promotion()
         self.world.drained()
         self._check(older_than_seconds=0)
         self._compare()
@@ -264,7 +272,6 @@ class Soak:
         """Add a fault for everything that is not as it should be. The stream is empty."""
         expected = [event.kind for event in self.plan.events()]
         dead = self.world.count(DeadLetter)
-        retains = self.plan.seconds > 1.5 * self.plan.retention_seconds
         counts: dict[str, tuple[Any, Any]] = {
             "accepted tweets without a row": (len(self.ledger.waiting), 0),
             "pairs of tweet and model version with two rows": (self.ledger.doubled_rows(), 0),
@@ -274,9 +281,13 @@ class Soak:
             "kills of the server": (self.server_kills, 1),
             "promotions": (self.promotions, expected.count("promotion")),
             "model versions that scored": (sorted(self.ledger.versions), [1, 2]),
-            "tweets that retention deleted": (self._deleted() > 0, retains),
         }  # fmt: skip
         self.faults += [f"{what}: {seen}, not {right}" for what, (seen, right) in counts.items() if seen != right]
+        if self.ledger.waiting:
+            ages = sorted(round(made_at(id_) - self.began) for id_ in self.ledger.waiting)
+            self.faults.append(f"they were made between second {ages[0]} and second {ages[-1]}")
+        if self.plan.seconds > 1.5 * self.plan.retention_seconds and not self._deleted():
+            self.faults.append("retention deleted nothing")
         if self.plan.full:  # in a few minutes caches still fill
             trends = self.memory.trends(self.plan.warm_up_seconds)
             self.faults += [f"the memory of {trend.name} grows" for trend in trends if not trend.flat]

@@ -29,7 +29,7 @@ from worker.stream.redis_client import FULL, converted, out_of_memory
 
 log = logging.getLogger(__name__)
 
-SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "sweep", "trim")
+SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "rewind", "sweep", "trim")
 FIELD = b"tweet"
 # The end of the year 9999, the last one a Python datetime can hold.
 LAST_MS = 253_402_300_799_000
@@ -94,8 +94,11 @@ class Vanished:
 
 
 class Stream:
-    def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
+    def __init__(
+        self, client: "redis.Redis", key: str, group: str, consumer: str | None = None, keep_hours: float = 0
+    ) -> None:
         self._redis = client
+        self._keep_ms = round(3_600_000 * keep_hours)  # of acknowledged records, for `rewind`
         self.unread: int | None = None  # records that were left for all consumers after the last `read`, if known
         self.key = key
         self.group = group
@@ -135,9 +138,9 @@ class Stream:
             pipe.execute()
 
     def wait_for_room(self, high_water: int, on_wait: Callable[[int], None], max_seconds: float | None = None) -> None:
-        """Wait until the stream holds at most `high_water` records. Meanwhile call `on_wait` with its length.
+        """Wait until at most `high_water` records wait or are pending. Meanwhile call `on_wait` with their number.
 
-        Clients that may not call XLEN skip the check.
+        Clients that may not call XINFO and XLEN skip the check.
         """
         started = time.monotonic()
         while (length := self._length_if_allowed()) > high_water:
@@ -155,8 +158,9 @@ class Stream:
             return 0
 
     def length(self) -> int:
-        with converted():
-            return int(self._redis.xlen(self.key))
+        """How many records wait or are pending; all of the stream when the server does not know."""
+        depth = self.depth()
+        return depth.length if depth.lag is None else depth.lag + depth.pending
 
     # --- reading
 
@@ -256,9 +260,17 @@ class Stream:
                 pipe.execute()
 
     def trim(self) -> int:
-        """Remove the records that every group has acknowledged; returns how many."""
+        """Remove the records that every group has acknowledged and that need not be kept; returns how many."""
         with converted():
-            return int(self._run("trim"))
+            return int(self._run("trim", self._keep_ms))
+
+    def rewind(self, since: datetime) -> datetime | None:
+        """Let the group read the records that were received at `since` or later once more. Returns when the first of
+        them was received; None without any."""
+        self.ensure_group()
+        with converted():
+            first = self._run("rewind", self.group, max(0, int(since.timestamp() * 1000)))
+        return Record(_text(first), None, 0).received_at if first else None
 
     def leave(self) -> None:
         """Remove this consumer from the group unless it still holds records, which another consumer must claim."""
