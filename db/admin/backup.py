@@ -100,6 +100,8 @@ def _times(path: Path) -> tuple[datetime, datetime | None]:
         with _reading(path) as file:
             made_at, since = file.execute(f"SELECT made_at, replay_since FROM {TABLE}").fetchone()  # noqa: S608
     except (sqlite3.Error, TypeError) as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_CORRUPT:
+            raise DatabaseError(f"the backup {plain(path)} is damaged ({error}); use another") from error
         raise DatabaseError(
             f"{plain(path)} is no backup ({error}); name a file that `tweetscore db backup` wrote"
         ) from error
