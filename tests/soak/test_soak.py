@@ -1,11 +1,6 @@
-"""An hour of steady load while parts are killed: `pytest -m soak`.
-
-`TWEETSCORE_SOAK_MINUTES` sets another length, `TWEETSCORE_SOAK_RATE` the tweets a second instead of half of what the
-machine can do, and `TWEETSCORE_SOAK_FOLDER` where the tables are written.
-"""
+"""An hour of steady load while parts are killed: `pytest -m soak`; `pytest --help` lists its options."""
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +14,6 @@ from tests.soak.soak import Soak, make_world
 from tests.support.outages import breakable
 from tests.support.servers import short_home
 
-# Read here: no test sees the user's own settings.
-MINUTES, RATE = os.environ.get("TWEETSCORE_SOAK_MINUTES"), os.environ.get("TWEETSCORE_SOAK_RATE")
-FOLDER = os.environ.get("TWEETSCORE_SOAK_FOLDER")
 DEFAULT_MINUTES = {"postgresql": 60.0, "sqlite": 10.0}
 
 
@@ -37,19 +29,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_a_soak_loses_no_tweet_scores_none_twice_and_its_memory_stays_flat(
-    kind: str, tmp_path: Path, report: Callable[[str], None]
+    kind: str, tmp_path: Path, report: Callable[[str], None], request: pytest.FixtureRequest
 ) -> None:
-    plan = Plan(float(MINUTES or DEFAULT_MINUTES[kind]))
-    table = Path(FOLDER or tmp_path).absolute() / f"soak-{kind}.md"
+    minutes, rate, folder = (request.config.getoption(f"--soak-{name}") for name in ("minutes", "rate", "folder"))
+    plan = Plan(minutes or DEFAULT_MINUTES[kind])
+    table = Path(folder or tmp_path).absolute() / f"soak-{kind}.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         home = stack.enter_context(short_home())
         url, _ = breakable(kind, home.parent, stack)
         world = make_world(home, url, plan)
         stack.callback(world.database.close)
-        soak = Soak(
-            world, plan, _server_of(url) if kind == "postgresql" else None, float(RATE) if RATE else None, table
-        )
+        soak = Soak(world, plan, _server_of(url) if kind == "postgresql" else None, rate, table)
         try:
             soak.run()
         finally:
