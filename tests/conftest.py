@@ -81,6 +81,13 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    soak = parser.getgroup("soak", "the tests of -m soak")
+    soak.addoption("--soak-minutes", type=float, help="length of each soak")
+    soak.addoption("--soak-rate", type=float, help="tweets a second instead of half of the measured capacity")
+    soak.addoption("--soak-folder", help="where the tables are written")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))

@@ -100,7 +100,7 @@ def query(sql: str, chunksize: int | None = None) -> "DataFrame | Generator[Data
 
     Raises `TweetscoreError` when the database cannot be reached, refuses the query, or returns no row for a minute.
     """
-    from db import frames
+    from db.querying import frames
     from worker.errors import BadRequest
     from worker.settings import load_settings
 

@@ -2,6 +2,7 @@
 
 import logging
 import ssl
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -25,9 +26,25 @@ RESULT_SECONDS = 7 * 86_400
 
 
 def make_app(settings: Settings) -> Celery:
+    return _make_app(stream_url(settings), settings.result_url)
+
+
+def client_app(settings: Settings) -> Celery:
+    """The application of a program that only sends messages: one for each broker and process.
+
+    Every application that sends adds to a pool of producers that all of this process share, and Celery never empties
+    it. A program that made one for each call would grow with every call.
+    """
+    return _client_app(stream_url(settings), settings.result_url)
+
+
+def _make_app(url: str, result_url: str | None) -> Celery:
     app = Celery("tweetscore", include=["worker.tasks"])
-    app.conf.update(celery_config(stream_url(settings), settings.result_url))
+    app.conf.update(celery_config(url, result_url))
     return app
+
+
+_client_app = lru_cache(_make_app)
 
 
 def celery_config(url: str, result_url: str | None = None) -> dict[str, Any]:

@@ -74,7 +74,10 @@ def open_stream(settings: Settings, url: str, *, brief: bool = False) -> "Sharde
     from worker.stream.sharded_stream import ShardedStream
 
     urls = settings.stream_urls or (url,)
-    return ShardedStream(urls, settings.stream_key, settings.group, settings.stream_shards, brief=brief)
+    return ShardedStream(
+        urls, settings.stream_key, settings.group, settings.stream_shards, keep_hours=settings.stream_keep_hours,
+        brief=brief,
+    )  # fmt: skip
 
 
 def no_stream(settings: Settings) -> str | None:

@@ -152,6 +152,10 @@ class Settings(BaseSettings):
     linger_seconds: float = Field(10, ge=0, le=3600, description="an idle scoring task ends after this long")
     watch_seconds: float = Field(1, gt=0, le=3600, description="interval at which an idle worker polls for work")
     high_water: int = Field(500_000, ge=1, description="publishers wait while the stream holds more records than this")
+    stream_keep_hours: float = Field(
+        0, ge=0, le=8760, description="scored records stay in the stream this long, as far as memory allows, so that "
+        "`tweetscore replay` can score them again after a backup of the database was restored",
+    )  # fmt: skip
     server_memory_mb: int = Field(
         1024,
         ge=4,
@@ -185,10 +189,7 @@ class Settings(BaseSettings):
     )
     grace_seconds: float = Field(30, gt=0, le=3600, description="maximum time that a worker may take to stop")
     lease_seconds: float = Field(
-        60,
-        gt=0,
-        le=86_400,
-        description="another worker resumes a job whose worker has not renewed its lease for this long",
+        60, gt=0, le=86_400, description="another worker resumes a job whose worker has not renewed its lease this long"
     )
     max_attempts: int = Field(3, ge=1, le=100, description="maximum number of attempts of a job before it fails")
 
@@ -199,7 +200,6 @@ class Settings(BaseSettings):
         description="each worker serves `/metrics` on the first free port from this one on; 0: any port; unset: none",
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address that `/metrics` is served on")
-
     console_access: Access = Field(
         "operate",
         description="what a visitor of the console may do: `look`, `label` (give labels too), or `operate` (promote "

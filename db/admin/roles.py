@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 
 from db.errors import DatabaseError, shown
-from db.readonly import STATEMENT_TIMEOUT_MS
+from db.querying.readonly import STATEMENT_TIMEOUT_MS
 from db.session import Database
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")

@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 
 from db import connection, migrate
 from db.errors import DatabaseError, TweetscoreError
-from db.readonly import run_query
+from db.querying.readonly import run_query
 from db.session import Database, open_database
 from tests.conftest import PATIENCE_SECONDS, wait_until
 from tests.support.bench import Bench, wire

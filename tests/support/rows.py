@@ -9,7 +9,7 @@ from sqlalchemy import select, text
 
 from db import predictions, registry
 from db.models import Cascade, DeadLetter, ModelVersion, Prediction, Tweet
-from db.readonly import run_query
+from db.querying.readonly import run_query
 from db.session import Database
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

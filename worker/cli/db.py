@@ -1,7 +1,10 @@
-"""`tweetscore db`: upgrade the schema, grant rights to PostgreSQL roles, list the partitions."""
+"""`tweetscore db`: upgrade the schema, grant rights, list partitions, back up and restore. `tweetscore replay`: score
+records again."""
 
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,8 +15,10 @@ from worker.cli.output import Json
 
 if TYPE_CHECKING:
     from db.session import Database
+    from worker.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, help="Upgrade the database's schema and grant rights.")
+TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
+app = typer.Typer(no_args_is_help=True, help="Upgrade the database's schema, grant rights, back up and restore.")
 
 
 @app.command()
@@ -88,3 +93,102 @@ def _grant(grant: "Callable[[Database, str], None]", role: str) -> None:
         grant(database, role)
     finally:
         database.close()
+
+
+@app.command()
+def backup(
+    path: Annotated[Path, typer.Argument(help="File to write; an older backup there is replaced.")], json: Json = False
+) -> None:
+    """Back up a SQLite database while workers write to it, and check the copy."""
+    from db.admin import backup as backups
+    from worker.connections import open_sql
+    from worker.maintenance.backups import replay_since
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    database = backups.sqlite_file(settings.sql_url)
+    if database.is_file():
+        open_sql(settings).close()  # a backup has a schema that this release can use
+    made = backups.backup(database, path, replay_since(settings))
+    if json:
+        output.as_json(vars(made))
+    else:
+        output.line(f"{made.path}: {made.bytes:,} bytes, schema {made.schema}, checked")
+
+
+@app.command()
+def restore(
+    path: Annotated[Path, typer.Argument(help="A file that `tweetscore db backup` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Restore while workers run.")] = False,
+    json: Json = False,
+) -> None:
+    """Restore a SQLite database, and let workers score again what the stream has received since the backup.
+
+    The old database is kept in a file beside the new one.
+    """
+    from db.admin import backup as backups
+    from db.errors import InUse, TweetscoreError
+    from worker.connections import open_sql, prepare_home
+    from worker.process.heartbeat import read_heartbeats
+    from worker.settings import load_settings
+
+    settings = load_settings()
+    database = backups.sqlite_file(settings.sql_url)
+    made = backups.read_backup(path)
+    if not force and (workers := [beat.pid for beat in read_heartbeats(settings.run) if not beat.stale]):
+        raise InUse(f"workers use {database} (processes {', '.join(workers)}); stop them, or give --force")
+    prepare_home(settings)
+    aside = backups.restore(made, database, force)
+    open_sql(settings).close()  # upgrades an older schema
+    first, problem = None, None
+    try:
+        first = _rewind(settings, made.replay_since)
+    except TweetscoreError as error:
+        since = f" --since {made.replay_since:%Y-%m-%dT%H:%M:%SZ}" if made.replay_since else ""
+        problem = f"the stream cannot be replayed: {error}; run `tweetscore replay{since}` later"
+    if json:
+        output.as_json({**vars(made), "replaced": aside, "replayed_from": first, "problem": problem})
+    else:
+        output.line(f"{database} is restored as of {made.made_at:%Y-%m-%d %H:%M:%S} UTC")
+        if aside is not None:
+            output.line(f"the old one is {aside}")
+        if problem is None:
+            output.line(_replayed(made.replay_since, first))
+    if problem is not None:
+        output.aside(problem)
+        raise typer.Exit(1)
+
+
+def replay(
+    since: Annotated[
+        datetime | None, typer.Option(formats=TIMES, help="Only records received from this time on, UTC.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Let workers score the records again that the stream still holds, after a backup of the database was restored.
+
+    See TWEETSCORE_STREAM_KEEP_HOURS. A tweet that has its row already keeps it.
+    """
+    from worker.settings import load_settings
+
+    since = since and since.replace(tzinfo=UTC)
+    first = _rewind(load_settings(), since)
+    if json:
+        output.as_json({"since": since, "replayed_from": first})
+    else:
+        output.line(_replayed(since, first))
+
+
+def _rewind(settings: "Settings", since: datetime | None) -> datetime | None:
+    from worker.connections import broker, open_stream
+    from worker.maintenance.backups import replay as rewind
+
+    with broker(settings, output.aside) as url:
+        return rewind(open_stream(settings, url), since)
+
+
+def _replayed(since: datetime | None, first: datetime | None) -> str:
+    received = f" since {since:%Y-%m-%d %H:%M:%S} UTC" if since else ""
+    if first is None:
+        return f"the stream holds no records{received}"
+    return f"workers score the records{received} again; the first one is of {first:%Y-%m-%d %H:%M:%S} UTC"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from db import predictions, registry
 from db.errors import TweetscoreError, public_url
-from db.readonly import run_query
+from db.querying.readonly import run_query
 from db.session import Database
 from training.data.dataset import PART_NAMES
 from training.data.sample import LABELLED, UNLABELLED

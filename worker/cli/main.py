@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PANELS = {
     "Run": ("demo", "up", "worker"),
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "review", "tensorboard"),
-    "Score": ("push", "score", "rescore", "dead"),
+    "Score": ("push", "score", "rescore", "replay", "dead"),
     "Ask": ("query", "quality", "export", "console"),
     "Operate": ("top", "doctor", "health", "webhook", "db", "delete"),
 }
@@ -63,8 +63,8 @@ app.add_typer(labels.app, name="label")
 app.add_typer(review.app, name="review")
 app.add_typer(webhook.app, name="webhook")
 TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
-TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, data.export, data.delete, quality.quality, top.top)
-for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS):
+TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, db.replay, data.export, data.delete, quality.quality)
+for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS, top.top):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")
@@ -237,7 +237,7 @@ def query(
     """Run one SQL query, read-only."""
     import csv
 
-    from db.readonly import run_query
+    from db.querying.readonly import run_query
     from worker.connections import open_for_queries
     from worker.settings import load_settings
 

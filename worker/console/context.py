@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from db import frames
+from db.querying import frames
 from db.session import Database
 from worker.connections import open_sql
 from worker.settings import Access, Settings

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pandas as pd
 
-from db import frames
+from db.querying import frames
 from worker.console import queries
 from worker.console.context import Console
 from worker.console.queries import stamp

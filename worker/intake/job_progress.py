@@ -12,11 +12,11 @@ WAITS_FOR_WORKER = "; it waits for a worker: `tweetscore up`"
 
 def nudge_worker(settings: "Settings") -> str:
     """Nudge a training worker. Returns the end of a sentence when none can be reached, else nothing."""
-    from worker.app import TRAINING, make_app, nudge
+    from worker.app import TRAINING, client_app, nudge
     from worker.stream import embedded_valkey
 
     no_server = settings.embedded and embedded_valkey.owner(settings.home) is None
-    nudged = not no_server and nudge(make_app(settings), TRAINING)
+    nudged = not no_server and nudge(client_app(settings), TRAINING)
     return "" if nudged else WAITS_FOR_WORKER
 
 

@@ -28,7 +28,7 @@ from training.jobs.unlabelled.teacher import find_teacher
 from training.model.base_model import adapted_id, check_dictionary, check_hub_name, looks_local
 from training.store.paths import file_sha256, is_file, is_folder, real_path
 from training.store.store import is_remote
-from worker.app import TRAINING, make_app, nudge
+from worker.app import TRAINING, client_app, nudge
 from worker.connections import input_store, open_sql
 from worker.intake.request_queue import ADAPT, Request
 from worker.settings import Settings, load_settings
@@ -101,7 +101,7 @@ def submit_and_nudge(dataset: str, preset: str | None = None, **options: Any) ->
         job = submit_training(settings, database, dataset, preset, **options)
     finally:
         database.close()
-    nudge(make_app(settings), TRAINING)
+    nudge(client_app(settings), TRAINING)
     return job.id
 
 

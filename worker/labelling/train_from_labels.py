@@ -20,7 +20,7 @@ from training.data.numbers import exact_text, number_of
 from training.data.targets import labels_of_row
 from training.errors import BadDataset
 from training.text.cleaning import same_text_key
-from worker.app import TRAINING, make_app, nudge
+from worker.app import TRAINING, client_app, nudge
 from worker.connections import open_sql
 from worker.intake.submit_job import job_config, local_copy, submit_training
 from worker.settings import Settings, load_settings
@@ -102,7 +102,7 @@ def submit_from_labels_and_nudge(dataset: str | None = None, preset: str | None 
         database.close()
     for note in queued.notes:
         log.warning("job %d: %s", queued.job.id, note)
-    nudge(make_app(settings), TRAINING)
+    nudge(client_app(settings), TRAINING)
     return queued.job.id
 
 

@@ -1,4 +1,4 @@
-"""The status of a Redis or Valkey server: ready, loading its data, or not answering."""
+"""The status of a Redis or Valkey server: ready, loading its data, not answering, or without room for records."""
 
 import time
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from worker.errors import StreamDenied, StreamError
+from worker.errors import StreamDenied, StreamError, StreamFull
 from worker.stream.redis_client import converted
 
 TIMEOUT_SECONDS = 5.0
+FULL_WAIT_SECONDS = 0.5
 POLL_SECONDS = 0.01
 LONGEST_POLL_SECONDS = 0.25
 # A shorter load is not reported.
@@ -141,3 +142,27 @@ def _wait_for_rewrite(client: "redis.Redis") -> dict[str, Any]:
         if not state["aof_rewrite_in_progress"] and not state.get("aof_rewrite_scheduled"):
             return state
         time.sleep(0.05)
+
+
+def wait_for_room(
+    length: Callable[[], int], high_water: int, on_wait: Callable[[int], None], max_seconds: float | None
+) -> None:
+    """Wait until at most `high_water` records wait or are pending. Meanwhile call `on_wait` with their number.
+
+    Clients that may not call XINFO and XLEN skip the check.
+    """
+    started = time.monotonic()
+    while (found := _length_if_allowed(length)) > high_water:
+        on_wait(found)
+        if max_seconds is not None and time.monotonic() - started > max_seconds:
+            raise StreamFull(
+                f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
+            )
+        time.sleep(FULL_WAIT_SECONDS)
+
+
+def _length_if_allowed(length: Callable[[], int]) -> int:
+    try:
+        return length()
+    except StreamDenied:
+        return 0

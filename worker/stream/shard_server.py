@@ -49,10 +49,10 @@ class ShardServer:
 
     def __init__(
         self, url: str, key: str, group: str, consumer: str, placed: Iterable[int] = (), tag: str = "",
-        brief: bool = False,
+        keep_hours: float = 0, brief: bool = False,
     ) -> None:  # fmt: skip
         self._url, self._key, self._group, self._consumer = url, key, group, consumer
-        self._placed, self._tag, self._brief = tuple(placed), tag, brief
+        self._placed, self._tag, self._keep_hours, self._brief = tuple(placed), tag, keep_hours, brief
         self._client: redis.Redis | None = None
         self._shards: dict[int | None, Shard] = {}  # None: the stream with the plain key
         self._changing = threading.Lock()
@@ -80,7 +80,7 @@ class ShardServer:
         """The stream with the plain key (None), or a numbered shard."""
         if number not in self._shards:
             key = self._key if number is None else shard_key(self._key, number)
-            stream = Stream(self.client, key, self._group, self._consumer)
+            stream = Stream(self.client, key, self._group, self._consumer, self._keep_hours)
             mark = f"{'' if number is None else number}{self._tag and '.'}{self._tag}"
             self._shards[number] = Shard(self, stream, f"@{mark}" if mark else "")
         return self._shards[number]

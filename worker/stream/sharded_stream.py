@@ -30,10 +30,10 @@ import msgspec
 
 from worker.errors import StreamAway, StreamError, StreamFull
 from worker.stream.first_wait import FirstWait
-from worker.stream.server_status import Consumer
+from worker.stream.server_status import Consumer, wait_for_room
 from worker.stream.shard_server import Shard, ShardServer
 from worker.stream.shards import shard_of
-from worker.stream.stream import Depth, Record, Stream, Vanished, wait_for_room
+from worker.stream.stream import Depth, Record, Stream, Vanished
 
 # How often one of the shards that are known to be empty is read again without news.
 LOOK_SECONDS = 1.0
@@ -49,7 +49,7 @@ _decode_id = msgspec.json.Decoder(_Id).decode
 class ShardedStream:
     def __init__(
         self, urls: Sequence[str], key: str, group: str, shards: int = 1, consumer: str | None = None,
-        brief: bool = False,
+        keep_hours: float = 0, brief: bool = False,
     ) -> None:  # fmt: skip
         """`brief` clients time out soon and do not retry, for status checks."""
         self.key = key
@@ -60,7 +60,7 @@ class ShardedStream:
         self._servers = [
             ShardServer(
                 url, key, group, self.consumer, self._numbers[place :: len(urls)],
-                _server_tag(url) if len(urls) > 1 else "", brief,
+                _server_tag(url) if len(urls) > 1 else "", keep_hours, brief,
             )
             for place, url in enumerate(urls)
         ]  # fmt: skip
@@ -322,6 +322,9 @@ class ShardedStream:
         acked, self._acked = self._acked, set()
         return sum(shard.stream.trim() for shard in acked)
 
+    def rewind(self, since: datetime) -> datetime | None:
+        return min((at for shard in self._all() if (at := shard.stream.rewind(since)) is not None), default=None)
+
     def leave(self) -> None:
         self._each(self._reachable(), Stream.leave)
 
@@ -378,8 +381,7 @@ class ShardedStream:
         return min((at for shard in self._all() if (at := shard.stream.oldest()) is not None), default=None)
 
     def consumers(self) -> list[Consumer]:
-        """The consumers of all shards, those with most records first; `idle_seconds` is the time since the last command
-        in any shard."""
+        """Those with most records first; `idle_seconds` is the time since the last command in any shard."""
         found: dict[str, Consumer] = {}
         for one in (consumer for shard in self._all() for consumer in shard.stream.consumers()):
             same = found.get(one.name, Consumer(one.name, 0, one.idle_seconds))

@@ -16,7 +16,6 @@ On a Redis Cluster the names of the hashes begin with {KEY}, so that they are in
 import importlib.resources
 import logging
 import socket
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ from typing import Any
 import msgspec
 import redis
 
-from worker.errors import StreamDenied, StreamFull
+from worker.errors import StreamFull
 from worker.stream.redis_client import FULL, converted, is_cluster, nodes, out_of_memory
-from worker.stream.server_status import Consumer, list_consumers, rewrite_log
+from worker.stream.server_status import Consumer, list_consumers, rewrite_log, wait_for_room
 
 log = logging.getLogger(__name__)
 
-SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "sweep", "trim")
+SCRIPTS = ("claim", "count", "group", "read", "remove", "renew", "rewind", "sweep", "trim")
 FIELD = b"tweet"
 # The end of the year 9999, the last one a Python datetime can hold.
 LAST_MS = 253_402_300_799_000
@@ -43,7 +42,6 @@ TRUSTED_DELIVERIES = 2
 MAX_ISOLATED_ATTEMPTS = 3
 PUBLISH_CHUNK = 250
 CLAIM_CHUNK = 1_000
-FULL_WAIT_SECONDS = 0.5
 # Shorter than the client's socket timeout.
 LONGEST_BLOCK_MS = 5_000
 
@@ -96,8 +94,11 @@ class Vanished:
 
 
 class Stream:
-    def __init__(self, client: "redis.Redis", key: str, group: str, consumer: str | None = None) -> None:
+    def __init__(
+        self, client: "redis.Redis", key: str, group: str, consumer: str | None = None, keep_hours: float = 0
+    ) -> None:
         self._redis = client
+        self._keep_ms = round(3_600_000 * keep_hours)  # of acknowledged records, for `rewind`
         self.unread: int | None = None  # records that were left for all consumers after the last `read`, if known
         self.key = key
         self._hashes = f"{{{key}}}" if is_cluster(client) and "{" not in key else key  # prefix of their names
@@ -138,12 +139,13 @@ class Stream:
             pipe.execute()
 
     def wait_for_room(self, high_water: int, on_wait: Callable[[int], None], max_seconds: float | None = None) -> None:
-        """See `wait_for_room` below."""
+        """See `server_status.wait_for_room`."""
         wait_for_room(self.length, high_water, on_wait, max_seconds)
 
     def length(self) -> int:
-        with converted():
-            return int(self._redis.xlen(self.key))
+        """How many records wait or are pending; all of the stream when the server does not know."""
+        depth = self.depth()
+        return depth.length if depth.lag is None else depth.lag + depth.pending
 
     # --- reading
 
@@ -253,9 +255,17 @@ class Stream:
                 pipe.execute()
 
     def trim(self) -> int:
-        """Remove the records that every group has acknowledged; returns how many."""
+        """Remove the records that every group has acknowledged and that need not be kept; returns how many."""
         with converted():
-            return int(self._run("trim"))
+            return int(self._run("trim", self._keep_ms))
+
+    def rewind(self, since: datetime) -> datetime | None:
+        """Let the group read the records that were received at `since` or later once more. Returns when the first of
+        them was received; None without any."""
+        self.ensure_group()
+        with converted():
+            first = self._run("rewind", self.group, max(0, int(since.timestamp() * 1000)))
+        return Record(_text(first), None, 0).received_at if first else None
 
     def leave(self) -> None:
         """Remove this consumer from the group unless it still holds records, which another consumer must claim."""
@@ -358,30 +368,6 @@ class Stream:
                     raise
                 return None
         return Record(_text(waiting[0][0]), None, 0).received_at if waiting and waiting[0][0] else None
-
-
-def wait_for_room(
-    length: Callable[[], int], high_water: int, on_wait: Callable[[int], None], max_seconds: float | None
-) -> None:
-    """Wait until the stream holds at most `high_water` records. Meanwhile call `on_wait` with its length.
-
-    Clients that may not call XLEN skip the check.
-    """
-    started = time.monotonic()
-    while (found := _length_if_allowed(length)) > high_water:
-        on_wait(found)
-        if max_seconds is not None and time.monotonic() - started > max_seconds:
-            raise StreamFull(
-                f"the stream has held over {high_water:,} records for {max_seconds:.0f} s; start scoring workers"
-            )
-        time.sleep(FULL_WAIT_SECONDS)
-
-
-def _length_if_allowed(length: Callable[[], int]) -> int:
-    try:
-        return length()
-    except StreamDenied:
-        return 0
 
 
 def _record(id_: bytes, fields: Sequence[bytes], deliveries: int) -> Record:

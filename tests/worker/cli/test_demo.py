@@ -16,7 +16,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 
 from db.models import Prediction, Tweet
-from db.readonly import run_query
+from db.querying.readonly import run_query
 from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
 from training.data.sample import LABELLED, UNLABELLED

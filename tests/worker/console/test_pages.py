@@ -194,7 +194,7 @@ def test_a_long_answer_is_cut_and_a_slow_one_is_stopped(sqlite: Database, monkey
     console = console_of(sqlite)
     answer = ask.ask(console, series.format(" WHERE i < 20000", "i"))
     assert (len(answer.frame), answer.cut) == (ask.SHOWN_ROWS, True)
-    monkeypatch.setattr("db.readonly.STATEMENT_TIMEOUT_MS", 300)
+    monkeypatch.setattr("db.querying.readonly.STATEMENT_TIMEOUT_MS", 300)
     assert "was stopped" in ask.ask(console, series.format("", "count(*)")).problem
 
 
@@ -243,6 +243,6 @@ def test_a_database_that_is_away_is_reported_as_text(sqlite: Database, monkeypat
 
 
 def test_frames_have_the_types_of_the_schema_whatever_was_imported_before() -> None:
-    program = "import db.frames; print(db.frames.SCHEMA['probabilities'].__name__)"
+    program = "import db.querying.frames; print(db.querying.frames.SCHEMA['probabilities'].__name__)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "JSON"

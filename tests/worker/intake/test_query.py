@@ -179,8 +179,8 @@ def connections(database: Database) -> int:
 def test_chunks_that_wait_for_their_reader_are_not_ended(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute is how long a question may take for a row, not how long its reader may take."""
     now = [0.0]
-    monkeypatch.setattr("db.readonly.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("db.readonly.STEPS_BETWEEN_CHECKS", 1)
+    monkeypatch.setattr("db.querying.readonly.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("db.querying.readonly.STEPS_BETWEEN_CHECKS", 1)
     chunks = worker.query(NUMBERS.format(2_000), chunksize=1_000)
     for _ in range(2):
         now[0] += 3_600

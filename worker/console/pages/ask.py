@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from db import frames
 from db.errors import DatabaseError
 from db.models import Base
-from db.readonly import STATEMENT_TIMEOUT_MS, run_query
+from db.querying import frames
+from db.querying.readonly import STATEMENT_TIMEOUT_MS, run_query
 from db.schema_page import EXAMPLES
 from db.views import VIEWS, sql_type
 from worker.console import charts, queries, text

@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from db.errors import TweetscoreError
-from worker.app import make_app
+from worker.app import client_app
 from worker.connections import broker, open_stream
 from worker.console import queries, stream_state, system_state, text
 from worker.console.context import Console
@@ -172,7 +172,7 @@ def act(console: Console, what: str, ids: list[str] | None) -> int:
     if (problem := stream_state.read(settings).problem) is not None:
         raise ServerFailed(f"the dead letters were not retried: {problem}")
     with broker(settings) as url:
-        return dead_letters.retry(database, open_stream(settings, url), make_app(settings), ids)
+        return dead_letters.retry(database, open_stream(settings, url), client_app(settings), ids)
 
 
 def _machine(console: Console) -> None:

@@ -9,10 +9,11 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from db import predictions, readonly
+from db import predictions
 from db.admin.roles import grant_readonly
 from db.errors import DatabaseError
-from db.readonly import run_query
+from db.querying import readonly
+from db.querying.readonly import run_query
 from db.session import Database, open_database
 from tests.support.rows import answer, everything, tweet_row, url_of, write
 from tests.support.world import on_postgresql

@@ -17,7 +17,7 @@ from sqlalchemy import JSON, Boolean, Float, Integer, Text
 
 from db.base import UtcDateTime
 from db.models import Base  # with all tables
-from db.readonly import run_query
+from db.querying.readonly import run_query
 
 if TYPE_CHECKING:
     import pandas as pd
