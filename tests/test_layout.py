@@ -19,7 +19,7 @@ LAYERS = [
     "worker.errors", "worker.exit_codes", "worker.engine_names",
     "worker.secret_files", "worker.stream", "worker.settings", "worker.settings_page", "worker.connections",
     "worker.app",
-    "worker.engines", "worker.scoring", "worker.quality", "worker.intake", "worker.maintenance", "worker.labelling",
+    "worker.engines", "worker.scoring", "worker.plan", "worker.quality", "worker.intake", "worker.maintenance", "worker.labelling",
     "worker.process",
     "worker.tasks",
     "worker.console", "worker.cli",
