@@ -62,13 +62,17 @@ def measured_figures(system: System, scratch: Path) -> ModelFigures:
 def mean(one: ModelFigures, other: ModelFigures) -> ModelFigures:
     windows = [
         {name: (value + getattr(b, name)) / 2 if name != "tweets" else value for name, value in a.model_dump().items()}
-        for a, b in zip(one.windows, other.windows, strict=True)
+        for a, b in zip(one.windows, other.windows, strict=False)  # a slower time has fewer sizes
     ]
     return ModelFigures.model_validate({"windows": windows})
 
 
 def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
-    """Publish tweets when they are due, and look at what was stored."""
+    """Publish tweets when they are due, and look at what was stored.
+
+    The first are followed by a nudge. More would cost the worker time: it reads the stream for some seconds after each
+    tweet without them.
+    """
     payloads = tweets(len(arrivals), source)
     system.drain()
     before, cpu_before = system.last_window(), system.cpu_seconds()
@@ -76,7 +80,8 @@ def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
     while done < len(payloads):
         due = int(np.searchsorted(arrivals, time.time() - began, "right"))
         if due > done:
-            system.publish(payloads[done:due])
+            publish = system.stream.publish if done else system.publish
+            publish(payloads[done:due])
             done = due
         time.sleep(TICK_SECONDS)
     system.drain()

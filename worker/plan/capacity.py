@@ -1,6 +1,6 @@
 """How many scorers, cores and GPUs a rate needs, and what each part of the system allows at most."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from worker.errors import BadRequest
@@ -108,6 +108,18 @@ def _gpus(figures: Figures, store: StoreFigures, hardware: Hardware, peak_rate: 
         ms, core_ms = window_ms + size * ms_per_tweet, size * store.scorer_core_ms / 1000
         windows.append(WindowCost(tweets=size, period_ms=ms, alone_ms=ms, core_ms=core_ms))
     return Fleet(Scorer(windows, GPU_MOST_TWEETS), count, gpus, "GPUs", min(gpus * speed, count * one), source)
+
+
+def bounded(found: Fleet, tweets_per_second: float) -> Fleet:
+    """The same scorers, which together are no faster than another part of the system lets them be."""
+    if tweets_per_second >= found.tweets_per_second:
+        return found
+    ms_per_tweet = 1000 * found.scorers / tweets_per_second
+    windows = [
+        cost.model_copy(update={"period_ms": max(cost.period_ms, cost.tweets * ms_per_tweet)})
+        for cost in found.scorer.windows
+    ]
+    return replace(found, scorer=replace(found.scorer, windows=windows), tweets_per_second=tweets_per_second)
 
 
 def walls(figures: Figures, kind: str, found: Fleet, database_cores: int, bytes_per_tweet: float | None) -> list[Wall]:

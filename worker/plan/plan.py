@@ -5,7 +5,7 @@ from typing import Any
 
 from worker.errors import BadRequest
 from worker.plan.arrivals import RECORD_BURST, in_busiest, read_curve
-from worker.plan.capacity import Fleet, Hardware, Wall, fleet, model_figures, walls
+from worker.plan.capacity import Fleet, Hardware, Wall, bounded, fleet, model_figures, walls
 from worker.plan.figures import Figures, StoreFigures
 from worker.plan.peaks import Burst, Hour, after_burst, day
 
@@ -90,29 +90,40 @@ def make_plan(figures: Figures, request: Request) -> Plan:
         kind = "sqlite"
         found = fleet(figures, figures.sqlite, request.hardware, peak, request.utilisation)
     store: StoreFigures = getattr(figures, kind)
-    hours = day(found, curve, rate)
+    per_tweet = _written_bytes(store)
+    limits = walls(figures, kind, found, request.database_cores, per_tweet)
+    # What the first limit lets through is all that the scorers can do.
+    least = limits[0].tweets_per_second
+    simulated = found if least is None else bounded(found, least)
+    hours = day(simulated, curve, rate)
     storage = _storage(store, request, peak, max(hour.windows_per_second for hour in hours))
     outage = in_busiest(curve, rate, request.outage_hours)
-    per_tweet = storage.bytes_per_second / peak if storage.bytes_per_second is not None else None
     return Plan(
         rate, peak, request.hardware.model, kind, found,
         cores=_cores(figures, store, request, max(hours, key=lambda hour: hour.tweets_per_second)),
         storage=storage,
         stream=Stream(request.outage_hours, outage, outage * figures.stream.bytes_per_tweet),
-        walls=walls(figures, kind, found, request.database_cores, per_tweet),
+        walls=limits,
         hours=hours,
-        burst=after_burst(found, rate, request.burst),
+        burst=after_burst(simulated, rate, request.burst),
         notes=_notes(figures, request, kind, found),
     )  # fmt: skip
+
+
+def _written_bytes(store: StoreFigures) -> float | None:
+    """Bytes a tweet that the disk writes: the log, and the tables once."""
+    if store.bytes_per_tweet is None or store.wal_bytes_per_tweet is None:
+        return None
+    return store.bytes_per_tweet + store.wal_bytes_per_tweet
 
 
 def _storage(store: StoreFigures, request: Request, peak: float, windows_per_second: float) -> Storage:
     kept = request.retention_days
     rows = None if kept is None else request.tweets_per_second * DAY_SECONDS * kept
     size = None if rows is None or store.bytes_per_tweet is None else rows * store.bytes_per_tweet
-    written = writes = None
-    if store.bytes_per_tweet is not None and store.wal_bytes_per_tweet is not None:
-        written = peak * (store.bytes_per_tweet + store.wal_bytes_per_tweet)
+    per_tweet, written, writes = _written_bytes(store), None, None
+    if per_tweet is not None:
+        written = peak * per_tweet
         writes = windows_per_second + written / store.page_bytes
     return Storage(rows, size, written, windows_per_second, writes)
 

@@ -59,7 +59,7 @@ def _hour(hour: Hour) -> tuple[str, ...]:
 
 
 def _burst(burst: Burst) -> str:
-    ended = "not drained in an hour" if burst.drain_seconds is None else f"drained in {burst.drain_seconds:,.0f} s"
+    ended = "not drained in an hour" if burst.drain_seconds is None else f"drained in {_time(burst.drain_seconds)}"
     return f"A burst of {burst.tweets:,} tweets in a second: at most {burst.backlog_peak:,} wait, {ended}."
 
 
