@@ -5,16 +5,17 @@ settings name are left alone, except that the champion is looked up.
 """
 
 import json
+import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from sqlalchemy import func, select
@@ -26,14 +27,14 @@ from training.data.sample import UNLABELLED
 from worker.connections import open_sql, open_stream
 from worker.errors import BadRequest
 from worker.scoring.champion import Champion
-from worker.scoring.pipeline import Limits, Pipeline
+from worker.scoring.pipeline import FIRST_WINDOW_TWEETS, Limits, Pipeline
 from worker.scoring.scores import Model
 from worker.scoring.scoring_model import Serving, load_model, serving_from
 from worker.scoring.window import Window
 from worker.settings import Settings
 from worker.stream import embedded_valkey
 from worker.stream.redis_client import connect
-from worker.stream.stream import Stream
+from worker.stream.stream import Record, Stream
 
 NAME = "champion"
 SIZES = (1, 4, 16, 64, 256, 512)
@@ -43,6 +44,7 @@ LEAST_WINDOWS, MOST_WINDOWS = 6, 200
 LONGEST_SIZE_SECONDS = 5.0
 LEAST_ALONE, ALONE_SECONDS = 5, 0.5
 SERVER_MEMORY_MB = 1024
+LINGER_SECONDS = 0.001
 
 
 class Loaded(Champion):
@@ -56,6 +58,19 @@ class Loaded(Champion):
         return self._model
 
 
+class Varied(Pipeline):
+    """Reads windows of `size` on average, half to one and a half of it.
+
+    A worker's windows are never of one size, and an engine is slower with batches of a shape that is new to it.
+    """
+
+    size = 1
+    random: ClassVar = random.Random(1)
+
+    def next_size(self, records: list[Record], size: int, most: int) -> int:
+        return max(1, round(self.size * self.random.uniform(0.5, 1.5)))
+
+
 @dataclass
 class Bench:
     """A route on a stream and a database of its own; ids of tweets are never used twice."""
@@ -64,33 +79,36 @@ class Bench:
     database: Database
     champion: Loaded
     server: psutil.Process
-    texts: list[str]
-    ids: Any = field(default_factory=lambda: count(time.time_ns()))
+    texts: Iterator[str]
+    ids: Iterator[int] = field(default_factory=lambda: count(time.time_ns()))
 
     def publish(self, tweets: int) -> None:
-        texts = islice(cycle(self.texts), tweets)
-        self.stream.publish([json.dumps({"v": 1, "id": str(next(self.ids)), "text": text}).encode() for text in texts])
+        some = zip(self.ids, islice(self.texts, tweets), strict=False)
+        self.stream.publish([json.dumps({"v": 1, "id": str(id_), "text": text}).encode() for id_, text in some])
 
-    def pipeline(self, size: int) -> Pipeline:
-        return Pipeline(self.stream, self.database, self.champion, Limits(size, 60.0, 0.001), threading.Event())
+    def pipeline(self, size: int) -> Varied:
+        limits = Limits(2 * size, 60.0, LINGER_SECONDS)
+        pipeline = Varied(self.stream, self.database, self.champion, limits, threading.Event())
+        pipeline.size = size
+        return pipeline
 
     def alone_ms(self, size: int) -> float:
         """Milliseconds of a window whose steps do not overlap with those of others: the median of a few."""
         pipeline, ends_at = self.pipeline(size), time.monotonic() + ALONE_SECONDS
         found: list[float] = []
         while len(found) < LEAST_ALONE or time.monotonic() < ends_at:
-            self.publish(size)
+            tweets = pipeline.next_size([], size, size)
+            self.publish(tweets)
             began = time.perf_counter()
-            pipeline.score_at_once(Window(pipeline.read(size, 0), self.champion.current()))
-            found.append(1000 * (time.perf_counter() - began))
+            pipeline.score_at_once(Window(pipeline.read(tweets, 0), self.champion.current()))
+            found.append(1000 * (time.perf_counter() - began) * size / tweets)
         return median(found)
 
     def window(self, size: int) -> dict[str, float]:
         """The costs of windows of so many tweets, as in `WindowCost`."""
         alone_ms = self.alone_ms(size)
         windows = min(MOST_WINDOWS, max(LEAST_WINDOWS, round(1000 * SECONDS_A_SIZE / alone_ms)))
-        # The first windows are smaller and grow to this size: they are as many tweets as one or two more.
-        self.publish((windows + 2) * size)
+        self.publish(windows * size + FIRST_WINDOW_TWEETS)
         before, before_cpu = utc_now(), self.cpu_seconds()
         scored = self.pipeline(size).drain()
         core_seconds = self.cpu_seconds() - before_cpu
@@ -98,10 +116,11 @@ class Bench:
         at = Prediction.scored_at
         counts = select(at, func.count()).where(at >= before).group_by(at).order_by(at)
         with self.database.read() as session:
-            times = [scored_at for scored_at, tweets in session.execute(counts) if tweets == size]
-        period = (times[-1] - times[0]).total_seconds() / (len(times) - 1)
+            times, tweets = zip(*session.execute(counts).all(), strict=True)
+        # From the end of the first window, which is of another size, to that of the last.
+        seconds_a_tweet = (times[-1] - times[0]).total_seconds() / sum(tweets[1:])
         return {
-            "tweets": size, "period_ms": round(1000 * period, 2), "alone_ms": round(alone_ms, 2),
+            "tweets": size, "period_ms": round(1000 * seconds_a_tweet * size, 2), "alone_ms": round(alone_ms, 2),
             "core_ms": round(1000 * core_seconds * size / scored, 2),
         }  # fmt: skip
 
@@ -129,7 +148,7 @@ def measure(settings: Settings, notify: Callable[[str], None]) -> dict[str, Any]
         process = psutil.Process(connect(server.url).info("server")["process_id"])
         stream = open_stream(settings, server.url)
         stream.ensure_group()
-        bench = Bench(stream, scratch, Loaded(scratch, serving, model), process, texts)
+        bench = Bench(stream, scratch, Loaded(scratch, serving, model), process, cycle(texts))
         bench.alone_ms(SIZES[0])  # warms up
         windows: list[dict[str, float]] = []
         for size in SIZES:
