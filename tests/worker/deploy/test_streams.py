@@ -110,7 +110,6 @@ def test_tweets_of_a_kafka_topic_pass_through_rsyslog_into_the_stream_and_are_sc
         subprocess.run(publish, input=b"\n".join(messages()), check=True)
         stack.enter_context(rsyslog(tmp_path, here.replace('"PASSWORD"', f'"{PASSWORD}"')))
         raw = stack.enter_context(redis.Redis.from_url(url))
-        # A consumer group that is new to a topic begins at its end, unless its settings say otherwise.
         wait_until(lambda: raw.xlen("tweets") == len(TEXTS))
         bench = Bench(sqlite, Stream(raw, "tweets", "scorers"), raw, tiny_artifact, promote)
         assert_scored(bench)
