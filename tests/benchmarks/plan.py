@@ -25,7 +25,7 @@ from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
 from tests.benchmarks.system import System, tweets
 from worker.plan.arrivals import Floats, burst, steady
 from worker.plan.capacity import CPU_MOST_TWEETS
-from worker.plan.figures import ModelFigures
+from worker.plan.figures import ModelFigures, WindowCost
 from worker.plan.windows import Scorer, simulate
 
 LOADS = (0.4, 0.75)
@@ -44,6 +44,7 @@ class Seen:
 
     tweets_per_second: float
     busy_cores: float
+    tweets_per_window: float
     p50_seconds: float
     p99_seconds: float
     end_seconds: float
@@ -66,7 +67,7 @@ def mean(one: ModelFigures, other: ModelFigures) -> ModelFigures:
         {name: (value + getattr(b, name)) / 2 if name != "tweets" else value for name, value in a.model_dump().items()}
         for a, b in zip(one.windows, other.windows, strict=False)  # a slower time has fewer sizes
     ]
-    return ModelFigures.model_validate({"windows": windows})
+    return one.model_copy(update={"windows": [WindowCost.model_validate(window) for window in windows]})
 
 
 def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
@@ -95,20 +96,21 @@ def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
     rows = system.look.rows(sql, len(str(first)), str(first))
     ends = np.array([row[0] for row in rows]) + store_ms / 1000 - began
     assert len(ends) == len(arrivals)
-    return seen(arrivals, ends, cpu_seconds)
+    windows = system.look.value("SELECT count(*) FROM scoring_windows WHERE id > ?", before)
+    return seen(arrivals, ends, cpu_seconds, windows)
 
 
 def foretold(arrivals: Floats, figures: ModelFigures) -> Seen:
     found = simulate(arrivals, Scorer(figures.windows, CPU_MOST_TWEETS))
-    return seen(arrivals, found.ends, found.core_seconds)
+    return seen(arrivals, found.ends, found.core_seconds, len(found.window_sizes))
 
 
-def seen(arrivals: Floats, ends: Floats, core_seconds: float) -> Seen:
+def seen(arrivals: Floats, ends: Floats, core_seconds: float, windows: int) -> Seen:
     warm = arrivals >= min(WARM_UP_SECONDS, arrivals[-1] / 5)
     latency = (ends - arrivals)[warm]
     p50, p99 = (float(np.percentile(latency, percent)) for percent in (50, 99))
     end = float(ends.max())
-    return Seen(len(arrivals) / end, core_seconds / end, p50, p99, end)
+    return Seen(len(arrivals) / end, core_seconds / end, len(arrivals) / windows, p50, p99, end)
 
 
 def measure(system: System, source: Path, scratch: Path, seconds: float) -> dict[str, Any]:

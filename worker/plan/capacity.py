@@ -58,8 +58,9 @@ def fleet(figures: Figures, store: StoreFigures, hardware: Hardware, peak_rate: 
     """The scorers that keep the busiest hour below `utilisation`, unless their number is given."""
     if hardware.on_gpu:
         return _gpus(figures, store, hardware, peak_rate, utilisation)
-    model, cores = model_figures(figures, hardware.model), hardware.cores or figures.cores
-    faster = cores / figures.cores
+    model = model_figures(figures, hardware.model)
+    cores = hardware.cores or model.cores
+    faster = cores / model.cores
     windows = [
         WindowCost(
             tweets=cost.tweets, period_ms=cost.period_ms / faster, alone_ms=cost.alone_ms / faster, core_ms=cost.core_ms
@@ -70,9 +71,9 @@ def fleet(figures: Figures, store: StoreFigures, hardware: Hardware, peak_rate: 
     windows = [_not_faster_than_python(cost, store) for cost in windows]
     scorer = Scorer(windows, CPU_MOST_TWEETS)
     count = hardware.scorers or max(1, ceil(peak_rate / (utilisation * scorer.tweets_per_second)))
-    source = f"measured on {figures.machine}"
-    if cores != figures.cores:
-        source += f"; {cores} cores are assumed to be {faster:g} times as fast as {figures.cores}"
+    source = f"measured on {model.machine}"
+    if cores != model.cores:
+        source += f"; {cores} cores are assumed to be {faster:g} times as fast as {model.cores}"
     return Fleet(scorer, count, count, f"machines with {cores} cores", count * scorer.tweets_per_second, source)
 
 

@@ -34,6 +34,10 @@ class WindowCost(Part):
 
 
 class ModelFigures(Part):
+    """A model, and the machine with so many cores that one scorer had for itself."""
+
+    machine: str
+    cores: PositiveInt
     engine: str = ""
     gflop_per_tweet: PositiveFloat | None = None
     windows: list[WindowCost] = Field(min_length=2)
@@ -89,10 +93,9 @@ class GpuFigures(Part):
 
 
 class Figures(Part):
-    """`machine` says where and when the figures were measured; `cores` are those that a scorer of `models` used."""
+    """`machine` says where and when the figures other than those of models were measured."""
 
     machine: str
-    cores: PositiveInt
     models: dict[str, ModelFigures]
     sqlite: StoreFigures
     postgresql: StoreFigures

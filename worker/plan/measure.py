@@ -157,11 +157,13 @@ def measure(settings: Settings, notify: Callable[[str], None]) -> dict[str, Any]
             windows.append(bench.window(size))
             notify("windows of {tweets} tweets: {period_ms:.1f} ms, {alone_ms:.1f} alone".format(**windows[-1]))
     cores = len(psutil.Process().cpu_affinity())
-    return {
-        "machine": f"this machine with {cores} cores, measured on {time.strftime('%Y-%m-%d')}",
+    measured = {
+        "machine": f"a machine with {cores} cores on {time.strftime('%Y-%m-%d')}",
         "cores": cores,
-        "models": {NAME: {"engine": " + ".join(part.engine.name for part in model.parts), "windows": windows}},
+        "engine": " + ".join(part.engine.name for part in model.parts),
+        "windows": windows,
     }
+    return {"models": {NAME: measured}}
 
 
 def _champion(settings: Settings, serving: Serving) -> tuple[Model, ModelVersion]:

@@ -8,10 +8,12 @@ from worker.plan.arrivals import RECORD_BURST, in_busiest, read_curve
 from worker.plan.capacity import Fleet, Hardware, Wall, bounded, fleet, model_figures, walls
 from worker.plan.figures import Figures, StoreFigures
 from worker.plan.peaks import Burst, Hour, after_burst, day
+from worker.settings import Settings
 
 # The busiest hour takes at most this share of the scorers' speed, unless the number of scorers is given.
 UTILISATION = 0.7
 DAY_SECONDS = 86_400
+HIGH_WATER: int = Settings.model_fields["high_water"].default
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def make_plan(figures: Figures, request: Request) -> Plan:
         walls=limits,
         hours=hours,
         burst=after_burst(simulated, rate, request.burst),
-        notes=_notes(figures, request, kind, found),
+        notes=_notes(figures, request, kind, found, max(outage, request.burst)),
     )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def _cores(figures: Figures, store: StoreFigures, request: Request, busiest: Hou
     )  # fmt: skip
 
 
-def _notes(figures: Figures, request: Request, kind: str, found: Fleet) -> list[str]:
+def _notes(figures: Figures, request: Request, kind: str, found: Fleet, most_waiting: float) -> list[str]:
     notes = [f"Speed of a scorer: {found.source}."]
     if request.hardware.on_gpu:
         notes.append("No GPU was measured: neither the time that a window takes at least nor GPU memory is known.")
@@ -153,6 +155,8 @@ def _notes(figures: Figures, request: Request, kind: str, found: Fleet) -> list[
         notes.append("Scorers on several machines need PostgreSQL; an SQLite file is for one machine.")
     if request.curve is None:
         notes.append("The curve of the day is assumed; --curve takes your own.")
+    if most_waiting > HIGH_WATER:
+        notes.append(f"Publishers wait while more than TWEETSCORE_HIGH_WATER tweets do, by default {HIGH_WATER:,}.")
     notes.append(f"Everything else: measured on {figures.machine}.")
     return notes
 

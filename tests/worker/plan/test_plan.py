@@ -20,8 +20,7 @@ WINDOWS = [
 ]
 STORE = {"scorer_core_ms": 40, "locked_core_ms": 40, "store_core_ms": 10, "bytes_per_tweet": 500}
 ROUND = {
-    "cores": 2,
-    "models": {"round": {"windows": WINDOWS, "gflop_per_tweet": 2.0}},
+    "models": {"round": {"machine": "a test", "cores": 2, "windows": WINDOWS, "gflop_per_tweet": 2.0}},
     "sqlite": {**STORE, "writer_ms": 20, "wal_bytes_per_tweet": 3500},
     "postgresql": {**STORE, "server_core_ms": [40, 50], "wal_bytes_per_tweet": 1500},
     "stream": {"core_ms": 10, "bytes_per_tweet": 200},
