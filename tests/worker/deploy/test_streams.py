@@ -25,7 +25,7 @@ from worker.settings import Settings
 from worker.stream.stream import Stream
 
 FOLDER = ROOT / "worker" / "deploy" / "streams"
-TEXTS = {"9007199254740993": "今日は嬉しい", "9007199254740995": '"引用" と 絵文字 😀\nと改行'}
+TEXTS = {"9007199254740993": "今日は嬉しい", "9007199254740995": '"引用" と 100 % の絵文字 😀\nと改行 \\ と'}
 PASSWORD = "of-a-test"
 # What Redpanda Connect knows of a message of Kafka.
 KAFKA_METADATA = {"kafka_topic": "tweets", "kafka_partition": "0", "kafka_offset": "17", "kafka_key": ""}
@@ -83,9 +83,10 @@ def rsyslog(folder: Path, text: str) -> Iterator[None]:
 
 @contextmanager
 def kafka(folder: Path) -> Iterator[str]:
-    """A Kafka of kcat, which speaks Kafka's protocol and keeps its topics in memory. Yields its address."""
+    """A Kafka inside kcat, which speaks Kafka's protocol and keeps its topics in memory. Yields its address."""
     log = folder / "kafka.log"
-    with log.open("wb") as output, running("kcat", "-M", "1", stdout=output, stderr=output) as process:
+    command = ["kcat", "-C", "-b", "none:1", "-t", "tweets", "-X", "test.mock.num.brokers=1"]
+    with log.open("wb") as output, running(*command, stdout=output, stderr=output) as process:
 
         def address() -> str | None:
             listening = [c.laddr for c in psutil.Process(process.pid).net_connections("tcp") if c.status == "LISTEN"]
@@ -107,12 +108,14 @@ def test_tweets_of_a_kafka_topic_pass_through_rsyslog_into_the_stream_and_are_sc
         port, url = stack.enter_context(server_with_a_password(tmp_path))
         here = recipe.replace("kafka:9092", broker).replace('"redis"', '"127.0.0.1"').replace("6379", str(port))
         publish = ["kcat", "-P", "-b", broker, "-t", "tweets"]
-        subprocess.run(publish, input=b"\n".join(messages()), check=True)
+        subprocess.run(publish, input=b"\n".join([*messages(), b"no JSON 100 %"]), check=True)
         stack.enter_context(rsyslog(tmp_path, here.replace('"PASSWORD"', f'"{PASSWORD}"')))
         raw = stack.enter_context(redis.Redis.from_url(url))
-        wait_until(lambda: raw.xlen("tweets") == len(TEXTS))
+        wait_until(lambda: raw.xlen("tweets") == len(TEXTS) + 1)
         bench = Bench(sqlite, Stream(raw, "tweets", "scorers"), raw, tiny_artifact, promote)
         assert_scored(bench)
+        (letter,) = bench.dead()
+        assert "no JSON 100 %" in json.loads(letter["payload"])["text"]
 
 
 def test_a_record_as_redpanda_connect_writes_it_is_scored(lite: Bench) -> None:
@@ -135,12 +138,13 @@ def test_metadata_beside_the_tweet_does_no_harm(lite: Bench) -> None:
     for message in messages():
         lite.raw.xadd(lite.stream.key, {**KAFKA_METADATA, "tweet": message})
     assert_scored(lite)
+    assert lite.dead() == []
 
 
 def assert_scored(bench: Bench) -> None:
+    """Score the stream, and find these tweets and no others."""
     bench.promote()
     bench.worker().drain()
     assert {row["tweet_id"]: row["text"] for row in bench.rows(Tweet)} == TEXTS
     assert bench.scored().keys() == TEXTS.keys()
-    assert bench.dead() == []
     assert bench.stream.depth() == DRAINED
