@@ -17,6 +17,7 @@ from db.errors import NotFound, TweetscoreError, public_url
 from worker.cli import data, db, dead_letters, jobs, models, output, quality, top, tweets, webhook
 from worker.cli.labelling import labels, review
 from worker.cli.output import Json
+from worker.cli.planning import plan
 from worker.cli.training import adapt, distil, train, tune
 from worker.cli.training.submitted import owned_broker
 from worker.errors import ServerFailed
@@ -31,7 +32,7 @@ PANELS = {
     "Train": ("train", "tune", "adapt", "distil", "jobs", "models", "data", "label", "review", "tensorboard"),
     "Score": ("push", "score", "rescore", "replay", "dead"),
     "Ask": ("query", "quality", "export", "console"),
-    "Operate": ("top", "doctor", "health", "webhook", "db", "delete"),
+    "Operate": ("plan", "top", "doctor", "health", "webhook", "db", "delete"),
 }
 
 
@@ -64,7 +65,7 @@ app.add_typer(review.app, name="review")
 app.add_typer(webhook.app, name="webhook")
 TRAINING_COMMANDS = (train.train, adapt.adapt, distil.distil, tune.tune)
 TWEET_COMMANDS = (tweets.push, tweets.score, tweets.rescore, db.replay, data.export, data.delete, quality.quality)
-for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS, top.top):
+for command in (*TRAINING_COMMANDS, *TWEET_COMMANDS, plan.plan, top.top):
     app.command(command.__name__)(command)
 
 ROLES = ("train", "score")

@@ -66,7 +66,8 @@ print(*sys.modules)"""
     assert not loaded & (COMMAND | {"rich.progress"})
     assert {name for name in loaded if name.startswith(("db.", "training.", "worker."))} == {
         "db.errors", "worker.cli", "worker.cli.main", "worker.cli.data", "worker.cli.db", "worker.cli.dead_letters",
-        "worker.cli.imports", "worker.cli.jobs", "worker.cli.labelling", "worker.cli.labelling.labels",
+        "worker.cli.imports", "worker.cli.jobs", "worker.cli.planning",
+        "worker.cli.planning.plan", "worker.cli.labelling", "worker.cli.labelling.labels",
         "worker.cli.labelling.review", "worker.cli.models", "worker.cli.quality", "worker.cli.top",
         "worker.cli.tweets", "worker.cli.webhook", "worker.cli.output", "worker.cli.training",
         "worker.cli.training.adapt", "worker.cli.training.distil",
