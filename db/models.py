@@ -115,14 +115,16 @@ class Prediction(Base):
         on_sqlite("model_version_id", "model_versions.id"),
         # The newest predictions of a model. The rows of a window have one time, which PostgreSQL stores once.
         Index(None, "model_version_id", "scored_at"),
-        # The least certain predictions, which are few: an index of all of them grows at random places.
+        # Counts by label, and the least certain predictions. On PostgreSQL, which has more rows, only the latter: an
+        # index of all of them grows at random places.
+        Index(None, "model_version_id", "probability", "label", info={"only_on": "sqlite"}).ddl_if(dialect="sqlite"),
         Index(
             "ix_predictions_uncertain",
             "model_version_id",
             "probability",
-            sqlite_where=text(UNCERTAIN),
             postgresql_where=text(UNCERTAIN),
-        ),
+            info={"only_on": "postgresql"},
+        ).ddl_if(dialect="postgresql"),
         {
             "comment": "One row per tweet and model version: the label that the model predicted.",
             "postgresql_partition_by": "RANGE (tweet_id)",

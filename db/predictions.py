@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, or_, select
+from sqlalchemy import ColumnElement, Row, Select, delete, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db import insert
 from db.errors import NotFound
 from db.insert import Columns
-from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
+from db.models import UNCERTAIN, DeadLetter, Prediction, ScoringWindow, Tweet
 
 
 def add_tweets(session: Session, rows: Sequence[dict[str, Any]]) -> None:
@@ -120,7 +120,15 @@ def least_certain(session: Session, model_version_id: int, limit: int) -> Sequen
     columns = (Tweet.tweet_id, Tweet.text, Prediction.label, Prediction.probability, Prediction.probabilities)
     query = select(*columns).join(Tweet, Tweet.tweet_id == Prediction.tweet_id)
     query = query.where(Prediction.model_version_id == model_version_id)
-    return session.execute(query.order_by(Prediction.probability, Prediction.label).limit(limit)).all()
+    return least_certain_of(session, query, limit)
+
+
+def least_certain_of(session: Session, query: Select[Any], limit: int) -> Sequence[Row[Any]]:
+    """The rows of a query of predictions by rising probability. PostgreSQL sorts all of them only when those below 0.6,
+    of which it has an index, are fewer than `limit`."""
+    query = query.order_by(Prediction.probability, Prediction.label).limit(limit)
+    rows = session.execute(query.where(text(f"predictions.{UNCERTAIN}"))).all()
+    return rows if len(rows) == limit else session.execute(query).all()
 
 
 def prediction_count(session: Session, model_version_id: int | None = None) -> int:

@@ -172,7 +172,8 @@ class Settings(BaseSettings):
         None,
         gt=0,
         le=36_500,
-        description="tweets and dead letters are deleted this long after they were received; unset: never",
+        description="tweets and dead letters are deleted this long after they were received, on PostgreSQL up to a "
+        "thirtieth of the time later; unset: never",
     )
     window_days: float = Field(30, gt=0, le=36_500, description="rows of `scoring_windows` are deleted after this long")
     checkpoint_days: float = Field(

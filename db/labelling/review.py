@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, aliased
 
 from db.labelling.labels import PROPOSED
 from db.models import Label, Prediction, ReviewAsk, ReviewTweet, Tweet
-from db.predictions import present
+from db.predictions import least_certain_of, present
 
 # Disagreements are looked for among this many of the challenger's newest predictions.
 NEWEST_CHALLENGED = 20_000
@@ -62,7 +62,7 @@ def least_certain(session: Session, model_version_id: int, limit: int) -> Sequen
         Prediction, Tweet, Tweet.tweet_id == Prediction.tweet_id
     )
     query = query.where(Prediction.model_version_id == model_version_id, *_unknown(Prediction.tweet_id))
-    return session.execute(query.order_by(Prediction.probability, Prediction.label).limit(limit)).all()
+    return least_certain_of(session, query, limit)
 
 
 def disagreements(session: Session, champion: int, challenger: int, limit: int) -> Sequence[Row[Any]]:

@@ -1,4 +1,4 @@
-"""Partitions of `tweets` and `predictions` on PostgreSQL, and a smaller index of uncertain predictions.
+"""Partitions of `tweets` and `predictions`, and a smaller index of uncertain predictions. PostgreSQL only.
 
 Code that needs migration 0001 keeps working: the tables keep their names, columns and keys. The rows do not move: the
 tables of before become one partition. Only its indexes of ids are built again, since ids are now sorted as bytes.
@@ -267,10 +267,10 @@ def attach_rows_of_before() -> None:
 
 
 def upgrade() -> None:
-    op.execute(UNCERTAIN)
-    op.drop_index(BY_PROBABILITY, table_name="predictions")
     if op.get_bind().dialect.name != "postgresql":
         return
+    op.drop_index(BY_PROBABILITY, table_name="predictions")
+    op.execute(UNCERTAIN)
     op.execute(WRITTEN_AT)
     views = take_away_views()
     for name, (table, _, _) in REFERENCES.items():
@@ -295,8 +295,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute(CREATE_BY_PROBABILITY)
-    op.execute("DROP INDEX ix_predictions_uncertain")
     if op.get_bind().dialect.name != "postgresql":
         return
     views = take_away_views()
