@@ -59,7 +59,10 @@ def backup(database: Path, path: Path, replay_since: datetime | None) -> Backup:
     if not database.is_file():
         raise NotFound(f"there is no database {plain(database)}; set TWEETSCORE_HOME or DATABASE_URL")
     if path.exists():
-        _times(path)
+        try:
+            _times(path)
+        except DatabaseError as error:
+            raise DatabaseError(f"{plain(path)} exists and is no backup; choose another path") from error
     with _errors(f"the database {plain(database)} cannot be backed up to {plain(path)}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _beside(path) as draft:

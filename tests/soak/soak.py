@@ -204,6 +204,8 @@ class Soak:
             if events and events[0].at_seconds <= self.seconds and self._cause(events[0].kind):
                 events.pop(0)
             self._look_at_promotion()
+            if self._too_much():
+                return
             if sample_at <= self.seconds:
                 sample_at = self.seconds + SAMPLE_EVERY_SECONDS
                 self._sample()
@@ -211,6 +213,14 @@ class Soak:
                 check_at += self.plan.check_every
                 self._check()
             time.sleep(0.2)
+
+    def _too_much(self) -> bool:
+        """Whether so many tweets wait that retention would delete their rows before they are seen: nothing is lost
+        then, but nothing could be shown either."""
+        most = (self.rate or 0) * self.plan.retention_seconds / 2
+        if too_much := self.minute.depth > most:
+            self.faults.append(f"over {most:,.0f} tweets wait: the machine has other work; give a lower --soak-rate")
+        return too_much
 
     def _cause(self, kind: str) -> bool:
         """Whether the event took place; else it is tried again. Does not wait: each row has to be seen in time."""

@@ -42,7 +42,10 @@ def minutes_table(minutes: Sequence[Minute]) -> str:
 def memory_by_minute(minutes: Sequence[Minute]) -> str:
     """MiB of each process at the end of each minute."""
     names = sorted({name for minute in minutes for name in minute.memory})
-    rows = [[str(minute.number), *(f"{minute.memory.get(name, 0):.0f}" for name in names)] for minute in minutes]
+    rows = [
+        [str(minute.number), *(f"{minute.memory[name]:.0f}" if name in minute.memory else "" for name in names)]
+        for minute in minutes
+    ]
     return _markdown(["minute", *names], rows)
 
 

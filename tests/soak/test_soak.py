@@ -19,7 +19,7 @@ DEFAULT_MINUTES = {"postgresql": 60.0, "sqlite": 10.0}
 
 @pytest.fixture
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Wait for other soaks of this run: two at once would measure each other."""
+    """Wait for other soaks, also those of other runs: two at once would measure each other."""
     with (tmp_path_factory.getbasetemp().parent / "soak.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
