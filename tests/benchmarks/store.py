@@ -241,7 +241,11 @@ def prepare(url: str, rows: int) -> float:
             for parent, leaf in names.items():  # indexes are built after the rows
                 run(f"DROP TABLE {leaf}")
                 run(f"CREATE TABLE {leaf} (LIKE {parent})")
-            run(FILL.format(**names, first=int(first_id(DAY)) >> OTHER_BITS, day=DAY.isoformat(), count=rows))
+            run(
+                FILL.format(**names, first=int(first_id(DAY)) >> OTHER_BITS, day=DAY.isoformat(), count=rows).replace(
+                    "%", "%%"
+                )
+            )
             for parent, leaf in names.items():
                 run(f"ALTER TABLE {parent} ATTACH PARTITION {leaf} {bounds}")
     with psycopg.connect(url, autocommit=True) as connection:
