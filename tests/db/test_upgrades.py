@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Boolean, Column, DateTime, Float, Integer, LargeBinary, MetaData, String, Table, inspect
 from sqlalchemy.dialects.postgresql import JSONB
@@ -25,7 +23,18 @@ from db.models import Base, utc_now
 from db.session import Database, open_database
 from tests.conftest import wait_until
 from tests.support.commands import command as running
-from tests.support.releases import CONTRACTS, DEMANDS, EXPANDS, NEXT, RENAMES, next_chain, next_release, with_mood
+from tests.support.releases import (
+    CONTRACTS,
+    DEMANDS,
+    EXPANDS,
+    NEXT,
+    RENAMES,
+    config,
+    next_chain,
+    next_release,
+    upgrade_to,
+    with_mood,
+)  # fmt: skip
 from tests.support.rows import answer, assert_counted, prediction_row, run, tweet_row, write
 from tests.support.world import on_postgresql, on_sqlite
 from worker.cli.doctor import examine
@@ -37,24 +46,11 @@ NEWEST = newest_revision()
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def config(migrations: Path) -> Config:
-    made = Config()
-    made.set_main_option("script_location", str(migrations))
-    return made
-
-
 def revisions_of(migrations: Path) -> list[str]:
     return [script.revision for script in ScriptDirectory.from_config(config(migrations)).walk_revisions()][::-1]
 
 
 REVISIONS = revisions_of(MIGRATIONS)
-
-
-def upgrade_to(database: Database, revision: str, migrations: Path = MIGRATIONS) -> None:
-    with database.engine.begin() as connection:
-        given = config(migrations)
-        given.attributes["connection"] = connection
-        command.upgrade(given, revision)
 
 
 @pytest.fixture

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
 
 from db import compatibility, migrate
 from db.compatibility import MIGRATIONS, newest_revision
+from db.session import Database
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.paths import ROOT
 from worker.process.supervisor import child_environment
@@ -156,3 +159,16 @@ def _copy(source: str, target: str) -> None:
         Path(target).symlink_to(source)
     else:
         shutil.copy2(source, target)
+
+
+def config(migrations: Path) -> Config:
+    made = Config()
+    made.set_main_option("script_location", str(migrations))
+    return made
+
+
+def upgrade_to(database: Database, revision: str, migrations: Path = MIGRATIONS) -> None:
+    with database.engine.begin() as connection:
+        given = config(migrations)
+        given.attributes["connection"] = connection
+        command.upgrade(given, revision)

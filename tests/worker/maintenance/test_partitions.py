@@ -15,7 +15,7 @@ from db.admin.partitions import Partition, first_id, time_of
 from db.admin.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import wait_until
-from tests.db.test_upgrades import upgrade_to
+from tests.support.releases import upgrade_to
 from tests.support.rows import SUMS, answer, assert_counted, make_version, prediction_row, run, tweet_row, url_of, write
 from tests.support.world import on_postgresql, on_sqlite
 from worker.cli.main import app
