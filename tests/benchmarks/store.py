@@ -62,14 +62,14 @@ FILL = """
            (1000000000000000000 + (i * 7919) % 100000000)::text, 'ja',
            (ARRAY['鉄道', '食べ物', '推し', NULL])[1 + i % 4],
            '{day}'::timestamptz + i * interval '1 ms', '{day}'::timestamptz + i * interval '1 ms' + interval '1 s'
-    FROM generate_series(0, {count} - 1) AS i;
+    FROM generate_series(0::bigint, {count} - 1) AS i;
     INSERT INTO {predictions} (tweet_id, model_version_id, label, probability, score_signed, probabilities, scored_at,
                                unknown_share)
     SELECT (({first} + i) << 22)::text, 1, (ARRAY['negative', 'neutral', 'positive'])[1 + i % 3],
            0.34 + (i * 104729 % 660000) / 1e6, (i % 2000) / 1e3 - 1,
            jsonb_build_object('negative', 0.123456, 'neutral', 0.234567, 'positive', (i % 1000000) / 1e6),
            '{day}'::timestamptz + (i / 512) * interval '512 ms' + interval '2 s', 0.0
-    FROM generate_series(0, {count} - 1) AS i"""
+    FROM generate_series(0::bigint, {count} - 1) AS i"""
 
 
 @dataclass(frozen=True)
