@@ -73,7 +73,10 @@ class Heartbeat:
         beat = {"kind": self._kind, "pid": os.getpid(), "at": time.time(), "state": self._state()}
         beat |= {"waits_for": self._waiting_for()}
         try:
-            self._path.write_text(json.dumps(beat))
+            # Replaced as a whole: a reader in between would find an empty file, and no worker.
+            fresh = self._path.with_suffix(".new")
+            fresh.write_text(json.dumps(beat))
+            fresh.replace(self._path)
         except OSError as error:
             log.warning("the heartbeat could not be written: %s", error)
 
