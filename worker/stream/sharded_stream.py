@@ -43,9 +43,6 @@ class _Id(msgspec.Struct):
     id: str | int
 
 
-_decode_id = msgspec.json.Decoder(_Id).decode
-
-
 class ShardedStream:
     def __init__(
         self, urls: Sequence[str], key: str, group: str, shards: int = 1, consumer: str | None = None,
@@ -99,7 +96,7 @@ class ShardedStream:
 
     def _number_of(self, payload: bytes) -> int | None:
         try:
-            return shard_of(str(_decode_id(payload).id).strip(), len(self._numbers))
+            return shard_of(str(msgspec.json.decode(payload, type=_Id).id).strip(), len(self._numbers))
         except (msgspec.MsgspecError, UnicodeError):
             return None
 
