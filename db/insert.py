@@ -5,7 +5,7 @@ takes them fastest by COPY, which has no ON CONFLICT: rows that exist are left o
 one of them in the same moment, a slower statement inserts the others.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -52,17 +52,14 @@ def add_columns(
     return _add_to_postgresql(connection, table, columns, possible)
 
 
-def _in_order(table: Table, names: list[str], rows: Iterable[Row]) -> list[Row]:
-    return sorted(rows, key=itemgetter(*(names.index(column.name) for column in table.primary_key)))
-
-
 # --- SQLite
 
 
 def _add_to_sqlite(connection: Connection, table: Table, columns: Columns) -> None:
     names = list(columns)
     values = [_for_sqlite(table.c[name].type, columns[name], connection.dialect) for name in names]
-    rows = _in_order(table, names, zip(*values, strict=True))
+    key = itemgetter(*(names.index(column.name) for column in table.primary_key))
+    rows = sorted(zip(*values, strict=True), key=key)
     if rows:
         marks = ", ".join("?" * len(names))
         statement = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({marks}) ON CONFLICT DO NOTHING"  # noqa: S608 - names of the schema

@@ -54,7 +54,7 @@ def delete_received_before(session: Session, before: datetime, limit: int, sourc
     ids = list(session.scalars(query.with_for_update(skip_locked=True)))
     if ids:
         _count_again(session, ids)
-        # One statement, so that the trigger runs once; the trigger on tweets would delete them tweet by tweet.
+        # Before the tweets, in one statement: SQLite's trigger on tweets would delete them tweet by tweet.
         session.execute(delete(Prediction).where(Prediction.tweet_id.in_(ids)))
         session.execute(delete(Tweet).where(Tweet.tweet_id.in_(ids)))
     return len(ids)

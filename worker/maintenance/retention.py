@@ -60,7 +60,7 @@ def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> Del
     letters = _in_chunks(begin, partial(upkeep.delete_buried_before, before=before), stopping)
     if tweets or letters:
         log.info("retention of %g days: %d tweets and %d dead letters were deleted", days, tweets, letters)
-        _give_back(begin, stopping)
+        _in_chunks(begin, upkeep.give_back_pages, stopping)
     return DeletedCounts(0, tweets, letters)
 
 
@@ -75,11 +75,6 @@ def _drop_partitions(begin: Begin, before: datetime) -> int:
         tweets += max(0, partition.tweets - late)
         log.info("the partition of tweets until %s was dropped, and %d late ones kept", partition.end, late)
     return tweets
-
-
-def _give_back(begin: Begin, stopping: threading.Event) -> None:
-    """On SQLite, give the pages of deleted rows back to the file system."""
-    _in_chunks(begin, upkeep.give_back_pages, stopping)
 
 
 def delete_old_windows(begin: Begin, days: float, stopping: threading.Event) -> int:
