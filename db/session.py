@@ -6,6 +6,7 @@ the busy timeout.
 """
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 30_000
+LOCK_PAUSE_SECONDS = 0.002  # a window holds the lock several times as long
 # Size of the PostgreSQL connection pool, one per process. A scoring worker uses connections in the thread that stores,
 # the one that checks the champion and the poller; a training worker for the job and its heartbeat; both for `/metrics`,
 # whose figures of quality take a second one for seconds.
@@ -137,5 +139,29 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    reading = connection.get_execution_options().get("tweetscore_read", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+    if connection.get_execution_options().get("tweetscore_read", False):
+        connection.exec_driver_sql("BEGIN")
+    elif not _write_lock_taken(connection.connection.driver_connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises, as any statement here
+
+
+def _write_lock_taken(connection: Any) -> bool:
+    """Begin a transaction that writes, and return whether the lock was free within `BUSY_TIMEOUT_MS`.
+
+    SQLite by itself looks again after pauses of up to 100 ms. While several workers write, the lock would be free for
+    most of a pause.
+    """
+    end = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    connection.execute("PRAGMA busy_timeout=0")
+    try:
+        while time.monotonic() < end:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                return True
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    return False
+            time.sleep(LOCK_PAUSE_SECONDS)
+        return False
+    finally:
+        connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")

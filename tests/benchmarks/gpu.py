@@ -42,14 +42,13 @@ PARTS = (
     ("models", 25, "material.prepare"),
     ("ids", 10, "engines.same_ids"),
     ("agreement", 25, "engines.agreement"),
-    ("engines", 65, "engines.alone"),
+    ("engines", 60, "engines.alone"),
     ("others", 25, "others.pipelines"),
-    ("end to end", 100, "whole.sqlite"),
+    ("PostgreSQL", 50, "whole.postgresql"),
+    ("end to end", 90, "whole.sqlite"),
     ("full card", 10, "engines.full_card"),
-    ("PostgreSQL", 40, "whole.postgresql"),
     ("training", 40, "others.training"),
     ("starter", 20, "engines.alone_starter"),
-    ("compiled", 60, "engines.compiled"),
 )
 # Figures that are asked for on an H100 at full size.
 ASKED: dict[str, float] = {

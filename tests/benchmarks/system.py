@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -109,6 +109,10 @@ class Look:
         """The first column of the first row, None without a row."""
         found = self.rows(sql, *values)
         return found[0][0] if found else None
+
+    def server_process(self) -> int | None:
+        """The process of the server that answers, as it numbers it; None with SQLite, which has none."""
+        return int(self.value("SELECT pg_backend_pid()")) if self._postgresql else None
 
     def close(self) -> None:
         self._connection.close()
@@ -265,13 +269,27 @@ class System:
         return peak_bytes(self.broker_pid), max(peak_bytes(child.process.pid) for child in self.workers.children)
 
     def cpu_seconds(self) -> float:
-        """Seconds of cores that all of it has used so far: the broker, the workers and their children, and publishing
-        from this process. A PostgreSQL server is not counted."""
-        processes = [psutil.Process(self.broker_pid)]
-        for child in self.workers.children:
-            worker = psutil.Process(child.process.pid)
-            processes += [worker, *worker.children(recursive=True)]
-        return self.publish_cpu_seconds + sum(times.user + times.system for times in (p.cpu_times() for p in processes))
+        """Seconds of cores that all of it has used so far, see `cpu_parts`."""
+        return sum(self.cpu_parts().values())
+
+    def cpu_parts(self) -> dict[str, float]:
+        """Seconds of cores so far: of the broker, the workers with their children, publishing from this process, and
+        a PostgreSQL server of this machine."""
+        workers = [_family(child.process.pid) for child in self.workers.children]
+        return {
+            "broker": _cpu_of([psutil.Process(self.broker_pid)]), "workers": sum(map(_cpu_of, workers)),
+            "publisher": self.publish_cpu_seconds, "database": _cpu_of(_family(self._postgresql_pid)),
+        }  # fmt: skip
+
+    @cached_property
+    def _postgresql_pid(self) -> int | None:
+        """The process that started the one behind a connection; None with SQLite, or where it runs elsewhere."""
+        pid = self.look.server_process()
+        with suppress(psutil.Error):
+            process = psutil.Process(pid) if pid else None
+            if process and process.name() == "postgres":
+                return process.ppid()
+        return None
 
     @cached_property
     def broker_pid(self) -> int:
@@ -322,6 +340,20 @@ class System:
 
 def tail(path: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+
+
+def _family(pid: int | None) -> list[psutil.Process]:
+    """A process and all that it started."""
+    return [(first := psutil.Process(pid)), *first.children(recursive=True)] if pid else []
+
+
+def _cpu_of(processes: Iterable[psutil.Process]) -> float:
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # a helper may end meanwhile
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def peak_bytes(pid: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import GELUActivation
 
 from training.model.classifier import Classifier, NativeClassifier
 
@@ -56,7 +57,13 @@ class PackedNetwork(nn.Module):
             with torch.no_grad():
                 self.positions.weight += words.token_type_embeddings.weight[0]
         layers = encoder.transformer.layer if distil else encoder.encoder.layer
-        self.layers = nn.ModuleList(map(_distil_layer if distil else _bert_layer, layers))
+        made = list(map(_distil_layer if distil else _bert_layer, layers))
+        self.layers = nn.ModuleList(made)
+        before: nn.LayerNorm = self.norm
+        for layer in made:
+            _move_bias(layer.output, before, layer.projections)
+            _move_bias(layer.down, layer.norm, layer.up)
+            before = layer.last_norm
         self._reads_all = not native and model.config.pooling == "mean"
         self.head = _native_head(model.network) if native else _own_head(model, encoder)
         self.eval()
@@ -123,7 +130,10 @@ def _varlen(texts: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Attention
 
 
 class Layer(nn.Module):
-    """A layer of BERT: attention, then two products, each with a residual connection and a norm after it."""
+    """A layer of BERT: attention, then two products, each with a residual connection and a norm after it.
+
+    A product adds the residual connection itself, in the place of its memory; its bias is in there, see `_move_bias`.
+    """
 
     def __init__(
         self, heads: int, projections: Sequence[nn.Linear], output: nn.Linear, norm: nn.LayerNorm, up: nn.Linear,
@@ -131,13 +141,16 @@ class Layer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.activation = heads, activation
+        self._is_gelu = type(activation) in (nn.GELU, GELUActivation)
         self.projections = _side_by_side(projections)  # of query, key and value
-        self.output, self.norm, self.up, self.down, self.last_norm = map(
-            copy.deepcopy, (output, norm, up, down, last_norm)
-        )
+        self.output, self.up, self.down = copy.deepcopy(output), copy.deepcopy(up), copy.deepcopy(down)
+        self.norm, self.last_norm = copy.deepcopy(norm), copy.deepcopy(last_norm)
 
     def forward(self, reading: Tensor, read: Tensor, attend: Attention) -> Tensor:
-        """Return (R, S, H) for the vectors `reading` (R, S, H), which attend to `read` (R, T, H)."""
+        """Return (R, S, H) for the vectors `reading` (R, S, H), which attend to `read` (R, T, H).
+
+        Overwrites `reading`.
+        """
         size = reading.shape[-1]
         if reading is read:
             query, key, value = self.projections(read).chunk(3, dim=-1)
@@ -146,9 +159,27 @@ class Layer(nn.Module):
             query = functional.linear(reading, weight[:size], bias[:size])
             key, value = functional.linear(read, weight[size:], bias[size:]).chunk(2, dim=-1)
         by_head = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
-        hidden = self.norm(self.output(attend(*by_head).flatten(2)) + reading)
-        outcome: Tensor = self.last_norm(self.down(self.activation(self.up(hidden))) + hidden)
-        return outcome
+        attended = attend(*by_head).reshape(-1, size)
+        hidden: Tensor = self.norm(reading.view(-1, size).addmm_(attended, self.output.weight.t()))  # (R * S, H)
+        outcome: Tensor = self.last_norm(hidden.addmm_(self._activated(hidden), self.down.weight.t()))
+        return outcome.view_as(reading)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        if self._is_gelu and hidden.is_cuda and hidden.dtype != torch.float32:
+            # One kernel, with tanh instead of erf: the difference is below that of half precision.
+            return torch._addmm_activation(self.up.bias, hidden, self.up.weight.t(), use_gelu=True)
+        return self.activation(self.up(hidden))
+
+
+def _move_bias(product: nn.Linear, norm: nn.LayerNorm, reader: nn.Linear) -> None:
+    """Move the bias of a product into the norm whose output its residual connection adds.
+
+    `reader` is the other one that reads the norm's output: its own bias takes it off again.
+    """
+    with torch.no_grad():
+        norm.bias.add_(product.bias)
+        reader.bias.sub_(reader.weight @ product.bias)
+        product.register_parameter("bias", None)
 
 
 def _encoder(model: Classifier) -> Any:

@@ -229,11 +229,13 @@ class Pipeline:
         """Write a window in one transaction. While the database is unavailable, keep the window and retry."""
         assert window.scores is not None  # noqa: S101 - the steps run in order
         pause = 0.1
+        # Made before the transaction begins: SQLite lets one worker at a time write.
+        tweets, scored = tweet_columns(window), stored_predictions(window, window.scores)
         while True:
             began = time.perf_counter()
             try:
                 with self.database.begin() as session:
-                    predictions.add_scored(session, tweet_columns(window), stored_predictions(window, window.scores))
+                    predictions.add_scored(session, tweets, scored)
                     predictions.bury(session, window.dead)
                     # The row of the window is part of the transaction, so `store_ms` ends before the commit.
                     window.set_time("store", began)

@@ -74,17 +74,6 @@ def alone_starter(bench: Bench, record: Record) -> None:
     _speeds(bench, record, bench.starter, bench.engines, budgets=few)
 
 
-def compiled(bench: Bench, record: Record) -> None:
-    """One compiled engine at base size: of the precision whose packed engine is faster."""
-    bf16, fp16 = (
-        max((speed for key, speed in bench.speeds.items() if key[0] == f"packed-{kind}"), default=0.0)
-        for kind in ("bfloat16", "float16")
-    )
-    kind = "float16" if fp16 > bf16 else "bfloat16" if bench.device.type == "cuda" else "float32"
-    budgets = [bench.fastest[1]] if bench.speeds else bench.size.budgets[-1:]
-    _speeds(bench, record, bench.base, [f"compiled-{kind}"], budgets=budgets)
-
-
 def _speeds(
     bench: Bench, record: Record, measured: Measured, names: Sequence[str], *,
     budgets: Sequence[int] | None = None, share_of_time: float = 1.0,
