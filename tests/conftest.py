@@ -318,6 +318,7 @@ def tweetscore() -> Callable[..., subprocess.CompletedProcess[str]]:
         with (
             mock.patch.dict(os.environ, {**COMMAND_ENVIRONMENT, **os.environ, **environment}),
             mock.patch.multiple(sys, argv=["tweetscore", *arguments], stdin=given),
+            mock.patch.object(os, "nice"),  # this process could not take it back
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(complained),
             pytest.raises(SystemExit) as ended,

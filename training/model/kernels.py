@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from training.model.devices import allow_cudnn_attention
 from training.model.dropout import FastDropout, fast_dropout
 
 # Architectures whose plain attention is `plain_attention`; those of others have more inputs.
@@ -26,6 +27,7 @@ def training_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
     there, mostly in its backward pass. On a GPU: fused attention that always gets a mask, see `masked_always`.
     """
     on_cpu = device.type == "cpu"
+    allow_cudnn_attention(False)
     network = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     implementation = getattr(network and network.config, "_attn_implementation", None)
     dropouts = [module for module in model.modules() if type(module) is nn.Dropout] if on_cpu else []

@@ -19,6 +19,7 @@ import torch
 
 from training.model.batching import Batch, Ids, Logits, padded_batches
 from training.model.classifier import Classifier
+from training.model.devices import allow_cudnn_attention
 from training.model.packed_network import can_pack
 from worker.engine_names import CPU_ENGINES, CUDA_ENGINES, FLOAT32_TORCH, PACKED
 from worker.engines.device_errors import device_full
@@ -84,6 +85,7 @@ class TorchEngine(PaddedEngine):
 
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        allow_cudnn_attention(False)
         with device_full(self.name):
             logits = [self._model(*map(self._send, batch.arrays)).float() for batch in batches]
             return [part.cpu().numpy() for part in logits]

@@ -8,6 +8,7 @@ without graphs.
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch.nn import functional
 
 from training.model.batching import Batch, Logits
 from training.model.classifier import Classifier
+from training.model.devices import allow_cudnn_attention
 from training.model.packed_network import PackedNetwork
 from training.model.packing import ROW_TOKENS, pack, plan_rows
 from worker.engines.device_errors import device_full
 
-# Heights of batches are multiples of this part of the highest, so that there are few shapes.
-HEIGHTS = 8
+# Heights of batches are multiples of this part of the highest, or smaller powers of 2, so that there are few shapes.
+HEIGHTS, LOWEST = 8, 8
 WARM_UPS = 2
 
 Shape = tuple[int, ...]
@@ -56,10 +58,9 @@ class PackedEngine:
         for size, numbers in sorted(by_size.items(), reverse=True):
             plan = [[numbers[i] for i in row] for row in plan_rows([len(rows[i]) for i in numbers], size)]
             highest = max(1, token_budget // size)
-            step = max(1, highest // HEIGHTS)
             for start in range(0, len(plan), highest):
                 part = plan[start : start + highest]
-                height = min(highest, ceil(len(part) / step) * step)
+                height = _height(len(part), highest)
                 packed = pack(rows, part, height, self._pad_id, size)
                 arrays = (packed.ids, packed.positions, packed.texts, packed.first, packed.slots)
                 batches.append(Batch(arrays, [i for row in part for i in row], height * size, height > 1))
@@ -91,6 +92,14 @@ class PackedEngine:
         return torch.empty(logits.shape, pin_memory=True).copy_(logits, non_blocking=True)
 
 
+def _height(rows: int, highest: int) -> int:
+    """Of a batch with so many rows, the next that there are shapes for."""
+    step = max(1, highest // HEIGHTS)
+    if rows > step // 2:
+        return min(highest, ceil(rows / step) * step)
+    return max(min(LOWEST, step), 1 << (rows - 1).bit_length())
+
+
 def _compile_norms(network: PackedNetwork) -> None:
     """Compile the norms of the layers, once for any number of rows.
 
@@ -110,6 +119,11 @@ def _compile_norms(network: PackedNetwork) -> None:
             module.__class__ = CompiledNorm
 
 
+# One capture at a time, all on the same stream: cuBLAS keeps memory for every stream that it was used on.
+_CAPTURING = threading.Lock()
+_capture_stream = cache(torch.cuda.Stream)
+
+
 class _Graph:
     """A network captured for one shape. All graphs of a pool share their memory, as one runs at a time."""
 
@@ -117,16 +131,18 @@ class _Graph:
         self, network: Callable[..., Tensor], example: Sequence[Tensor], device: torch.device, pool: Any
     ) -> None:
         self._inputs = [array.to(device) for array in example]
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):  # kernels are chosen, compiled and loaded before the capture
-                network(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._logits = network(*self._inputs)
+        allow_cudnn_attention(True)
+        with _CAPTURING:
+            side = _capture_stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):  # kernels are chosen, compiled and loaded before the capture
+                    network(*self._inputs)
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads of the process may use the device meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._logits = network(*self._inputs)
 
     def run(self, arrays: Sequence[Tensor]) -> Tensor:
         """Logits (R * M, K) on the device; they change with the next run of any graph of the pool."""

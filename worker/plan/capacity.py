@@ -95,10 +95,10 @@ def _gpus(figures: Figures, store: StoreFigures, hardware: Hardware, peak_rate: 
         gflop = model_figures(figures, hardware.model).gflop_per_tweet
         if gflop is None:
             raise BadRequest(f"the work of {hardware.model} is not known; give --tweets-per-second-per-gpu")
-        speed = 1000 * known.tflops * known.assumed_share / gflop
+        speed = 1000 * known.tflops * known.share / gflop
         source = (
-            f"an estimate by arithmetic, not a measurement: {gflop:g} GFLOP a tweet of 18 tokens, and an assumed "
-            f"{known.assumed_share:.0%} of {known.tflops:g} TFLOP/s"
+            f"by arithmetic: {gflop:g} GFLOP a tweet of 18 tokens, and the share of its fastest matrix product that an "
+            f"H200 reached, {known.share:.0%} of {known.tflops:g} TFLOP/s"
         )
     one = 1e6 / store.locked_core_ms
     gpus = max(1, ceil(peak_rate / (utilisation * speed)))

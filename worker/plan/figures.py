@@ -84,11 +84,11 @@ class StreamFigures(Part):
 
 
 class GpuFigures(Part):
-    """A GPU: its fastest matrix product, and two assumptions: the share of it that a model reaches, and the time that
-    a window takes however small it is."""
+    """A GPU: its fastest matrix product, the share of it that a model of base size reaches, and an assumption: the time
+    that a window takes however small it is."""
 
     tflops: PositiveFloat
-    assumed_share: float = Field(gt=0, le=1)
+    share: float = Field(gt=0, le=1)
     assumed_window_ms: PositiveFloat
 
 

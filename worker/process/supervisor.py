@@ -134,9 +134,11 @@ def limit_spin_waiting() -> None:
 def keep_compiled_code(folder: Path) -> None:
     """Let `torch.compile` keep its code in `folder`. Call this in a worker process before torch is loaded.
 
-    By default the code is in a folder of temporary files. Without it a worker compiles for a minute when it starts.
+    By default the code is in a folder of temporary files, and a process per core is started to compile: for what a
+    worker compiles this takes longer than to compile, and eight workers would use all cores for half a minute.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @contextmanager

@@ -52,16 +52,16 @@ class Size:
     copied_bytes: int = 1 << 30
     window: int = 8192
     reference_ids: int = 2_000
-    agreement_rows: int = 512
+    agreement_rows: int = 256
     budgets: tuple[int, ...] = (16384, 32768, 65536, 131072)
     rounds: int = 5
     pipeline_texts: int = 2_048
     guide_texts: int = 256
-    scorers: tuple[int, ...] = (1, 2, 4, 8)
+    scorers: tuple[int, ...] = (1, 4, 8)
     first_tweets: int = 60_000
     most_tweets: int = 240_000
     single_tweets: int = 200
-    training_texts: int = 1_024
+    training_texts: int = 2_048
     # Of the card that is left free when it is filled on purpose.
     free_bytes: int = 700_000_000
 

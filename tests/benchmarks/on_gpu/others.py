@@ -17,7 +17,7 @@ from training.model.base_model import STARTER_FOLDER
 from training.text.tokenizer import load_tokenizer
 
 PIPELINE_BATCHES = (32, 256)
-TRAINING_ROUNDS = 2
+TRAINING_ROUNDS, WARM_UP_TEXTS = 2, 96
 
 
 def pipelines(bench: Bench, record: Record) -> None:
@@ -46,17 +46,20 @@ def pipelines(bench: Bench, record: Record) -> None:
 
 
 def training(bench: Bench, record: Record) -> None:
-    """One epoch at base size by `fit` and by the Trainer, as it is and with bfloat16, in turns."""
+    """One epoch at base size by `fit` and by the Trainer, as it is and with bfloat16, in turns.
+
+    Each first trains on a few texts: libraries load what they need when it is needed first.
+    """
     from tests.benchmarks import trainers  # needs more packages than scoring
 
     folder = _encoder(bench.scratch / "encoder", bench.size.small)
     texts = [" ".join(text.split()) for text in bench.many_texts(bench.size.training_texts)]
     config = make_config("fast", epochs=1, train_batch_size=32)
     on_cpu = bench.device.type == "cpu"
-    ways: dict[str, Callable[[], float]] = {
-        "ours": lambda: trainers.ours(folder, texts, config, bench.device, board=False),
-        "Trainer": lambda: trainers.trainer(folder, texts, config, use_cpu=on_cpu),
-        "Trainer, bf16": lambda: trainers.trainer(folder, texts, config, use_cpu=on_cpu, bf16=True),
+    ways: dict[str, Callable[[list[str]], float]] = {
+        "ours": lambda some: trainers.ours(folder, some, config, bench.device, board=False),
+        "Trainer": lambda some: trainers.trainer(folder, some, config, use_cpu=on_cpu),
+        "Trainer, bf16": lambda some: trainers.trainer(folder, some, config, use_cpu=on_cpu, bf16=True),
     }
     speeds: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
@@ -66,10 +69,12 @@ def training(bench: Bench, record: Record) -> None:
                 record.note(f"no time for another round of {name}")
                 continue
             try:
+                if name not in speeds:
+                    way(texts[:WARM_UP_TEXTS])
                 release(bench.device)
                 if not on_cpu:
                     torch.cuda.reset_peak_memory_stats(bench.device)
-                speeds.setdefault(name, []).append(way())
+                speeds.setdefault(name, []).append(way(texts))
                 peaks[name] = torch.cuda.max_memory_allocated(bench.device) if not on_cpu else 0
             except Exception as error:
                 del ways[name]

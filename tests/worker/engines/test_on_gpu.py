@@ -77,15 +77,18 @@ def test_graphs_of_two_models_do_not_disturb_each_other(artifact: Artifact, tiny
 
 
 def test_an_engine_that_is_replaced_gives_its_memory_back(artifact: Artifact) -> None:
-    gc.collect()
-    before = torch.cuda.memory_allocated(GPU)
-    engine = PackedEngine("packed", artifact.model, GPU, torch.float16)
-    model_on(artifact, engine).forward(ROWS)
-    assert torch.cuda.memory_allocated(GPU) > before
-    del engine
-    gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated(GPU) <= before + ROUNDING_BYTES
+    def allocated_after_one() -> int:
+        engine = PackedEngine("packed", artifact.model, GPU, torch.float16)
+        model_on(artifact, engine).forward(ROWS)
+        used = torch.cuda.memory_allocated(GPU)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_allocated(GPU) < used
+        return torch.cuda.memory_allocated(GPU)
+
+    first = allocated_after_one()  # cuBLAS keeps some memory for as long as the process lives
+    assert allocated_after_one() <= first + ROUNDING_BYTES
 
 
 def test_on_a_full_card_the_budget_is_halved_and_the_window_is_scored(artifact: Artifact) -> None:

@@ -24,7 +24,7 @@ ROUND = {
     "sqlite": {**STORE, "writer_ms": 20, "wal_bytes_per_tweet": 3500},
     "postgresql": {**STORE, "server_core_ms": [40, 50], "wal_bytes_per_tweet": 1500},
     "stream": {"core_ms": 10, "bytes_per_tweet": 200},
-    "gpus": {"H100": {"tflops": 800, "assumed_share": 0.25, "assumed_window_ms": 10}},
+    "gpus": {"H100": {"tflops": 800, "share": 0.25, "assumed_window_ms": 10}},
 }  # fmt: skip
 FLAT = "1 1"
 
@@ -80,15 +80,15 @@ def test_the_first_limit_is_the_part_that_allows_the_least(figures: str, flat: s
     assert (many.walls[-1].part, many.walls[-1].tweets_per_second) == ("disk of the database", None)
 
 
-def test_a_gpu_is_an_estimate_that_says_so_and_a_measured_speed_replaces_it(figures: str, flat: str) -> None:
+def test_the_speed_of_a_gpu_is_computed_and_a_measured_one_replaces_it(figures: str, flat: str) -> None:
     made = planned(figures, 50_000, flat, None, "h100")
     assert made.fleet.devices == 1
     assert made.fleet.scorers == 3  # each is one Python process of 25,000 tweets a second
     assert made.fleet.tweets_per_second == 3 * 25_000
-    assert any("not a measurement" in note for note in made.notes)
+    assert any("by arithmetic" in note for note in made.notes)
     given = planned(figures, 50_000, flat, None, "h100", 20_000)
     assert given.fleet.devices == 4
-    assert not any("not a measurement" in note for note in given.notes)
+    assert not any("by arithmetic" in note for note in given.notes)
 
 
 def test_what_does_not_fit_into_an_hour_is_left_over_for_the_next(figures: str, tmp_path: Path) -> None:
