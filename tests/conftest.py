@@ -88,7 +88,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     soak.addoption("--soak-folder", help="where the tables are written")
 
 
+# Marks of tests that may take as long as they like.
+LONG = ("soak", "storm", "nightly")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.get_closest_marker(mark) for mark in LONG):
+            item.add_marker(pytest.mark.timeout(0))
     items.sort(
         key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
     )
