@@ -13,8 +13,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, select, text
-from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.exc import IntegrityError, OperationalError, StatementError
 
+import db.session
 from db import migrate, predictions
 from db.compatibility import MIGRATIONS
 from db.errors import DatabaseError
@@ -326,6 +327,25 @@ def test_second_writer_waits_for_the_first_instead_of_failing(sqlite: Database) 
             assert not second.done()
         second.result(timeout=PATIENCE_SECONDS)
     assert tweet_ids(sqlite) == ["1", "after 1"]
+
+
+def test_writers_that_wait_look_every_few_milliseconds_and_are_refused_after_the_busy_timeout(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> None:
+        with sqlite.begin() as session:
+            session.connection()
+
+    pauses: list[float] = []
+    monkeypatch.setattr(db.session, "BUSY_TIMEOUT_MS", 100)
+    monkeypatch.setattr(db.session.time, "sleep", pauses.append)
+    with ThreadPoolExecutor(1) as pool, sqlite.begin() as session:
+        predictions.add_tweets(session, [tweet_row("1")])
+        with pytest.raises(OperationalError, match="database is locked"):
+            pool.submit(begin).result(PATIENCE_SECONDS)
+    assert len(pauses) > 10
+    assert set(pauses) == {db.session.LOCK_PAUSE_SECONDS}
+    assert tweet_ids(sqlite) == ["1"]
 
 
 def test_sqlite_writers_that_read_first_lose_no_update(sqlite: Database) -> None:

@@ -54,6 +54,12 @@ def test_shapes_are_few_and_a_longer_text_has_longer_rows(engine: PackedEngine) 
     assert len(shapes) <= 2 * HEIGHTS
 
 
+@pytest.mark.parametrize(("rows", "height"), [(1, 8), (9, 16), (32, 32), (33, 64), (65, 128), (500, 512), (512, 512)])
+def test_a_small_batch_is_not_as_high_as_the_steps_of_a_large_one(engine: PackedEngine, rows: int, height: int) -> None:
+    (batch,) = engine.batches([[2] * ROW_TOKENS] * rows, 512 * ROW_TOKENS)
+    assert batch.arrays[0].shape == (height, ROW_TOKENS)
+
+
 def test_without_room_the_budget_is_halved_down_to_a_row(artifact: Artifact, engine: PackedEngine) -> None:
     run, room = engine.run, 4 * ROW_TOKENS
 
