@@ -2,18 +2,23 @@
 
 SQLAlchemy's own work per row would cost as much as the database's, so the rows go to the driver in one call. PostgreSQL
 takes them fastest by COPY, which has no ON CONFLICT: rows that exist are left out first. When another transaction adds
-one of them in the same moment, a slower statement inserts the others.
+one of them in the same moment, a slower statement inserts the others. COPY is faster still into a partition, by its
+name: it then writes many rows at once, as no trigger waits for them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
 from msgspec.json import encode
 from sqlalchemy import Connection, Dialect, Table
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from db.admin.partitions import BOUNDS
 from db.base import UtcDateTime
 from db.models import Base
 
@@ -52,6 +57,11 @@ def add_columns(
     return _add_to_postgresql(connection, table, columns, possible)
 
 
+def chosen(columns: Columns, rows: Sequence[int]) -> Columns:
+    """The columns of some rows, by their numbers."""
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
 # --- SQLite
 
 
@@ -82,23 +92,35 @@ def _for_sqlite(kind: Any, values: Sequence[Any], dialect: Dialect) -> Sequence[
 def _add_to_postgresql(
     connection: Connection, table: Table, columns: Columns, possible: Collection[str] | None
 ) -> set[Any]:
-    names = [name for name, values in columns.items() if any(value is not None for value in values)]
+    names = _names(connection, table, columns)
     if not names:
         return set()
+    known = _known(connection, table, columns, possible)
+    rows = _new_rows(table, names, columns, known)
+    fast = len(rows) >= COPY_ROWS and _attempt(connection, lambda: _copy(connection, table, table.name, names, rows))
+    if rows and not fast:
+        _insert(connection, table, names, rows)
+    return known
+
+
+def _names(connection: Connection, table: Table, columns: Columns) -> list[str]:
+    """The columns with values. Raises `StatementError` or `ValueError` for a time without a zone."""
+    names = [name for name, values in columns.items() if any(value is not None for value in values)]
     for name in names:
         if isinstance(kind := table.c[name].type, UtcDateTime):
             for value in set(columns[name]):
-                kind.process_bind_param(value, connection.dialect)  # refuses a time without a zone
-    known = _known(connection, table, columns, possible)
+                kind.process_bind_param(value, connection.dialect)
+    return names
+
+
+def _new_rows(table: Table, names: list[str], columns: Columns, known: Collection[Any]) -> list[Row]:
+    """In the order of their keys, the first of rows with the same key, without those whose key is known."""
     key = itemgetter(*(names.index(column.name) for column in table.primary_key))
-    new: dict[Any, Row] = {}  # the first of rows with the same key
+    new: dict[Any, Row] = {}
     for row in zip(*(columns[name] for name in names), strict=True):
         if key(row) not in known:
             new.setdefault(key(row), row)
-    rows = [new[key] for key in sorted(new)]
-    if rows and not (len(rows) >= COPY_ROWS and _copied(connection, table, names, rows)):
-        _insert(connection, table, names, rows)
-    return known
+    return [new[key] for key in sorted(new)]
 
 
 def _known(connection: Connection, table: Table, columns: Columns, possible: Collection[str] | None) -> set[Any]:
@@ -122,31 +144,37 @@ def _known(connection: Connection, table: Table, columns: Columns, possible: Col
     return {row[0] for row in found} if len(keys) == 1 else set(map(tuple, found))
 
 
-def _copied(connection: Connection, table: Table, names: list[str], rows: list[Row]) -> bool:
-    """Insert by COPY. Returns False, and leaves nothing, when a row exists by now or has a value that is refused."""
+def _attempt(connection: Connection, work: Callable[[], None]) -> bool:
+    """Returns False, and leaves nothing of the work, when a row exists by now or has a value that is refused."""
     import psycopg  # imported here, since it loads slowly and SQLite does not need it
+
+    connection.exec_driver_sql("SAVEPOINT copying")
+    try:
+        work()
+    except (psycopg.Error, DBAPIError):
+        # The message would contain the row. What is wrong with it, or with the server, the next statement says.
+        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT copying")
+        return False
+    return True
+
+
+def _copy(connection: Connection, table: Table, target: str, names: list[str], rows: list[Row]) -> None:
+    """Insert by COPY into `target`, the table or a partition of it."""
     from psycopg.types.json import Jsonb
 
     kinds = [_postgresql_type(table.c[name].type) for name in names]
     json = [index for index, kind in enumerate(kinds) if kind == "jsonb"]
     raw: Any = connection.connection.driver_connection
-    connection.exec_driver_sql("SAVEPOINT copying")
-    try:
-        with raw.cursor().copy(f"COPY {table.name} ({', '.join(names)}) FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(kinds)
-            for row in rows:
-                if json:
-                    values = list(row)
-                    for index in json:
-                        values[index] = Jsonb(values[index], encode)
-                    copy.write_row(values)
-                else:
-                    copy.write_row(row)
-    except psycopg.Error:
-        # The message would contain the row. What is wrong with it, or with the server, the next statement says.
-        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT copying")
-        return False
-    return True
+    with raw.cursor().copy(f"COPY {target} ({', '.join(names)}) FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types(kinds)
+        for row in rows:
+            if json:
+                values = list(row)
+                for index in json:
+                    values[index] = Jsonb(values[index], encode)
+                copy.write_row(values)
+            else:
+                copy.write_row(row)
 
 
 def _postgresql_type(kind: Any) -> str:
@@ -162,3 +190,61 @@ def _insert(connection: Connection, table: Table, names: list[str], rows: list[R
     chosen = f"SELECT {', '.join(names)} FROM {source} ON CONFLICT DO NOTHING"  # noqa: S608 - names of the schema
     given = encode([dict(zip(names, row, strict=True)) for row in rows]).decode()
     connection.exec_driver_sql(f"INSERT INTO {table.name} ({', '.join(names)}) {chosen}", {"rows": given})
+
+
+# --- PostgreSQL's partitions of tweets and predictions
+
+# How long a connection relies on what it knows of them. A partition that is gone by then is noticed by its COPY.
+PARTITIONS_SECONDS = 60.0
+PARTITIONS = """
+    SELECT c.relname, pg_get_expr(c.relpartbound, c.oid)
+    FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid WHERE i.inhparent = to_regclass('tweets')"""
+
+
+def partition_of(session: Session, ids: Sequence[str]) -> str | None:
+    """The end of the name of the partition that all these tweets belong to.
+
+    None when they are few, belong to several, or to none with bounds, and on SQLite.
+    """
+    connection = session.connection()
+    if connection.dialect.name == "sqlite" or len(ids) < COPY_ROWS:
+        return None
+    read_at, partitions = connection.info.get("partitions", (-PARTITIONS_SECONDS, []))
+    if time.monotonic() - read_at > PARTITIONS_SECONDS:
+        # Without bounds: one that is dropped in this moment.
+        found = [(name, BOUNDS.fullmatch(bounds or "")) for name, bounds in connection.exec_driver_sql(PARTITIONS)]
+        partitions = sorted((match[2] or "", match[3], name[len("tweets_") :]) for name, match in found if match)
+        connection.info["partitions"] = time.monotonic(), partitions
+    place = bisect_right(partitions, min(ids), key=itemgetter(0)) - 1
+    if place < 0:
+        return None
+    _, end, suffix = partitions[place]
+    return suffix if max(ids) < end else None
+
+
+def known(session: Session, model: type[Base], columns: Columns) -> set[Any]:
+    """The keys among these rows that exist, locked against deletion until the transaction ends. PostgreSQL only."""
+    table: Any = model.__table__
+    return _known(session.connection(), table, columns, None)
+
+
+def copied_to(
+    session: Session, partition: str, added: Mapping[type[Base], Columns], afterwards: Callable[[], None]
+) -> bool:
+    """Insert new rows into the partitions of their tables, where no trigger of the tables runs, and call `afterwards`.
+
+    Returns False, and leaves nothing, when that is not possible: `partition_of` is asked anew then.
+    """
+    connection = session.connection()
+
+    def work() -> None:
+        for model, columns in added.items():
+            table: Any = model.__table__
+            names = _names(connection, table, columns)
+            _copy(connection, table, f"{table.name}_{partition}", names, _new_rows(table, names, columns, ()))
+        afterwards()
+
+    done = _attempt(connection, work)
+    if not done:
+        connection.info.pop("partitions", None)
+    return done

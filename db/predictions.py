@@ -1,9 +1,10 @@
 """Queries of tweets, predictions, scoring windows and dead letters. The caller owns the transaction."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
+from msgspec.json import encode
 from sqlalchemy import ColumnElement, Row, Select, delete, func, or_, select, text
 from sqlalchemy.orm import Session
 
@@ -25,8 +26,68 @@ def add_predictions(session: Session, rows: Sequence[dict[str, Any]]) -> None:
 
 def add_scored(session: Session, tweets: Columns, scored: Columns) -> None:
     """`add_tweets` and `add_predictions` for a window, given by column; `scored` are predictions of `tweets`."""
-    known = insert.add_columns(session, Tweet, tweets)
-    insert.add_columns(session, Prediction, scored, possible=known)  # a tweet that is new has no predictions
+    if not _added_to_a_partition(session, tweets, scored):
+        known = insert.add_columns(session, Tweet, tweets)
+        insert.add_columns(session, Prediction, scored, possible=known)  # a tweet that is new has no predictions
+
+
+def _added_to_a_partition(session: Session, tweets: Columns, scored: Columns) -> bool:
+    """Add the tweets that are new, with their predictions, straight to their partition, and the predictions of others
+    as always. Returns False, and has done nothing, when that is not possible."""
+    ids = tweets["tweet_id"]
+    partition = insert.partition_of(session, ids)
+    if partition is None or scored["tweet_id"] != ids or len(set(ids)) < len(ids):
+        return False
+    known = insert.known(session, Tweet, tweets)
+    if len(ids) - len(known) < insert.COPY_ROWS:
+        return False
+    new_tweets, new_scored = tweets, scored
+    if known:
+        new = [i for i, id_ in enumerate(ids) if id_ not in known]
+        new_tweets, new_scored = insert.chosen(tweets, new), insert.chosen(scored, new)
+    rows = {Tweet: new_tweets, Prediction: new_scored}
+    if not insert.copied_to(session, partition, rows, lambda: _count(session, new_tweets, new_scored)):
+        return False
+    if known:
+        old = [i for i, id_ in enumerate(ids) if id_ in known]
+        insert.add_columns(session, Prediction, insert.chosen(scored, old), possible=known)
+    return True
+
+
+# As the trigger `predictions_insert_counted`, which does not run for rows that are added to a partition.
+COUNT = """
+    INSERT INTO sentiment_rollup (model_version_id, hour, topic, label, shard, tweets, probability_sum, score_sum,
+                                  with_score)
+    SELECT version, hour, topic, label, pg_backend_pid(), tweets, probability, score, with_score
+    FROM json_to_recordset(CAST(%(sums)s AS json)) AS sums(
+        version int, hour timestamptz, topic text, label text, tweets int, probability float8, score float8,
+        with_score int)
+    ON CONFLICT (model_version_id, hour, topic, label, shard) DO UPDATE SET
+        tweets = sentiment_rollup.tweets + excluded.tweets,
+        probability_sum = sentiment_rollup.probability_sum + excluded.probability_sum,
+        score_sum = sentiment_rollup.score_sum + excluded.score_sum,
+        with_score = sentiment_rollup.with_score + excluded.with_score"""
+
+
+def _count(session: Session, tweets: Columns, scored: Columns) -> None:
+    sums: dict[tuple[Any, ...], list[Any]] = {}
+    times = zip(tweets["tweet_created_at"], tweets["received_at"], strict=True)
+    hours = _hours([created or received for created, received in times])
+    columns = (scored[name] for name in ("model_version_id", "label", "probability", "score_signed"))
+    for hour, topic, version, label, probability, score in zip(hours, tweets["topic"], *columns, strict=True):
+        found = sums.setdefault((version, hour, topic or "", label), [0, 0.0, 0.0, 0])
+        found[0] += 1
+        found[1] += probability
+        if score is not None:
+            found[2] += score
+            found[3] += 1
+    names = ("version", "hour", "topic", "label", "tweets", "probability", "score", "with_score")
+    rows = [dict(zip(names, (*key, *values), strict=True)) for key, values in sums.items()]
+    session.connection().exec_driver_sql(COUNT, {"sums": encode(rows).decode()})
+
+
+def _hours(times: Sequence[datetime]) -> list[datetime]:
+    return [at.astimezone(UTC).replace(minute=0, second=0, microsecond=0) for at in times]
 
 
 def unscored(

@@ -67,6 +67,8 @@ def listed(session: Session) -> list[Partition]:
         return []
     found = []
     for name, bounds, of_tweets, of_predictions, tweets, predictions in session.execute(text(LIST)):
+        if bounds is None or of_tweets is None:
+            continue  # it is dropped in this moment
         match = BOUNDS.fullmatch(bounds)
         start = time_of(match[2]) if match and match[2] else None
         end = time_of(match[3]) if match else None
