@@ -72,7 +72,7 @@ COUNT = """
 def _count(session: Session, tweets: Columns, scored: Columns) -> None:
     sums: dict[tuple[Any, ...], list[Any]] = {}
     times = zip(tweets["tweet_created_at"], tweets["received_at"], strict=True)
-    hours = _hours([created or received for created, received in times])
+    hours = [(created or received).timestamp() // 3600 for created, received in times]
     columns = (scored[name] for name in ("model_version_id", "label", "probability", "score_signed"))
     for hour, topic, version, label, probability, score in zip(hours, tweets["topic"], *columns, strict=True):
         found = sums.setdefault((version, hour, topic or "", label), [0, 0.0, 0.0, 0])
@@ -81,13 +81,15 @@ def _count(session: Session, tweets: Columns, scored: Columns) -> None:
         if score is not None:
             found[2] += score
             found[3] += 1
-    names = ("version", "hour", "topic", "label", "tweets", "probability", "score", "with_score")
-    rows = [dict(zip(names, (*key, *values), strict=True)) for key, values in sums.items()]
+    names = ("tweets", "probability", "score", "with_score")
+    rows = [
+        {
+            "version": version, "hour": datetime.fromtimestamp(3600 * hour, UTC), "topic": topic, "label": label,
+            **dict(zip(names, values, strict=True)),
+        }
+        for (version, hour, topic, label), values in sums.items()
+    ]  # fmt: skip
     session.connection().exec_driver_sql(COUNT, {"sums": encode(rows).decode()})
-
-
-def _hours(times: Sequence[datetime]) -> list[datetime]:
-    return [at.astimezone(UTC).replace(minute=0, second=0, microsecond=0) for at in times]
 
 
 def unscored(
