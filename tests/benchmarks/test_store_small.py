@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.store import SETTINGS
 from tests.conftest import PATIENCE_SECONDS
 from tests.support.paths import ROOT
 
@@ -22,6 +23,7 @@ def test_the_benchmark_of_the_store_measures_writers_on_empty_and_on_filled_tabl
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["settings"] == SETTINGS
     assert [(speed["rows"], speed["writers"]) for speed in found["speeds"]] == [(0, 1), (0, 2), (3000, 1), (3000, 2)]
     assert all(speed["rate"] > 100 and speed["limit"] > 100 and speed["wal"] > 100 for speed in found["speeds"])
     assert 300 < sum(found["bytes_per_tweet"].values()) < 3000
