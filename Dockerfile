@@ -1,4 +1,4 @@
-# Two stages, so that the image contains no build tools. TORCH is `cpu` or the name of a CUDA build, such as `cu128`.
+# Two stages, so that the image contains few build tools. TORCH is `cpu` or the name of a CUDA build, such as `cu128`.
 # EXTRAS are extras of pyproject.toml: the compose file's monitor needs `flower`, stores on S3 need `s3`, and some base
 # models need `unidic-lite`.
 FROM python:3.11.13-bookworm AS build
@@ -19,6 +19,12 @@ COPY worker worker
 RUN pip install --no-cache-dir --no-deps .
 
 FROM python:3.11.13-slim-bookworm
+ARG TORCH=cpu
+# The engine `compiled` of a GPU needs a C compiler.
+# hadolint ignore=DL3008
+RUN if [ "$TORCH" != cpu ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 ENV PATH=/venv/bin:$PATH TWEETSCORE_HOME=/data
 # New volumes get the owner of these folders. The image contains no models: they come from a store or the hub.
 RUN useradd --uid 10001 --create-home tweetscore && install -d -o tweetscore /data /models
