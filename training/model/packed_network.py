@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.activations import GELUActivation
 
 from training.model.classifier import Classifier, NativeClassifier
 
 # Architectures of transformers that can be packed, and the beginnings of the names of their classes.
 ENCODERS = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+
+# The names of torch's and of transformers' classes: to import the latter takes time.
+GELU = ("GELU", "GELUActivation")
 
 # Takes queries (R, S, A, D), keys and values (R, T, A, D), and returns (R, S, A, D).
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,7 +143,7 @@ class Layer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.activation = heads, activation
-        self._is_gelu = type(activation) in (nn.GELU, GELUActivation)
+        self._is_gelu = type(activation).__name__ in GELU
         self.projections = _side_by_side(projections)  # of query, key and value
         self.output, self.up, self.down = copy.deepcopy(output), copy.deepcopy(up), copy.deepcopy(down)
         self.norm, self.last_norm = copy.deepcopy(norm), copy.deepcopy(last_norm)
