@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Row, Select, delete, func, or_, select, te
 from sqlalchemy.orm import Session
 
 from db import insert
+from db.admin.upkeep import ADD_UP, COUNTED, KEY, KEY_NAMES
 from db.errors import NotFound
 from db.insert import Columns
 from db.models import UNCERTAIN, DeadLetter, Prediction, ScoringWindow, Tweet
@@ -55,18 +56,12 @@ def _added_to_a_partition(session: Session, tweets: Columns, scored: Columns) ->
 
 
 # As the trigger `predictions_insert_counted`, which does not run for rows that are added to a partition.
-COUNT = """
-    INSERT INTO sentiment_rollup (model_version_id, hour, topic, label, shard, tweets, probability_sum, score_sum,
-                                  with_score)
-    SELECT version, hour, topic, label, pg_backend_pid(), tweets, probability, score, with_score
+COUNT = f"""
+    INSERT INTO sentiment_rollup ({KEY_NAMES}, shard, {", ".join(COUNTED)})
+    SELECT {KEY_NAMES}, pg_backend_pid(), {", ".join(COUNTED)}
     FROM json_to_recordset(CAST(%(sums)s AS json)) AS sums(
-        version int, hour timestamptz, topic text, label text, tweets int, probability float8, score float8,
-        with_score int)
-    ON CONFLICT (model_version_id, hour, topic, label, shard) DO UPDATE SET
-        tweets = sentiment_rollup.tweets + excluded.tweets,
-        probability_sum = sentiment_rollup.probability_sum + excluded.probability_sum,
-        score_sum = sentiment_rollup.score_sum + excluded.score_sum,
-        with_score = sentiment_rollup.with_score + excluded.with_score"""
+        model_version_id int, hour timestamptz, topic text, label text, tweets int, probability_sum float8,
+        score_sum float8, with_score int) {ADD_UP}"""  # noqa: S608 - names of the schema
 
 
 def _count(session: Session, tweets: Columns, scored: Columns) -> None:
@@ -81,14 +76,10 @@ def _count(session: Session, tweets: Columns, scored: Columns) -> None:
         if score is not None:
             found[2] += score
             found[3] += 1
-    names = ("tweets", "probability", "score", "with_score")
+    keys = [(version, datetime.fromtimestamp(3600 * hour, UTC), *rest) for version, hour, *rest in sums]
     rows = [
-        {
-            "version": version, "hour": datetime.fromtimestamp(3600 * hour, UTC), "topic": topic, "label": label,
-            **dict(zip(names, values, strict=True)),
-        }
-        for (version, hour, topic, label), values in sums.items()
-    ]  # fmt: skip
+        dict(zip(KEY + COUNTED, (*key, *values), strict=True)) for key, values in zip(keys, sums.values(), strict=True)
+    ]
     session.connection().exec_driver_sql(COUNT, {"sums": encode(rows).decode()})
 
 

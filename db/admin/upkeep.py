@@ -18,6 +18,9 @@ from db.models import Base, DeadLetter, Prediction, ScoringWindow, SentimentRoll
 KEY = ("model_version_id", "hour", "topic", "label")
 COUNTED = ("tweets", "probability_sum", "score_sum", "with_score")
 KEY_NAMES = ", ".join(KEY)
+ADD_UP = f"""
+        ON CONFLICT ({KEY_NAMES}, shard) DO UPDATE SET
+            {", ".join(f"{name} = sentiment_rollup.{name} + excluded.{name}" for name in COUNTED)}"""
 
 # SQLite's mode in which a file becomes shorter only when asked.
 INCREMENTAL = 2
@@ -32,9 +35,7 @@ FOLD = f"""
     ), folded AS (
         INSERT INTO sentiment_rollup ({KEY_NAMES}, shard, {", ".join(COUNTED)})
         SELECT {KEY_NAMES}, 0, {", ".join(f"sum({name})" for name in COUNTED)} FROM gone
-        GROUP BY {KEY_NAMES} ORDER BY {KEY_NAMES}
-        ON CONFLICT ({KEY_NAMES}, shard) DO UPDATE SET
-            {", ".join(f"{name} = sentiment_rollup.{name} + excluded.{name}" for name in COUNTED)}
+        GROUP BY {KEY_NAMES} ORDER BY {KEY_NAMES} {ADD_UP}
     )
     SELECT count(*) FROM gone"""  # noqa: S608 - names of the schema
 # Keys without predictions. A key with rows in other shards is kept: only the sum of all shards shows that it is empty.
