@@ -7,6 +7,7 @@ load.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from db import compatibility, migrate
@@ -78,6 +79,22 @@ def open_stream(settings: Settings, url: str, *, brief: bool = False) -> "Sharde
         urls, settings.stream_key, settings.group, settings.stream_shards, keep_hours=settings.stream_keep_hours,
         brief=brief,
     )  # fmt: skip
+
+
+def client_stream(settings: Settings, url: str) -> "ShardedStream":
+    """The stream of a program that only publishes, on any thread: one for its settings and process.
+
+    A program that publishes one tweet at a time would spend most of its time on connecting again.
+    """
+    urls = settings.stream_urls or (url,)
+    return _client_stream(tuple(urls), settings.stream_key, settings.group, settings.stream_shards)
+
+
+@lru_cache
+def _client_stream(urls: tuple[str, ...], key: str, group: str, shards: int) -> "ShardedStream":
+    from worker.stream.sharded_stream import ShardedStream
+
+    return ShardedStream(urls, key, group, shards)
 
 
 def no_stream(settings: Settings) -> str | None:

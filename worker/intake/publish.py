@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from worker.app import SCORING, client_app, nudge
-from worker.connections import broker, open_stream, wait_for_broker
+from worker.connections import broker, client_stream, wait_for_broker
 from worker.errors import StreamAway, StreamFull
 from worker.intake.x_api import flat_tweets
 from worker.settings import Settings, load_settings
@@ -23,7 +23,7 @@ def publish(tweets: Iterable[Mapping[str, Any]]) -> int:
     settings = load_settings()
     payloads = [parse_object(flat).payload() for tweet in tweets for flat in flat_tweets(dict(tweet))]
     with broker(settings) as url:
-        stream, app = open_stream(settings, url), client_app(settings)
+        stream, app = client_stream(settings, url), client_app(settings)
         for start in range(0, len(payloads), FLUSH_TWEETS):
             send(stream, payloads[start : start + FLUSH_TWEETS], settings, log.warning)
             nudge(app, SCORING)
