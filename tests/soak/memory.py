@@ -10,8 +10,8 @@ import psutil
 
 MIB = 1024 * 1024
 # Growth that counts as noise: this many standard deviations of the samples around the fitted line, or this share of
-# the mean, whichever is more.
-NOISE_DEVIATIONS, NOISE_SHARE = 3.0, 0.02
+# the mean, or these MiB, whichever is most. The server takes a step of 1 or 2 MiB when more waits than ever before.
+NOISE_DEVIATIONS, NOISE_SHARE, NOISE_MIB = 3.0, 0.02, 2.0
 FEWEST_SAMPLES = 10
 
 
@@ -30,7 +30,7 @@ class Trend:
 
     @property
     def noise(self) -> float:
-        return max(NOISE_DEVIATIONS * self.deviation, NOISE_SHARE * self.mean)
+        return max(NOISE_DEVIATIONS * self.deviation, NOISE_SHARE * self.mean, NOISE_MIB)
 
     @property
     def flat(self) -> bool:
