@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import delete, event
+from sqlalchemy import delete
 
+import db.session
 from db import migrate, registry
 from db.models import ModelVersion, Prediction, Tweet
-from db.session import Database, open_database
+from db.session import open_database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.support.actors import wait_for_log
 from tests.support.bench import DRAINED, Bench, wire
@@ -112,8 +113,10 @@ def test_a_tweet_that_is_deleted_before_the_challenger_stores_gets_no_row(bench:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_a_database_that_is_away_while_the_challenger_stores_costs_only_its_rows(
-    kind: str, tmp_path: Path, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any
-) -> None:
+    kind: str, tmp_path: Path, stream: Stream, raw: "redis.Redis", tiny_artifact: Any, promote: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(db.session, "BUSY_TIMEOUT_MS", 50)  # instead of half a minute
     with ExitStack() as stack:
         url, away = breakable(kind, tmp_path, stack)
         database, others = open_database(url), open_database(url)
@@ -122,7 +125,6 @@ def test_a_database_that_is_away_while_the_challenger_stores_costs_only_its_rows
         migrate.upgrade(database)
         bench = Bench(database, stream, raw, tiny_artifact, promote)
         versions = two_models(bench)
-        give_up_soon(others)
         begun, go = threading.Event(), threading.Event()
 
         def waits() -> int:
@@ -144,12 +146,6 @@ def test_a_database_that_is_away_while_the_challenger_stores_costs_only_its_rows
                 bench.stream.publish([wire("after")])
                 assert worker.drain() == 1
         assert scored_by(bench, versions.challenger) == {"after"}
-
-
-def give_up_soon(database: Database) -> None:
-    """Instead of after the half minute for which SQLite waits for a lock."""
-    if database.engine.dialect.name == "sqlite":
-        event.listen(database.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=50"))
 
 
 @on_sqlite

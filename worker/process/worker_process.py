@@ -37,6 +37,7 @@ from worker.process.schema_gate import DatabaseGate
 from worker.process.supervisor import PARENT_VARIABLE
 from worker.process.watchdog import SLOW_STALL_FACTOR, StallDetector, end_after, end_at_once
 from worker.scoring.champion import Champion
+from worker.scoring.overlap import UNSCORED_ON_CPU, WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import Limits, Pipeline
 from worker.scoring.scoring_model import serving_from
 from worker.scoring.shadow import Shadow
@@ -232,9 +233,12 @@ class ScoringWorker(WorkerProcess):
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         super().__init__(settings, nudge)
         self.stream = open_stream(settings, stream_url(settings))
-        limits = Limits(settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds)
         device = self.claim()
         self._device = pick_device(device)
+        limits = Limits(
+            settings.window_tweets, settings.min_idle_seconds, settings.linger_seconds,
+            UNSCORED_ON_CPU if self._device.type == "cpu" else WINDOWS_IN_FLIGHT,
+        )  # fmt: skip
         serving = serving_from(settings, device)
         self.champion = Champion(self.database, serving)
         # A backlog of more than a usual window is a load under which the challenger gives way.

@@ -23,7 +23,7 @@ from worker.errors import StreamError
 from worker.scoring import metrics
 from worker.scoring.champion import Champion
 from worker.scoring.held_records import HeldRecords
-from worker.scoring.overlap import OverlappedSteps
+from worker.scoring.overlap import UNSCORED_ON_CPU, OverlappedSteps
 from worker.scoring.scores import Model
 from worker.scoring.window import (
     USUAL_WINDOW_TWEETS,
@@ -64,6 +64,7 @@ class Limits:
     window_tweets: int
     min_idle_seconds: float
     linger_seconds: float
+    unscored_windows: int = UNSCORED_ON_CPU
 
 
 class Pipeline:
@@ -104,7 +105,7 @@ class Pipeline:
             with self.held.renewed():
                 while more:
                     with OverlappedSteps(
-                        ("tokenise", 1, self.tokenise), ("forward", 2, self.forward), ("store", 1, self.store)
+                        self.tokenise, self.forward, self.store, self.limits.unscored_windows
                     ) as steps:
                         more, suspects = self.read_windows(steps)
                     scored += sum(steps.results)

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+import db.session
 from db.models import DeadLetter, Prediction, ScoringWindow, Tweet
 from db.session import Database
 from tests.conftest import LABELS, PATIENCE_SECONDS, wait_until
 from tests.support.bench import DRAINED, Bench, Killed, Slow, draining, wire
 from training.model.batching import plan_batches
 from worker.scoring import pipeline
-from worker.scoring.overlap import WINDOWS_IN_FLIGHT
+from worker.scoring.overlap import UNSCORED_ON_CPU, WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import Pipeline
 from worker.scoring.scores import Scores
 from worker.scoring.scoring_model import ScoringModel
@@ -141,11 +142,12 @@ def test_rows_are_committed_before_the_ack_and_a_replay_changes_nothing(bench: B
     assert [bench.rows(table) for table in (Tweet, Prediction, DeadLetter)] == before
 
 
-def test_locked_database_is_waited_for_and_drained_afterwards(lite: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_locked_database_is_waited_for_and_drained_afterwards(
+    lite: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db.session, "BUSY_TIMEOUT_MS", 50)  # instead of half a minute
     lite.promote()
     lite.stream.publish([wire(i) for i in range(20)])
-    event.listen(lite.database.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=50"))
-    lite.database.close()
     with lite.database.engine.connect() as blocker:
         blocker.execute(text("PRAGMA user_version"))  # a writer's connection holds the lock from its first statement
         with draining(lite.worker(window_tweets=5)):
@@ -166,22 +168,27 @@ def test_stopping_finishes_the_windows_under_way_and_reads_no_other(lite: Bench)
     lite.stream.publish([wire(i) for i in range(20)])
     worker = lite.worker(champion, window_tweets=4)
     with draining(worker):
-        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
+        wait_until(lambda: lite.stream.depth().pending == 4 * UNSCORED_ON_CPU)
         worker.stopping.set()
         model.go.set()
-    assert set(lite.scored()) == {str(i) for i in range(4 * WINDOWS_IN_FLIGHT)}
-    assert lite.stream.depth() == Depth(length=4, lag=4, pending=0)
+    assert set(lite.scored()) == {str(i) for i in range(4 * UNSCORED_ON_CPU)}
+    assert lite.stream.depth() == Depth(length=12, lag=12, pending=0)
 
 
 # --- overlapping stages
 
 
-def test_other_windows_are_read_and_tokenised_while_one_is_on_the_device(lite: Bench) -> None:
+@pytest.mark.parametrize("unscored", [1, UNSCORED_ON_CPU, WINDOWS_IN_FLIGHT])
+def test_other_windows_are_read_while_one_is_on_the_device_as_many_as_may_wait_for_it(
+    lite: Bench, unscored: int
+) -> None:
     champion = lite.holding(Slow)
     lite.stream.publish([wire(i) for i in range(20)])
-    with draining(lite.worker(champion, window_tweets=4)):
+    with draining(lite.worker(champion, window_tweets=4, unscored_windows=unscored)):
         assert champion.model.begun.wait(PATIENCE_SECONDS)
-        wait_until(lambda: lite.stream.depth().pending == 4 * WINDOWS_IN_FLIGHT)
+        wait_until(lambda: lite.stream.depth().pending == 4 * unscored)
+        time.sleep(0.1)  # in which no other may be read
+        assert lite.stream.depth().pending == 4 * unscored
         assert lite.scored() == {}
         champion.model.go.set()
     assert len(lite.scored()) == 20
