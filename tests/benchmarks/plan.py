@@ -131,7 +131,7 @@ def measure(system: System, source: Path, scratch: Path, seconds: float) -> dict
         found[name] = {
             "plan": vars(plan), "reality": vars(reality),
             "ratios": {key: value / vars(reality)[key] for key, value in vars(plan).items()},
-            "speeds": [speed, after.tweets_per_second],
+            "speeds": [speed, after.tweets_per_second], "figures": [figures.model_dump(), after.model_dump()],
         }  # fmt: skip
         show(name, found[name])
         figures = after

@@ -1,7 +1,7 @@
 """Measure what windows of the champion cost on this machine, on a stream and an SQLite file of their own.
 
-The tweets of the sample pass the same route as in a worker, in this process. The stream and the database that the
-settings name are left alone, except that the champion is looked up.
+The newest tweets that are stored, or those of the sample, pass the same route as in a worker, in this process. The
+stream and the database that the settings name are left alone, except that champion and tweets are looked up.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import psutil
 from sqlalchemy import func, select
 
-from db import migrate, registry
+from db import migrate, predictions, registry
 from db.models import ModelVersion, Prediction, utc_now
 from db.session import Database, open_database
 from training.data.sample import UNLABELLED
@@ -45,6 +45,8 @@ LONGEST_SIZE_SECONDS = 5.0
 LEAST_ALONE, ALONE_SECONDS = 5, 0.5
 SERVER_MEMORY_MB = 1024
 LINGER_SECONDS = 0.001
+# With fewer tweets in the database, those of the sample: equal texts of a window are scored once.
+FEWEST_TWEETS, MOST_TWEETS = 1_000, 5_000
 
 
 class Loaded(Champion):
@@ -135,8 +137,9 @@ def measure(settings: Settings, notify: Callable[[str], None]) -> dict[str, Any]
     Raises `BadRequest` when there is no champion, or when its engine was not selected yet.
     """
     serving = serving_from(settings)
-    model, version = _champion(settings, serving)
-    texts = [json.loads(line)["text"] for line in UNLABELLED.read_text(encoding="utf-8").splitlines()]
+    model, version, stored = _champion(settings, serving)
+    sample = [json.loads(line)["text"] for line in UNLABELLED.read_text(encoding="utf-8").splitlines()]
+    texts = stored if len(stored) >= FEWEST_TWEETS else sample
     model.tokenise(texts)  # a worker's cache of words is full
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-", ignore_cleanup_errors=True)))
@@ -166,7 +169,8 @@ def measure(settings: Settings, notify: Callable[[str], None]) -> dict[str, Any]
     return {"models": {NAME: measured}}
 
 
-def _champion(settings: Settings, serving: Serving) -> tuple[Model, ModelVersion]:
+def _champion(settings: Settings, serving: Serving) -> tuple[Model, ModelVersion, list[str]]:
+    """The champion, and the texts of the newest tweets."""
     database = open_sql(settings)
     try:
         with database.read() as session:
@@ -174,12 +178,13 @@ def _champion(settings: Settings, serving: Serving) -> tuple[Model, ModelVersion
             if version_id is None:
                 raise BadRequest("there is no champion to measure; train a model, then `tweetscore models promote ID`")
             version = registry.get(session, version_id)
+            tweets = predictions.newest_texts(session, "ja", utc_now(), None, MOST_TWEETS)
     finally:
         database.close()
     model = load_model(version, serving)
     if any(part.start_trial is not None for part in model.parts):
         raise BadRequest("no worker has tried the champion's engines here yet; run `tweetscore up` until it has")
-    return model, version
+    return model, version, [text for _, _, text in tweets]
 
 
 def _add_versions(scratch: Database, version: ModelVersion, model: Model) -> None:

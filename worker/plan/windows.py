@@ -2,7 +2,8 @@
 committed.
 
 It follows the rules of `worker/scoring/pipeline.py`: a window takes what is there, at most as many as its size allows,
-the size doubles, and at most four windows are in flight. Times are in seconds.
+the size doubles, and at most four windows are in flight, on a CPU two of them before they have left it. Times are in
+seconds.
 """
 
 from collections import deque
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.plan.figures import WindowCost
-from worker.scoring.overlap import WINDOWS_IN_FLIGHT
+from worker.scoring.overlap import UNSCORED_ON_CPU, WINDOWS_IN_FLIGHT
 from worker.scoring.pipeline import BACKLOG_PARTS, BLOCK_MS, FIRST_WINDOW_TWEETS, LARGE_WINDOW_SECONDS
 from worker.scoring.window import USUAL_WINDOW_TWEETS
 
@@ -22,10 +23,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scorer:
-    """One scoring worker: the time a window takes, and the most tweets in one."""
+    """One scoring worker: the time a window takes, the most tweets in one, and the most windows that may be in flight
+    before they have left the device."""
 
     windows: Sequence[WindowCost]
     most_tweets: int
+    most_unscored: int = UNSCORED_ON_CPU
 
     @property
     def tweets_per_second(self) -> float:
@@ -61,12 +64,14 @@ def simulate(arrivals: Floats, scorer: Scorer) -> Outcome:
     period, alone, cores = scorer.costs()
     last = len(arrivals)
     ends, sizes = np.empty(last), []
-    in_flight: deque[float] = deque()
+    in_flight, unscored = deque[float](), deque[float]()  # when they end, and when they leave the device
     now = device_free = core_seconds = 0.0
     size, done, recent_tweets, recent_seconds = FIRST_WINDOW_TWEETS, 0, 0.0, 0.0
     while done < last:
         if len(in_flight) == WINDOWS_IN_FLIGHT:
             now = max(now, in_flight.popleft())
+        if len(unscored) == scorer.most_unscored:
+            now = max(now, unscored.popleft())
         if arrivals[done] > now:  # the reader waits for the first tweet
             if arrivals[done] - now > BLOCK_MS / 1000:
                 size = FIRST_WINDOW_TWEETS
@@ -79,6 +84,7 @@ def simulate(arrivals: Floats, scorer: Scorer) -> Outcome:
         end = max(now + alone[count], device_free)
         end = max(end, in_flight[-1]) if in_flight else end
         in_flight.append(end)
+        unscored.append(device_free)
         ends[done : done + count] = end
         sizes.append(count)
         core_seconds += cores[count]
