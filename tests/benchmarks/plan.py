@@ -2,7 +2,8 @@
 
 A real scoring worker with the starter encoder, an embedded Valkey and SQLite get steady streams of two loads and a
 burst. The figures are measured by `tweetscore plan --measure` immediately before and after each, and the simulation is
-made from the mean of both. Printed are both and their ratio, plan over reality. Nothing else must run on the machine.
+made from the mean of both, less the share of the cores that the publisher took. Printed are both and their ratio, plan
+over reality. Nothing else must run on the machine.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from worker.plan.windows import Scorer, simulate
 
 LOADS = (0.4, 0.75)
 SECONDS, BURST_SECONDS = 30.0, 4.0
-# Tweets are published together that arrive within so long.
-TICK_SECONDS = 0.005
+# Tweets arrive together this often, in the plan as well: each call of a publisher takes a core from the worker for a
+# moment, and the forward on the other one waits for it.
+TICK_SECONDS = 0.02
 WARM_UP_SECONDS = 3.0
 # Of the worker, before anything is measured.
 WARM_UP, WARM_UP_TWEETS_PER_SECOND = 30.0, 500.0
@@ -40,7 +42,7 @@ WARM_UP, WARM_UP_TWEETS_PER_SECOND = 30.0, 500.0
 @dataclass(frozen=True)
 class Seen:
     """Of the tweets of one stream. Seconds of latency count from the arrival to the commit; `end_seconds` is when the
-    last row was committed, from the first arrival on."""
+    last row was committed, from the first arrival on. `busy_cores` are those of the scorer and the stream's server."""
 
     tweets_per_second: float
     busy_cores: float
@@ -70,8 +72,8 @@ def mean(one: ModelFigures, other: ModelFigures) -> ModelFigures:
     return one.model_copy(update={"windows": [WindowCost.model_validate(window) for window in windows]})
 
 
-def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
-    """Publish tweets when they are due, and look at what was stored.
+def in_reality(system: System, arrivals: Floats, source: Path) -> tuple[Seen, float]:
+    """Publish tweets when they are due, and look at what was stored. Returns also the cores that publishing took.
 
     The first are followed by a nudge. More would cost the worker time: it reads the stream for some seconds after each
     tweet without them.
@@ -79,6 +81,7 @@ def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
     payloads = tweets(len(arrivals), source)
     system.drain()
     before, cpu_before = system.last_window(), system.cpu_seconds()
+    publisher_before = time.process_time()
     first, began, done = int(json.loads(payloads[0])["id"]), time.time(), 0
     while done < len(payloads):
         due = int(np.searchsorted(arrivals, time.time() - began, "right"))
@@ -86,7 +89,9 @@ def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
             publish = system.stream.publish if done else system.publish
             publish(payloads[done:due])
             done = due
-        time.sleep(TICK_SECONDS)
+        if done < len(payloads):
+            time.sleep(max(0.0, began + arrivals[done] - time.time()))
+    publisher_cores = (time.process_time() - publisher_before) / float(arrivals[-1])
     system.drain()
     cpu_seconds = system.cpu_seconds() - cpu_before
     # The rows of a window have the time before its commit, which `store_ms` is a part of.
@@ -97,11 +102,17 @@ def in_reality(system: System, arrivals: Floats, source: Path) -> Seen:
     ends = np.array([row[0] for row in rows]) + store_ms / 1000 - began
     assert len(ends) == len(arrivals)
     windows = system.look.value("SELECT count(*) FROM scoring_windows WHERE id > ?", before)
-    return seen(arrivals, ends, cpu_seconds, windows)
+    return seen(arrivals, ends, cpu_seconds, windows), publisher_cores
 
 
-def foretold(arrivals: Floats, figures: ModelFigures) -> Seen:
-    found = simulate(arrivals, Scorer(figures.windows, CPU_MOST_TWEETS))
+def foretold(arrivals: Floats, figures: ModelFigures, publisher_cores: float = 0.0) -> Seen:
+    """`publisher_cores` are those of a publisher on the scorer's machine: the scorer is slower by its share."""
+    slower = figures.cores / (figures.cores - publisher_cores)
+    windows = [
+        cost.model_copy(update={"period_ms": slower * cost.period_ms, "alone_ms": slower * cost.alone_ms})
+        for cost in figures.windows
+    ]
+    found = simulate(arrivals, Scorer(windows, CPU_MOST_TWEETS))
     return seen(arrivals, found.ends, found.core_seconds, len(found.window_sizes))
 
 
@@ -125,9 +136,10 @@ def measure(system: System, source: Path, scratch: Path, seconds: float) -> dict
             arrivals = burst(random, 0.4 * speed, BURST_SECONDS * speed, 2.0, seconds)
         else:
             arrivals = steady(random, float(name.split()[1]) * speed, seconds)
-        reality = in_reality(system, arrivals, source)
+        arrivals = np.ceil(arrivals / TICK_SECONDS) * TICK_SECONDS
+        reality, publisher_cores = in_reality(system, arrivals, source)
         after = measured_figures(system, scratch)
-        plan = foretold(arrivals, mean(figures, after))
+        plan = foretold(arrivals, mean(figures, after), publisher_cores)
         found[name] = {
             "plan": vars(plan), "reality": vars(reality),
             "ratios": {key: value / vars(reality)[key] for key, value in vars(plan).items()},

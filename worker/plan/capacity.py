@@ -109,7 +109,9 @@ def _gpus(figures: Figures, store: StoreFigures, hardware: Hardware, peak_rate: 
     for size in (1, USUAL_WINDOW_TWEETS, GPU_MOST_TWEETS):
         ms, core_ms = window_ms + size * ms_per_tweet, size * store.scorer_core_ms / 1000
         windows.append(WindowCost(tweets=size, period_ms=ms, alone_ms=ms, core_ms=core_ms))
-    return Fleet(Scorer(windows, GPU_MOST_TWEETS, WINDOWS_IN_FLIGHT), count, gpus, "GPUs", min(gpus * speed, count * one), source)
+    return Fleet(
+        Scorer(windows, GPU_MOST_TWEETS, WINDOWS_IN_FLIGHT), count, gpus, "GPUs", min(gpus * speed, count * one), source
+    )
 
 
 def bounded(found: Fleet, tweets_per_second: float) -> Fleet:

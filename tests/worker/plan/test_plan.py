@@ -105,7 +105,8 @@ def test_what_does_not_fit_into_an_hour_is_left_over_for_the_next(figures: str, 
 def test_a_burst_is_drained_with_what_the_stream_leaves_free(figures: str, flat: str) -> None:
     burst = planned(figures, 500, flat, 2, burst=10_000).burst
     assert burst.drain_seconds == pytest.approx(10_000 / 500, rel=0.1)
-    assert burst.backlog_peak == pytest.approx(10_000 - 500, rel=0.05)
+    # When the second ends, 500 of them are scored; two windows of up to an eighth of the rest are on the device.
+    assert 10_000 - 500 < burst.backlog_peak < (10_000 - 500) * (1 + 1 / 8)
     assert burst.minutes[0].p99_seconds == pytest.approx(9_500 / 1_000, rel=0.1)
     full = planned(figures, 1_100, flat, 2, None, None, 1, burst=10_000).burst
     assert full.drain_seconds is None
