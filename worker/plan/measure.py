@@ -24,6 +24,7 @@ from db import migrate, predictions, registry
 from db.models import ModelVersion, Prediction, utc_now
 from db.session import Database, open_database
 from training.data.sample import UNLABELLED
+from training.jobs.stored_tweets import LANGUAGE
 from worker.connections import open_sql
 from worker.errors import BadRequest
 from worker.scoring.champion import Champion
@@ -178,7 +179,7 @@ def _champion(settings: Settings, serving: Serving) -> tuple[Model, ModelVersion
             if version_id is None:
                 raise BadRequest("there is no champion to measure; train a model, then `tweetscore models promote ID`")
             version = registry.get(session, version_id)
-            tweets = predictions.newest_texts(session, "ja", utc_now(), None, MOST_TWEETS)
+            tweets = predictions.newest_texts(session, LANGUAGE, utc_now(), None, MOST_TWEETS)
     finally:
         database.close()
     model = load_model(version, serving)
