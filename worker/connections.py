@@ -74,11 +74,7 @@ def open_stream(settings: Settings, url: str, *, brief: bool = False) -> "Sharde
     """
     from worker.stream.sharded_stream import ShardedStream
 
-    urls = settings.stream_urls or (url,)
-    return ShardedStream(
-        urls, settings.stream_key, settings.group, settings.stream_shards, keep_hours=settings.stream_keep_hours,
-        brief=brief,
-    )  # fmt: skip
+    return ShardedStream(*_stream_address(settings, url), keep_hours=settings.stream_keep_hours, brief=brief)
 
 
 def client_stream(settings: Settings, url: str) -> "ShardedStream":
@@ -86,8 +82,7 @@ def client_stream(settings: Settings, url: str) -> "ShardedStream":
 
     A program that publishes one tweet at a time would spend most of its time on connecting again.
     """
-    urls = settings.stream_urls or (url,)
-    return _client_stream(tuple(urls), settings.stream_key, settings.group, settings.stream_shards)
+    return _client_stream(*_stream_address(settings, url))
 
 
 @lru_cache
@@ -95,6 +90,10 @@ def _client_stream(urls: tuple[str, ...], key: str, group: str, shards: int) -> 
     from worker.stream.sharded_stream import ShardedStream
 
     return ShardedStream(urls, key, group, shards)
+
+
+def _stream_address(settings: Settings, url: str) -> tuple[tuple[str, ...], str, str, int]:
+    return settings.stream_urls or (url,), settings.stream_key, settings.group, settings.stream_shards
 
 
 def no_stream(settings: Settings) -> str | None:
