@@ -56,6 +56,9 @@ JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 FINISHED_STATES = ("succeeded", "failed", "cancelled")
 # Condition of the index of uncertain predictions, and of the view v_low_confidence.
 UNCERTAIN = "probability < 0.6"
+# Of the column. Predictions of equal probability are neighbours in that index; with more decimals, each new one would
+# change a page of its own. The probabilities of all labels have more.
+PROBABILITY_DECIMALS = 4
 # `train` makes a model version, `adapt` a base model.
 JOB_KINDS = ("train", "adapt")
 

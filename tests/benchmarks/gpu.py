@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from tests.benchmarks.on_gpu.parts import Part, Record, run_parts, write_json
+from tests.support.paths import ROOT, tweets_file
 
 if TYPE_CHECKING:
     from tests.benchmarks.on_gpu.material import Bench
 
-ROOT = Path(__file__).parents[2]
 # Of packages that can be done without: a folder `for_NAME` each.
 STAND_INS = Path(__file__).parent / "on_gpu" / "stand_ins"
 LIMIT_SECONDS, SUMMARY_SECONDS = 340.0, 5.0  # and some seconds to start and to end
@@ -173,14 +173,6 @@ def use_stand_ins(missing: Iterable[str]) -> None:
     sys.path[:0] = folders
     paths = [*folders, str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-
-
-def tweets_file() -> Path:
-    """Real tweets where they lie in or beside the project; else the sample's."""
-    from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
-
-    inside = ROOT / "shared" / "data" / REAL_TWEETS.name
-    return next((path for path in (REAL_TWEETS, inside) if path.is_file()), SAMPLE_TWEETS)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -22,8 +22,8 @@ from db import migrate, predictions
 from db.session import open_database
 from tests.benchmarks import models
 from tests.benchmarks.bulk import two_databases
-from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
 from tests.benchmarks.system import tweets
+from tests.support.paths import tweets_file
 from tests.support.rows import assign, make_version
 from training.model.artifact import load_artifact
 from training.model.batching import Batch, Logits
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=512, metavar="TWEETS")
     parser.add_argument("--windows", type=int, default=6, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--tweets", type=Path, default=REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS)
+    parser.add_argument("--tweets", type=Path, default=tweets_file())
     options = parser.parse_args(arguments)
     written: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="tweetscore-") as scratch:

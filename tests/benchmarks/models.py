@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from training.data.dataset import Split
 
 SAMPLE_LABELLED = ROOT / "training" / "sample" / "labelled.csv"
-# Real tweets if the file exists beside the project; else the sample's.
-REAL_TWEETS = ROOT.parent / "shared" / "data" / "tweets-2011.jsonl"
-SAMPLE_TWEETS = ROOT / "training" / "sample" / "unlabelled.jsonl"
 LABELS = ["negative", "neutral", "positive"]
 CPU = torch.device("cpu")
 VOCABULARY = 32_000

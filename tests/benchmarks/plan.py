@@ -22,8 +22,8 @@ import numpy as np
 
 from tests.benchmarks import models
 from tests.benchmarks.contestants import Measured
-from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
 from tests.benchmarks.system import System, tweets
+from tests.support.paths import tweets_file
 from worker.plan.arrivals import Floats, burst, steady
 from worker.plan.capacity import CPU_MOST_TWEETS
 from worker.plan.figures import ModelFigures, WindowCost
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.plan", description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="N", help="of each stream")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--tweets", type=Path, default=REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS)
+    parser.add_argument("--tweets", type=Path, default=tweets_file())
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="tweetscore-") as scratch:
         measured = Measured(Path(scratch), "starter", models.starter_artifact, options.tweets, 0)

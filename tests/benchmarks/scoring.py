@@ -24,9 +24,10 @@ from tests.benchmarks import bulk, models, peers, report
 from tests.benchmarks.contestants import Cascade, Measured, Peers
 from tests.benchmarks.cpu import KINDS, Kind, Product, best_product, this_cpu
 from tests.benchmarks.isolated import ENVIRONMENTS, NotInstalled
-from tests.benchmarks.models import LABELS, REAL_TWEETS, SAMPLE_TWEETS
+from tests.benchmarks.models import LABELS
 from tests.benchmarks.race import Figure, Pair, Round, Speed, figure, race, ratio
 from tests.benchmarks.system import System, tweets
+from tests.support.paths import tweets_file
 from training.model.artifact import load_artifact
 from training.text.cleaning import clean
 from training.text.tokenizer import TextEncoder, encode
@@ -319,7 +320,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=KEYS, metavar="NAME", help=f"one of {', '.join(KEYS)}")
     parser.add_argument("--small", action="store_true", help="as little as proves that everything runs")
     parser.add_argument(
-        "--tweets", type=Path, metavar="FILE", default=REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS,
+        "--tweets", type=Path, metavar="FILE", default=tweets_file(),
         help="JSONL with an id and a text a line",
     )  # fmt: skip
     parser.add_argument(

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from db import registry
 from db.models import ModelVersion
-from tests.benchmarks.models import LABELS, REAL_TWEETS, SAMPLE_TWEETS, base_artifact, starter_artifact
+from tests.benchmarks.models import LABELS, base_artifact, starter_artifact
 from tests.benchmarks.system import System, tweets
+from tests.support.paths import tweets_file
 
 # Between two single tweets, so that the challenger's work on the last ones overlaps with the next.
 PAUSE_SECONDS = 0.02
@@ -62,7 +63,7 @@ def latency_ms(system: System, count: int, source: Path) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    source = REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS
+    source = tweets_file()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tweetscore-")))
         artifact = scratch / "models" / "model"

@@ -33,8 +33,8 @@ from db import migrate
 from db.session import Database, open_database
 from tests.benchmarks import lean, models
 from tests.benchmarks.bulk import two_databases
-from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
 from tests.benchmarks.system import tweets
+from tests.support.paths import tweets_file
 from tests.support.rows import assign, make_version
 from training.model.artifact import load_artifact
 from training.model.batching import Batch, Logits
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=1024, metavar="TWEETS")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of each kind, one by one and at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--tweets", type=Path, default=REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS)
+    parser.add_argument("--tweets", type=Path, default=tweets_file())
     options = parser.parse_args(arguments)
     machine = (options.cores, options.gpu_tweets_per_second, options.scorers)
     written: dict[str, Any] = {}

@@ -32,10 +32,10 @@ from psycopg.types.json import Jsonb
 from db import migrate, predictions
 from db.admin.partitions import OTHER_BITS, add, first_id
 from db.insert import Columns
+from db.models import PROBABILITY_DECIMALS
 from db.session import Database, open_database
-from tests.benchmarks.cpu import this_cpu
-from tests.benchmarks.models import SAMPLE_TWEETS
 from tests.benchmarks.system import tweets as sample_tweets
+from tests.support.paths import SAMPLE_TWEETS
 
 SECONDS, ROUNDS = 8.0, 3
 # More than a writer stores.
@@ -66,7 +66,7 @@ FILL = """
     INSERT INTO {predictions} (tweet_id, model_version_id, label, probability, score_signed, probabilities, scored_at,
                                unknown_share)
     SELECT (({first} + i) << 22)::text, 1, (ARRAY['negative', 'neutral', 'positive'])[1 + i % 3],
-           0.34 + (i * 104729 % 660000) / 1e6, (i % 2000) / 1e3 - 1,
+           0.34 + (i * 104729 % 6600) / 1e4, (i % 2000) / 1e3 - 1,
            jsonb_build_object('negative', 0.123456, 'neutral', 0.234567, 'positive', (i % 1000000) / 1e6),
            '{day}'::timestamptz + (i / 512) * interval '512 ms' + interval '2 s', 0.0
     FROM generate_series(0::bigint, {count} - 1) AS i"""
@@ -121,7 +121,8 @@ def window(number: int, count: int, texts: Sequence[str], machine: int) -> tuple
     prediction_columns = {
         "tweet_id": ids, "model_version_id": [1] * count, "scored_at": [at + timedelta(seconds=2)] * count,
         "unknown_share": [0.0] * count, "label": [LABELS[i] for i in best],
-        "probability": chances.max(axis=1).tolist(), "score_signed": (chances[:, 2] - chances[:, 0]).tolist(),
+        "probability": chances.max(axis=1).round(PROBABILITY_DECIMALS).tolist(),
+        "score_signed": (chances[:, 2] - chances[:, 0]).tolist(),
         "probabilities": [dict(zip(LABELS, row, strict=True)) for row in chances.tolist()],
     }  # fmt: skip
     return tweet_columns, prediction_columns
@@ -304,6 +305,8 @@ def main() -> int:
     if options.write:
         write(options.url, options.write, options.window, options.seconds, options.machine, options.start)
         return 0
+    from tests.benchmarks.cpu import this_cpu  # writers start without torch
+
     print(this_cpu())
     speeds: list[Speed] = []
     taken: dict[str, float] = {}

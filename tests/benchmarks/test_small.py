@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import scoring
-from tests.benchmarks.models import SAMPLE_TWEETS
+from tests.support.paths import SAMPLE_TWEETS
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import stages
-from tests.benchmarks.models import SAMPLE_TWEETS
 from tests.benchmarks.stages import Figures, limits, scorers_needed
+from tests.support.paths import SAMPLE_TWEETS
 
 # 20 core-ms per 1,000 tweets a scorer on a GPU, half of them without the lock.
 FIGURES = Figures(

@@ -24,8 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import BertConfig, BertModel
 
 from tests.benchmarks import models, trainers
-from tests.benchmarks.models import REAL_TWEETS, SAMPLE_TWEETS
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, tweets_file
 from training.config import TrainConfig, make_config
 from training.data.dataset import Rows, Split, read_rows, split_rows
 from training.evaluation.calibration import fit_temperature
@@ -266,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Figure] = {}
     if options.only != "quality":
         with tempfile.TemporaryDirectory(prefix="tweetscore-") as scratch:
-            source = REAL_TWEETS if REAL_TWEETS.is_file() else SAMPLE_TWEETS
+            source = tweets_file()
             found |= Speeds(size, source, Path(scratch)).figures()
     if options.only != "speed":
         if (options.jrte / "jrte-train.csv").is_file():

@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from db.models import utc_now
+from db.models import PROBABILITY_DECIMALS, utc_now
 from training.data.columns import VALUE
 from training.data.numbers import TargetScale
 from training.evaluation.decisions import Floats, choose, confidence, label_texts
@@ -15,7 +15,7 @@ from worker.engines.engine_choice import Choice
 from worker.engines.engine_trial import EngineTrial
 from worker.engines.engines import Engine
 
-# Of stored probabilities. PostgreSQL stores decimals in groups of four.
+# Of stored probabilities by label. PostgreSQL stores decimals in groups of four.
 DECIMALS = 8
 
 # Name of a column of `predictions` -> its values, one per tweet.
@@ -86,7 +86,7 @@ def describe(spec: Spec, probabilities: Floats) -> Columns:
         signed = (rounded @ polarity).clip(-1.0, 1.0).tolist()
     return {
         "label": label_texts(chosen, spec.labels),
-        "probability": confidence(rounded, chosen, spec.config.task).tolist(),
+        "probability": confidence(rounded, chosen, spec.config.task).round(PROBABILITY_DECIMALS).tolist(),
         "score_signed": signed,
         "probabilities": [dict(zip(spec.labels, row, strict=True)) for row in rounded.tolist()],
     }

@@ -19,11 +19,11 @@ from tests.benchmarks.models import (
     LABELS,
     REFERENCE_ROWS,
     SAMPLE_LABELLED,
-    SAMPLE_TWEETS,
     SMALL,
     VOCABULARY,
     operations,
 )
+from tests.support.paths import SAMPLE_TWEETS
 from training.config import TrainConfig, make_config
 from training.model.artifact import Artifact, load_artifact, make_reference, make_spec, save_artifact
 from training.model.base_model import STARTER_FOLDER, BaseModelFolder
