@@ -180,7 +180,7 @@ def least_certain(session: Session, model_version_id: int, limit: int) -> Sequen
 def least_certain_of(session: Session, query: Select[Any], limit: int) -> Sequence[Row[Any]]:
     """The rows of a query of predictions by rising probability. PostgreSQL sorts all of them only when those below 0.6,
     of which it has an index, are fewer than `limit`."""
-    query = query.order_by(Prediction.probability, Prediction.label).limit(limit)
+    query = query.order_by(Prediction.probability).limit(limit)
     rows = session.execute(query.where(text(f"predictions.{UNCERTAIN}"))).all()
     return rows if len(rows) == limit else session.execute(query).all()
 
