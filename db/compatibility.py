@@ -18,7 +18,7 @@ from db.session import Database
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # The oldest schema with every table and column of the models: the newest migration that added to them.
-OLDEST_SCHEMA = "0004"
+OLDEST_SCHEMA = "0007"
 # Databases from before version 0.1.0 hold this value or have no `schema_compatibility`, and their migrations have other
 # contents than the released ones of the same numbers. No released migration may write this value or have this number.
 DEVELOPMENT_OLDEST_CODE = "0005"

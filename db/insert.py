@@ -36,7 +36,7 @@ MICROSECOND, YEAR_2000 = timedelta(microseconds=1), datetime(2000, 1, 1, tzinfo=
 SAME_BYTES = {"jsonb": "bytea", "timestamptz": "int8"}
 POSTGRESQL_TYPES = {
     sa.Text: "text", sa.Float: "float8", sa.Integer: "int4", UtcDateTime: "timestamptz", sa.JSON: "jsonb",
-    sa.LargeBinary: "bytea",
+    sa.LargeBinary: "bytea", sa.Date: "date",
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _known(connection: Connection, table: Table, columns: Columns, possible: Col
         return set()
     # As JSON, since the driver takes longer to write an array.
     array = "ARRAY(SELECT CAST(value AS {kind}) FROM json_array_elements_text(CAST(%({name})s AS json)) AS value)"
-    arrays = {name: array.format(kind=_postgresql_type(table.c[name].type), name=name) for name in keys}
+    arrays = {name: array.format(kind=postgresql_type(table.c[name].type), name=name) for name in keys}
     conditions = [f"{name} = ANY ({given})" for name, given in arrays.items()]
     # A range as well: it is known to the plan, which then reads the partitions of these ids alone.
     where = " AND ".join([*conditions, f"{keys[0]} BETWEEN %(first)s AND %(last)s"])
@@ -171,7 +171,7 @@ def _attempt(connection: Connection, work: Callable[[], None]) -> bool:
 
 def _copy(connection: Connection, table: Table, target: str, names: list[str], rows: list[Row]) -> None:
     """Insert by COPY into `target`, the table or a partition of it."""
-    kinds = [_postgresql_type(table.c[name].type) for name in names]
+    kinds = [postgresql_type(table.c[name].type) for name in names]
     columns = [_for_copy(kind, column) for kind, column in zip(kinds, zip(*rows, strict=True), strict=True)]
     raw: Any = connection.connection.driver_connection
     with raw.cursor().copy(f"COPY {target} ({', '.join(names)}) FROM STDIN (FORMAT BINARY)") as copy:
@@ -189,7 +189,7 @@ def _for_copy(kind: str, values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
-def _postgresql_type(kind: Any) -> str:
+def postgresql_type(kind: Any) -> str:
     return next(name for base, name in POSTGRESQL_TYPES.items() if isinstance(kind, base))
 
 

@@ -4,7 +4,7 @@ The tables of the model registry are in `db.registry_models`, those of labels in
 from here too.
 """
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, func, text, true
@@ -31,6 +31,7 @@ __all__ = [
     "Cascade",
     "ConfusionCell",
     "DeadLetter",
+    "DriftRollup",
     "EpochMetric",
     "Evaluation",
     "EvaluationMetric",
@@ -190,6 +191,39 @@ class SentimentRollup(Base):
     probability_sum: Mapped[float] = mapped_column(comment="Sum of probability over the predictions.")
     score_sum: Mapped[float] = mapped_column(comment="Sum of score_signed over the predictions that have one.")
     with_score: Mapped[int] = mapped_column(comment="Number of predictions whose score_signed is not NULL.")
+
+
+class DriftRollup(Base):
+    """As `SentimentRollup`, for v_drift and v_live_quality."""
+
+    __tablename__ = "drift_rollup"
+    __table_args__ = (
+        {
+            "comment": "Sums of predictions by model version, day of arrival, label and bins of v_drift, which "
+            "triggers update. Add up the shards of a key."
+        },
+    )
+
+    model_version_id: Mapped[int] = mapped_column(
+        ForeignKey("model_versions.id"), primary_key=True, comment="The model version that made the predictions."
+    )
+    day: Mapped[date] = mapped_column(primary_key=True, comment="Day, UTC, on which the tweets were received.")
+    label: Mapped[str] = mapped_column(primary_key=True, comment="The predicted label.")
+    length_bin: Mapped[str] = mapped_column(
+        primary_key=True, comment="Bin of the length, as in v_drift: 0 for up to 9 characters."
+    )
+    unknown_bin: Mapped[str] = mapped_column(
+        primary_key=True,
+        comment="Bin of the share of unknown tokens, as in v_drift: 0 for none. Empty for predictions without it.",
+    )
+    shard: Mapped[int] = mapped_column(
+        primary_key=True,
+        comment="Process id of the PostgreSQL connection that counted the rows. 0 for folded rows and on SQLite.",
+    )
+    tweets: Mapped[int] = mapped_column(
+        comment="Number of predictions. Negative when a shard counted more deletions than insertions."
+    )
+    probability_sum: Mapped[float] = mapped_column(comment="Sum of probability over the predictions.")
 
 
 class TrainingJob(Base):

@@ -1,15 +1,14 @@
 """Queries of tweets, predictions, scoring windows and dead letters. The caller owns the transaction."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from msgspec.json import encode
 from sqlalchemy import ColumnElement, Row, Select, delete, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db import insert
-from db.admin.upkeep import ADD_UP, COUNTED, KEY, KEY_NAMES
+from db.admin import sums
 from db.errors import NotFound
 from db.insert import Columns
 from db.models import UNCERTAIN, DeadLetter, Prediction, ScoringWindow, Tweet
@@ -47,40 +46,12 @@ def _added_to_a_partition(session: Session, tweets: Columns, scored: Columns) ->
         new = [i for i, id_ in enumerate(ids) if id_ not in known]
         new_tweets, new_scored = insert.chosen(tweets, new), insert.chosen(scored, new)
     rows = {Tweet: new_tweets, Prediction: new_scored}
-    if not insert.copied_to(session, partition, rows, lambda: _count(session, new_tweets, new_scored)):
+    if not insert.copied_to(session, partition, rows, lambda: sums.count(session, new_tweets, new_scored)):
         return False
     if known:
         old = [i for i, id_ in enumerate(ids) if id_ in known]
         insert.add_columns(session, Prediction, insert.chosen(scored, old), possible=known)
     return True
-
-
-# As the trigger `predictions_insert_counted`, which does not run for rows that are added to a partition.
-COUNT = f"""
-    INSERT INTO sentiment_rollup ({KEY_NAMES}, shard, {", ".join(COUNTED)})
-    SELECT {KEY_NAMES}, pg_backend_pid(), {", ".join(COUNTED)}
-    FROM json_to_recordset(CAST(%(sums)s AS json)) AS sums(
-        model_version_id int, hour timestamptz, topic text, label text, tweets int, probability_sum float8,
-        score_sum float8, with_score int) {ADD_UP}"""  # noqa: S608 - names of the schema
-
-
-def _count(session: Session, tweets: Columns, scored: Columns) -> None:
-    sums: dict[tuple[Any, ...], list[Any]] = {}
-    times = zip(tweets["tweet_created_at"], tweets["received_at"], strict=True)
-    hours = [(created or received).timestamp() // 3600 for created, received in times]
-    columns = (scored[name] for name in ("model_version_id", "label", "probability", "score_signed"))
-    for hour, topic, version, label, probability, score in zip(hours, tweets["topic"], *columns, strict=True):
-        found = sums.setdefault((version, hour, topic or "", label), [0, 0.0, 0.0, 0])
-        found[0] += 1
-        found[1] += probability
-        if score is not None:
-            found[2] += score
-            found[3] += 1
-    keys = [(version, datetime.fromtimestamp(3600 * hour, UTC), *rest) for version, hour, *rest in sums]
-    rows = [
-        dict(zip(KEY + COUNTED, (*key, *values), strict=True)) for key, values in zip(keys, sums.values(), strict=True)
-    ]
-    session.connection().exec_driver_sql(COUNT, {"sums": encode(rows).decode()})
 
 
 def unscored(

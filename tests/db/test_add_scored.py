@@ -15,7 +15,7 @@ from db.admin.partitions import first_id
 from db.admin.roles import grant_worker
 from db.session import Database, open_database
 from tests.conftest import wait_until
-from tests.support.rows import answer, assert_counted, make_version, prediction_row, run, tweet_row, url_of
+from tests.support.rows import answer, assert_counted, make_version, prediction_row, run, some_text, tweet_row, url_of
 from tests.support.world import on_postgresql
 
 DAY = datetime(2026, 11, 1, tzinfo=UTC)
@@ -44,8 +44,10 @@ def rows(version: int, start: datetime = DAY, count: int = 100, every: timedelta
         id_ = first_id(at)
         written = rng.choice([None, at, at.astimezone(JST)])
         tweets.append(tweet_row(id_, topic=rng.choice([None, "雨", "映画"]), tweet_created_at=written, received_at=at))
+        tweets[-1]["text"] = some_text(rng)
         label, score = rng.choice(["positive", "negative"]), rng.choice([None, 0.25, -0.5])
         scored.append(prediction_row(id_, version, label=label, score_signed=score, probability=rng.random()))
+        scored[-1]["unknown_share"] = rng.choice([None, 0.0, 0.02, 0.021, 0.1, 0.5])
     return tweets, scored
 
 

@@ -5,13 +5,13 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import Boolean, Column, DateTime, Float, Integer, LargeBinary, MetaData, String, Table, inspect
+from sqlalchemy import Boolean, Column, Date, DateTime, Float, Integer, LargeBinary, MetaData, String, Table, inspect
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import JSON
 from typer.testing import CliRunner
@@ -175,7 +175,7 @@ def value(column: Column[Any], number: int) -> object:
         return utc_now()
     for kind, made in (
         (Boolean, True), (Integer, number), (Float, number / 4), (LargeBinary, bytes([number])),
-        ((JSON, JSONB), {"a": [number, "雨"]}),
+        (Date, date(2026, 1, number)), ((JSON, JSONB), {"a": [number, "雨"]}),
     ):  # fmt: skip
         if isinstance(column.type, kind):
             return made

@@ -88,6 +88,9 @@ RECOUNT = """
 SUMS = """
     SELECT model_version_id, topic, label, sum(tweets), sum(probability_sum), sum(score_sum), sum(with_score)
     FROM sentiment_rollup GROUP BY 1, 2, 3 HAVING sum(tweets) <> 0 ORDER BY 1, 2, 3"""
+SUMS_BY_DAY = """
+    SELECT model_version_id, day, label, length_bin, unknown_bin, sum(tweets), sum(probability_sum)
+    FROM drift_rollup GROUP BY 1, 2, 3, 4, 5 HAVING sum(tweets) <> 0"""
 
 
 def run(database: Database, sql: str) -> None:
@@ -103,6 +106,34 @@ def assert_counted(database: Database) -> None:
     expected, found = answer(database, RECOUNT), answer(database, SUMS)
     assert [row[:3] for row in found] == [row[:3] for row in expected]
     assert [row[3:] for row in found] == close(expected)
+    expected_by_day, found_by_day = counted_by_day(database), answer(database, SUMS_BY_DAY)
+    assert {tuple(map(str, row[:5])): row[5:] for row in found_by_day} == {
+        key: pytest.approx(sums, abs=1e-6) for key, sums in expected_by_day.items()
+    }
+
+
+def counted_by_day(database: Database) -> dict[tuple[str, ...], list[float]]:
+    """(model version, day, label, bins of length and share) -> number and sum of probabilities, from the rows."""
+    sums: dict[tuple[str, ...], list[float]] = {}
+    query = select(Prediction, Tweet).join_from(Prediction, Tweet, Tweet.tweet_id == Prediction.tweet_id)
+    with database.read() as session:
+        for scored, tweet in session.execute(query):
+            cleaned = tweet.text.replace("http", "").replace("@", "")
+            chars = len(cleaned) - 20 * tweet.text.count("http") - 11 * tweet.text.count("@")
+            length = str(sum(chars >= end for end in (10, 20, 40, 80, 140)))
+            share = scored.unknown_share
+            unknown = "" if share is None else str(sum(share > end for end in (0, 0.02, 0.05, 0.1)))
+            key = (str(scored.model_version_id), f"{tweet.received_at:%Y-%m-%d}", scored.label, length, unknown)
+            found = sums.setdefault(key, [0, 0.0])
+            found[0] += 1
+            found[1] += scored.probability
+    return sums
+
+
+def some_text(rng: random.Random) -> str:
+    """Of lengths about the ends of the bins, some with links and mentions, which do not count."""
+    length = rng.choice([1, 9, 10, 19, 20, 39, 40, 79, 80, 139, 140])
+    return "雨" * length + "".join(rng.choices(["", "https://t.co/0123456789 ", "@01234567890"], k=2))
 
 
 def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -112,6 +143,8 @@ def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[
             f"{i:04d}",
             topic=rng.choice([None, "映画", "雨"]),
             tweet_created_at=rng.choice([None, NOON + timedelta(minutes=7 * i)]),
+            text=some_text(rng),
+            received_at=NOON + timedelta(hours=rng.randint(0, 40)),
         )
         for i in numbers
     ]
@@ -122,6 +155,7 @@ def some(version: int, numbers: range) -> tuple[list[dict[str, Any]], list[dict[
             label=rng.choice(["positive", "negative"]),
             probability=rng.random(),
             score_signed=rng.choice([None, rng.uniform(-1, 1)]),
+            unknown_share=rng.choice([None, 0.0, 0.02, 0.021, 0.1, 0.5]),
         )
         for i in numbers
     ]

@@ -26,7 +26,7 @@ from worker.maintenance.retention import (
     Begin,
     add_partitions,
     apply_retention,
-    compact_rollup,
+    compact_sums,
     delete_old_windows,
 )
 from worker.settings import Settings
@@ -81,7 +81,7 @@ class MaintenanceThread:
 
 
 def scoring_maintenance(database: Database, settings: Settings, stopping: threading.Event) -> list[MaintenanceTask]:
-    """Tasks of scoring workers: delete old tweets, dead letters and windows, and compact `sentiment_rollup`."""
+    """Tasks of scoring workers: delete old tweets, dead letters and windows, and compact the sums."""
     days, window_days = settings.retention_days, settings.window_days
 
     def maintain() -> bool:
@@ -91,7 +91,7 @@ def scoring_maintenance(database: Database, settings: Settings, stopping: thread
             if days is not None:
                 apply_retention(begin, days, stopping)
             delete_old_windows(begin, window_days, stopping)
-            compact_rollup(begin, stopping)
+            compact_sums(begin, stopping)
             add_partitions(begin, days, stopping)
         return True
 

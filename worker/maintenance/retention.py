@@ -13,7 +13,7 @@ from functools import partial
 
 from sqlalchemy.orm import Session
 
-from db.admin import partitions, upkeep
+from db.admin import partitions, sums, upkeep
 from db.models import utc_now
 from worker.maintenance.deletion import DeletedCounts
 
@@ -48,8 +48,7 @@ def add_partitions(begin: Begin, days: float | None, stopping: threading.Event =
 def apply_retention(begin: Begin, days: float, stopping: threading.Event) -> DeletedCounts:
     """Delete tweets and dead letters that were received more than `days` days ago, whenever they were written.
 
-    On PostgreSQL the tweets of a period go at once, as soon as the period is over for all of them. The sums of
-    `sentiment_rollup` stay.
+    On PostgreSQL the tweets of a period go at once, as soon as the period is over for all of them. The sums stay.
     """
     before = utc_now() - timedelta(days=days)
     tweets = _drop_partitions(begin, before)
@@ -87,11 +86,12 @@ def delete_old_windows(begin: Begin, days: float, stopping: threading.Event) -> 
     return deleted
 
 
-def compact_rollup(begin: Begin, stopping: threading.Event) -> None:
-    """Merge the rows of each key in `sentiment_rollup`, and delete rows whose counts are zero."""
-    _in_chunks(begin, upkeep.fold_sums, stopping)
-    with begin() as session:
-        upkeep.drop_empty_sums(session)
+def compact_sums(begin: Begin, stopping: threading.Event) -> None:
+    """Merge the rows of each key of the sums, and delete rows whose counts are zero."""
+    for table in sums.TABLES:
+        _in_chunks(begin, partial(sums.fold, model=table), stopping)
+        with begin() as session:
+            sums.drop_empty(session, table)
 
 
 def _in_chunks(begin: Begin, delete: Callable[..., int], stopping: threading.Event) -> int:

@@ -103,7 +103,6 @@ def measure(database: Database, drift_days: int = DRIFT_DAYS) -> QualityReport:
             raise NotFound("there is no champion yet; promote a model with `tweetscore models promote ID`")
         live.require_functions(session)
         labels = len(registry.get(session, version_id).labels)
-        # One query, which reads the tweets of 90 days.
         month = [DriftDay(**row) for row in live.drift(session, max(PERIODS))]
         periods = _periods(session, version_id, {day.day: day.tweets for day in month})
         test_rows = live.tested_row_count(session, version_id)

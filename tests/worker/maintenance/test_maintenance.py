@@ -42,7 +42,7 @@ from training.store.store import Store
 from worker.maintenance import maintenance_thread
 from worker.maintenance.deletion import DeletedCounts
 from worker.maintenance.maintenance_thread import MaintenanceThread, maintenance_lock
-from worker.maintenance.retention import NEVER, apply_retention, compact_rollup, delete_old_windows
+from worker.maintenance.retention import NEVER, apply_retention, compact_sums, delete_old_windows
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -187,12 +187,13 @@ def test_sums_of_every_connection_are_folded_into_one_row_a_key(database: Databa
     if database.engine.dialect.name == "postgresql":
         assert len(sums(database)) > len(keys)
     for _ in range(2):
-        compact_rollup(database.begin, NEVER)
+        compact_sums(database.begin, NEVER)
         assert [row.shard for row in sums(database)] == [0] * len(keys)
+        assert answer(database, "SELECT DISTINCT shard FROM drift_rollup") == [(0,)]
         assert_counted(database)
     run(database, "DELETE FROM tweets")
-    compact_rollup(database.begin, NEVER)
-    assert sums(database) == []
+    compact_sums(database.begin, NEVER)
+    assert sums(database) == answer(database, "SELECT * FROM drift_rollup") == []
 
 
 @on_postgresql
@@ -206,10 +207,10 @@ def test_a_sum_of_nothing_is_kept_while_a_connection_has_the_other_half(database
     write(database, [], [prediction_row("2", version, probability=0.6)])
     with database.begin() as holding:
         holding.execute(text(f"SELECT 1 FROM sentiment_rollup WHERE shard = {first.shard} FOR UPDATE"))
-        compact_rollup(database.begin, NEVER)
+        compact_sums(database.begin, NEVER)
     assert {row.shard: row.tweets for row in sums(database)} == {0: 0, first.shard: 1}
     assert_counted(database)
-    compact_rollup(database.begin, NEVER)
+    compact_sums(database.begin, NEVER)
     assert {row.shard: row.tweets for row in sums(database)} == {0: 1}
     assert_counted(database)
 
@@ -237,7 +238,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
         assert counted == there
 
     def tidy() -> None:
-        compact_rollup(database.begin, NEVER)
+        compact_sums(database.begin, NEVER)
 
     with ThreadPoolExecutor(6) as pool:
         others = [pool.submit(keep, task) for task in (look, tidy, tidy)]  # two that do not know of each other
@@ -248,7 +249,7 @@ def test_readers_and_writers_never_meet_half_a_fold(database: Database) -> None:
         for other in others:
             other.result()
     assert_counted(database)
-    compact_rollup(database.begin, NEVER)
+    compact_sums(database.begin, NEVER)
     assert {row.shard for row in sums(database)} == {0}
     assert_counted(database)
 
