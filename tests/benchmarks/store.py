@@ -55,6 +55,9 @@ BARE = """
     CREATE TABLE bare_predictions (LIKE predictions);
     ALTER TABLE bare_tweets ALTER COLUMN tweet_id DROP NOT NULL;
     ALTER TABLE bare_predictions ALTER COLUMN tweet_id DROP NOT NULL"""
+MODEL_VERSION = """
+    INSERT INTO model_versions (id, base_model, artifact_url, sha256, labels, cleaner_version, temperature, created_at)
+    VALUES (1, 'base', 'file:///1', '0', '[]', '1', 1, now())"""
 # Rows of the same shape as those of the writers, an id a millisecond, straight into the partition.
 FILL = """
     INSERT INTO {tweets} (tweet_id, text, author_id, lang, topic, tweet_created_at, received_at)
@@ -228,8 +231,7 @@ def prepare(url: str, rows: int) -> float:
     migrate.upgrade(database)
     with database.begin() as session:
         run = session.connection().exec_driver_sql
-        run("INSERT INTO model_versions (id, base_model, artifact_url, sha256, labels, cleaner_version, temperature, "
-            "created_at) VALUES (1, 'base', 'file:///1', '0', '[]', '1', 1, now())")  # fmt: skip
+        run(MODEL_VERSION)
         run(BARE)
         add(session, (DAY, DAY + timedelta(days=1)))
     if rows:
