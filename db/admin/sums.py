@@ -21,6 +21,7 @@ from db.models import Base, DriftRollup, Prediction, SentimentRollup, Tweet
 TABLES: tuple[type[Base], ...] = (SentimentRollup, DriftRollup)
 # As in v_drift: the bins of a length in characters end below these, those of a share of unknown tokens at these.
 LENGTHS, SHARES = (10, 20, 40, 80, 140), (0.0, 0.02, 0.05, 0.1)
+DAY_SECONDS, HOUR_SECONDS = 86_400, 3_600
 # What cleaning takes off a length, about.
 LINK_CHARS, MENTION_CHARS = 24, 12
 OF_TWEET = (Tweet.text, Tweet.topic, Tweet.tweet_created_at, Tweet.received_at)
@@ -50,7 +51,7 @@ def count_again(session: Session, tweet_ids: Sequence[str]) -> None:
 def _by_hour(tweets: Columns, scored: Columns) -> Iterator[tuple[Any, ...]]:
     sums: dict[tuple[Any, ...], list[Any]] = {}
     times = zip(tweets["tweet_created_at"], tweets["received_at"], strict=True)
-    hours = [(created or received).timestamp() // 3600 for created, received in times]
+    hours = [(created or received).timestamp() // HOUR_SECONDS for created, received in times]
     columns = (scored[name] for name in ("model_version_id", "label", "probability", "score_signed"))
     for hour, topic, version, label, probability, score in zip(hours, tweets["topic"], *columns, strict=True):
         found = sums.setdefault((version, hour, topic or "", label), [0, 0.0, 0.0, 0])
@@ -60,22 +61,22 @@ def _by_hour(tweets: Columns, scored: Columns) -> Iterator[tuple[Any, ...]]:
             found[2] += score
             found[3] += 1
     for (version, hour, *rest), values in sums.items():
-        yield version, datetime.fromtimestamp(3600 * hour, UTC), *rest, *values
+        yield version, datetime.fromtimestamp(HOUR_SECONDS * hour, UTC), *rest, *values
 
 
 def _by_day(tweets: Columns, scored: Columns) -> Iterator[tuple[Any, ...]]:
     sums: dict[tuple[Any, ...], list[Any]] = {}
-    days = [received.astimezone(UTC).date() for received in tweets["received_at"]]
+    days = [received.timestamp() // DAY_SECONDS for received in tweets["received_at"]]
     columns = (scored[name] for name in ("model_version_id", "label", "probability"))
     shares = scored.get("unknown_share", [None] * len(days))
     for day, tweet, version, label, probability, unknown in zip(days, tweets["text"], *columns, shares, strict=True):
         chars = len(tweet) - LINK_CHARS * tweet.count("http") - MENTION_CHARS * tweet.count("@")
-        unknown_bin = "" if unknown is None else str(bisect_left(SHARES, unknown))
-        found = sums.setdefault((version, day, label, str(bisect_right(LENGTHS, chars)), unknown_bin), [0, 0.0])
+        unknown_bin = "" if unknown is None else bisect_left(SHARES, unknown)
+        found = sums.setdefault((version, day, label, bisect_right(LENGTHS, chars), unknown_bin), [0, 0.0])
         found[0] += 1
         found[1] += probability
-    for key, values in sums.items():
-        yield *key, *values
+    for (version, day, label, *bins), values in sums.items():
+        yield version, datetime.fromtimestamp(DAY_SECONDS * day, UTC).date(), label, *map(str, bins), *values
 
 
 def _add(session: Session, model: type[Base], rows: Iterator[tuple[Any, ...]]) -> None:
