@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import delete, event
 
 from db import registry
+from db.admin import upkeep
 from db.errors import DatabaseError
 from db.models import Cascade, TrainingJob, utc_now
 from db.quality import live
@@ -109,6 +110,22 @@ def test_the_drift_of_days_is_their_mean_by_tweets_beside_what_chance_gives(data
     assert (found.psi, found.chance) == pytest.approx(((2 * even + 18 * uneven) / 20, 2 / 20 + 1 / 2))
     assert "unknown" not in report.drift  # neither side has the share
     assert [Drift(psi, 0).verdict for psi in (0.09, 0.1, 0.25, 0.26)] == ["little", "some", "some", "much"]
+
+
+def test_what_retention_deletes_stays_in_the_figures_and_what_is_deleted_by_name_does_not(database: Database) -> None:
+    champion = version_tested(database, [{"predicted": name} for name in ("positive", "negative")])
+    assign(database, champion)
+    scored(database, champion, 1, ["positive"] * 3, probability=0.9, unknown_share=0.5)
+    scored(database, champion, 20, ["positive", "negative", "negative"], probability=0.6)
+    before = answer(database, "SELECT * FROM v_drift ORDER BY day"), answer(database, "SELECT * FROM v_live_quality")
+    assert len(before[0]) == 2
+    with database.begin() as session:
+        assert upkeep.delete_received_before(session, days_ago(10), 10) == 3
+    assert answer(database, "SELECT count(*) FROM predictions") == [(3,)]
+    after = answer(database, "SELECT * FROM v_drift ORDER BY day"), answer(database, "SELECT * FROM v_live_quality")
+    assert after == before
+    run(database, "DELETE FROM tweets")
+    assert answer(database, "SELECT tweets, expected_accuracy FROM v_drift") == [(3, pytest.approx(0.6))]
 
 
 @pytest.mark.parametrize("task", ["multi_label", "continuous"])
