@@ -121,7 +121,8 @@ class WebhookWatch:
 
 
 def find_events(session: Session, watch: WebhookEvent, now: datetime, hourly: bool) -> list[Event]:
-    """What has happened and is not in the outbox yet. Drift is looked up only `hourly`: its view reads many rows."""
+    """What has happened and is not in the outbox yet. Drift is looked up only `hourly`: a day that is over hardly
+    changes."""
     switched_on, since = watch.created_at, max(watch.created_at, watch.next_attempt_at - OVERLAP)
     found = webhook_events.ended_jobs(session, since) + webhook_events.champion_changes(session, since)
     # An event that was deleted after `KEEP` does not show any more which dead letters it counted.

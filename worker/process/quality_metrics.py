@@ -14,7 +14,7 @@ from worker.quality.live_quality import QualityReport, measure
 
 log = logging.getLogger(__name__)
 
-# The figures need seconds of a large database, and labels and drift change slowly.
+# Labels and drift change slowly.
 REFRESH_SECONDS = 600.0
 # Today and yesterday: one day alone would have few tweets after midnight.
 DRIFT_DAYS = 2
